@@ -1,0 +1,47 @@
+# legato: `make demo` shows it working, `make test` proves it. Both build .venv first and need only Python 3.11+ with venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+SUBJECT ?= recurrence lti training
+
+.PHONY: help demo test lint bench wheel clean
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch is installed by its exact version first: a range may select a build with gigabytes of CUDA libraries.
+.venv/.torch: constraints.txt | .venv/bin/python
+	$(PIP_INSTALL) $$(grep '^torch==' constraints.txt)
+	@touch $@
+
+.venv/.experiments: pyproject.toml constraints.txt .venv/.torch
+	$(PIP_INSTALL) -e '.[experiments]'
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt .venv/.torch
+	$(PIP_INSTALL) -e '.[experiments,dev]'
+	@touch $@
+
+demo: .venv/.experiments  ## train on Mackey-Glass, stream the network, compare with the paper
+	$(BIN)/legato demo
+
+# The first run checks every shape annotation (jaxtyping + beartype); torch.compile cannot trace through that checker.
+test: .venv/.dev  ## run all tests
+	$(BIN)/pytest -n 2 -m "not compiled" --jaxtyping-packages=legato,beartype.beartype
+	$(BIN)/pytest -n 2 -m compiled
+
+lint: .venv/.dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/.dev  ## measure this machine (CPU), results under benchmarks/results
+	for subject in $(SUBJECT); do $(BIN)/python benchmarks/run.py $$subject || exit 1; done
+
+wheel: .venv/.dev  ## build dist/legato-*.whl
+	$(BIN)/pip wheel --quiet --no-deps -w dist .
+
+clean:
+	rm -rf .venv build dist
