@@ -1,0 +1,176 @@
+"""The delay network: the linear system whose state holds the last theta steps of its input as Legendre coefficients.
+
+Here are its two matrices, how they become a recurrence in whole steps, and what its state says about the past.
+The recurrence itself is run by ``legato.ops.lti``; the derivation is in ``docs/maths/delay-network.md``.
+"""
+
+import difflib
+import math
+from functools import lru_cache
+from numbers import Real
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def delay_network(
+    order: int, theta: float | int | Tensor, *, discretizer: str = "zoh"
+) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
+    """m_t = A m_{t-1} + B u_t, such that u_{t - r theta} is about sum_i P_i(2r - 1) m_t[i] for r in [0, 1].
+
+    Args:
+        order: N, the number of Legendre coefficients kept, 1 or more.
+        theta: length of the window in steps, 1 or more. A number, or a float tensor of shape () or (C,): one window
+            per channel. The result is differentiable in it.
+        discretizer: how the continuous system becomes steps of one unit. "zoh" (the input is held for a step; exact,
+            the paper's choice), "bilinear" (Tustin) or "euler" (forward; unstable when theta is short for the order).
+
+    Returns:
+        A (N, N) and B (N,) in float64, on theta's device; with a leading C axis when theta is (C,).
+
+    Raises:
+        ValueError: order or theta out of range, unknown discretizer, an Euler system that would grow without bound.
+            Under ``torch.compile`` the values in a theta tensor are not looked at.
+
+    Example:
+        >>> A, B = delay_network(6, theta=100)
+        >>> A.shape, B.shape
+        (torch.Size([6, 6]), torch.Size([6]))
+
+    Source: Voelker, Kajic & Eliasmith 2019, equations (1) to (3); Chilkuri & Eliasmith 2021, equations (7) to (9).
+    """
+    _check(order, theta, discretizer)
+    theta = torch.as_tensor(theta, dtype=torch.float64)[..., None, None]
+    generator = _generator(order, theta.device) / theta
+    return _DISCRETIZERS[discretizer](generator)
+
+
+def window_decoder(order: int, points: int) -> Float[Tensor, "points N"]:
+    """D[k, i] = P_i(2 r_k - 1), so that D @ m_t is the window at r_k = k / (points - 1): row 0 now, the last theta ago.
+
+    Args:
+        order: N, the order of the memory, 1 or more.
+        points: how many places in the window to read, evenly spaced from now back to theta steps ago, 1 or more.
+
+    Returns:
+        (points, N) in float64.
+
+    Raises:
+        ValueError: order or points is not a whole number of 1 or more.
+
+    Example:
+        >>> window_decoder(3, 2)
+        tensor([[ 1., -1.,  1.],
+                [ 1.,  1.,  1.]], dtype=torch.float64)
+
+    Source: Voelker, Kajic & Eliasmith 2019, equation (4); the three-term recurrence of the Legendre polynomials.
+    """
+    _check_whole("order", order)
+    _check_whole("points", points)
+    x = 2 * torch.linspace(0, 1, points, dtype=torch.float64) - 1
+    columns = [torch.ones_like(x), x]
+    for i in range(1, order - 1):
+        columns.append(((2 * i + 1) * x * columns[i] - i * columns[i - 1]) / (i + 1))
+    return torch.stack(columns[:order], dim=1)
+
+
+def _generator(order: int, device: torch.device | None = None) -> Float[Tensor, "N N+1"]:
+    """[A, B] of theta dm/dt = A m + B u: A_ij = (2i+1) (-1 if i < j else (-1)^(i-j+1)), B_i = (2i+1) (-1)^i."""
+    i = torch.arange(order, device=device)[:, None]
+    j = torch.arange(order, device=device)
+    sign = torch.where(i < j, -1, 2 * ((i - j) % 2) - 1)
+    ab = torch.cat([sign, 1 - 2 * (i % 2)], dim=1)
+    return ((2 * i + 1) * ab).double()
+
+
+# Each takes [A, B] of dm/dt = A m + B u, (*channels, N, N + 1), and gives A and B of one step of unit length.
+
+
+def _zoh(generator: Tensor) -> tuple[Tensor, Tensor]:
+    # exp [[A, B], [0, 0]] = [[exp A, A^-1 (exp A - I) B], [0, 1]]: no division by A, which is ill-conditioned.
+    grown = _exponential_less_one(torch.nn.functional.pad(generator, (0, 0, 0, 1)))
+    A, B = grown[..., :-1, :-1], grown[..., :-1, -1]
+    return A + _identity(A), B
+
+
+def _euler(generator: Tensor) -> tuple[Tensor, Tensor]:
+    A, B = generator[..., :-1], generator[..., -1]
+    return A + _identity(A), B
+
+
+def _bilinear(generator: Tensor) -> tuple[Tensor, Tensor]:
+    A, B = generator[..., :-1] / 2, generator[..., -1:]
+    stepped = torch.linalg.solve(_identity(A) - A, torch.cat([_identity(A) + A, B], dim=-1))
+    return stepped[..., :-1], stepped[..., -1]
+
+
+def _exponential_less_one(X: Tensor) -> Tensor:
+    """exp(X) - I for a generator X of a window of 1 step or more: Taylor to the 16th power, then squarings.
+
+    ``torch.matrix_exp`` errs by 3e-11 here, and its backward takes a matrix of twice the size.
+    """
+    # The columns of the generator sum to at most N^2 / theta in size, so this halves every theta's to 1/2 or less,
+    # without a look at its value. Squaring exp - I, not exp, keeps its digits however often it is done.
+    halvings = math.ceil(math.log2(2 * X.shape[-1] ** 2))
+    X = X / 2**halvings
+    X2 = X @ X
+    powers = [X, X2, X2 @ X, X2 @ X2]
+    Z = torch.zeros_like(X)
+    for j in (12, 8, 4, 0):
+        Z = sum(powers[i] / math.factorial(i + j + 1) for i in range(4)) + powers[3] @ Z
+    for _ in range(halvings):
+        Z = 2 * Z + Z @ Z
+    return Z
+
+
+_DISCRETIZERS = {"zoh": _zoh, "euler": _euler, "bilinear": _bilinear}
+
+
+def _identity(A: Tensor) -> Tensor:
+    return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+
+
+def _check(order: Any, theta: Any, discretizer: Any) -> None:
+    _check_whole("order", order)
+    if discretizer not in _DISCRETIZERS:
+        nearest = difflib.get_close_matches(str(discretizer), _DISCRETIZERS, n=1, cutoff=0)
+        raise ValueError(
+            f"discretizer must be one of {', '.join(_DISCRETIZERS)}, got {discretizer!r}: did you mean {nearest[0]!r}?"
+        )
+    if isinstance(theta, Tensor):
+        if theta.ndim > 1 or not theta.is_floating_point():
+            raise ValueError(
+                f"theta must be a number or a float tensor of shape () or (C,), got {theta.dtype} of shape "
+                f"{tuple(theta.shape)}"
+            )
+        # Reading values would break a compiled graph; under vmap the plain tensor below the batch is read.
+        if torch.compiler.is_compiling() or theta.is_meta or theta.numel() == 0:
+            return
+        shortest, longest = (float(end) for end in torch.func.debug_unwrap(theta.detach()).aminmax())
+    elif isinstance(theta, Real) and not isinstance(theta, bool):
+        shortest = longest = float(theta)
+    else:
+        raise ValueError(f"theta must be a number or a float tensor, got {type(theta).__name__}")
+    if not (math.isfinite(shortest) and math.isfinite(longest)):
+        raise ValueError(f"theta must be finite, got {shortest}")
+    if shortest < 1:
+        raise ValueError(f"theta must be 1 step or more, got {shortest}: give it in steps, not in seconds")
+    if discretizer == "euler" and shortest < _least_euler_theta(order):
+        raise ValueError(
+            f"order {order} with the Euler discretizer is stable from theta = {_least_euler_theta(order):.6g}, got "
+            f'{shortest}: use discretizer="zoh", stable at any theta'
+        )
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+
+@lru_cache(maxsize=128)
+def _least_euler_theta(order: int) -> float:
+    """The least theta at which |1 + z / theta| <= 1 for every eigenvalue z of the delay network."""
+    z = torch.linalg.eigvals(_generator(order)[:, :-1])
+    return float((z.abs() ** 2 / (-2 * z.real)).max())
