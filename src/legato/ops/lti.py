@@ -1,0 +1,468 @@
+"""m_t = A m_{t-1} + B u_t with A and B that never change, one copy per channel: one function per way to compute it.
+
+    memory, final_state = lti(u, A, B, state)                        # everything at once
+    kernels = prepare(A, B, steps, dtype=u.dtype)                    # what depends on A and B only: keep it
+    memory, final_state = apply(u, kernels, state, reset=reset)      # what depends on u
+
+A layer whose A and B are frozen calls ``prepare`` once and keeps the result; one with a trainable theta calls it in
+each pass, and the gradients of A and B flow through it. ``legato.legendre`` makes A and B of the delay network;
+``docs/maths/chunked.md`` derives the chunked form.
+"""
+
+import difflib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from legato._shapes import Bool, Float, Inexact, Tensor
+
+METHODS = ("sequential", "toeplitz", "fft", "chunked")
+
+
+class Kernels(NamedTuple):
+    """What ``apply`` needs of A and B, made by ``prepare``: ``inputs`` multiplies inputs, ``powers`` multiply states.
+
+    =============  ========================================  =======================================
+    method         inputs                                    powers, of A transposed
+    =============  ========================================  =======================================
+    "sequential"   B                          (1, N)         A                          (1, N, N)
+    "toeplitz"     A^(steps-1) B, ..., A B, B (steps, N)     A, A^2, A^4, ...           (levels, N, N)
+    "fft"          the transform of B, A B .. (F, N)         A, A^2, A^4, ...           (levels, N, N)
+    "chunked"      see ``_chunk_weights``     (L + N, L N)   A^L, A^(2L), A^(4L), ...   (levels, N, N)
+    "last"         as for "toeplitz"          (steps, N)     A, A^2, A^4, ...           (levels, N, N)
+    =============  ========================================  =======================================
+
+    Each has a leading C axis when A and B have one.
+    """
+
+    method: str
+    steps: int
+    inputs: Tensor
+    powers: Tensor
+
+
+def lti(
+    u: Inexact[Tensor, "B T C"],
+    A: Float[Tensor, "*channels N N"],
+    B: Float[Tensor, "*channels N"],
+    initial_state: Inexact[Tensor, "B C N"] | None = None,
+    *,
+    method: str | None = None,
+    last_only: bool = False,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Inexact[Tensor, "B *time C N"], Inexact[Tensor, "B C N"]]:
+    """m_t = A m_{t-1} + B u_t for every channel of u; differentiable in u, A, B and initial_state.
+
+    Args:
+        u: inputs (B, T, C), real or complex; float16 and bfloat16 are computed and carried in float32.
+        A: (N, N), or (C, N, N) for one system per channel. Its powers are formed in float64: give it in float64.
+        B: (N,), or (C, N).
+        initial_state: m before the first step, (B, C, N); zeros when None.
+        method: "sequential" (equation 19), "toeplitz" (24), "fft" (26), "chunked"; None chooses by ``choose_method``.
+        last_only: only m after the last step (25), as one matrix product; ``method`` must be None then.
+        reset: bool (B, T), True where the state is dropped before that step. Not with "fft".
+
+    Returns:
+        memory: (B, T, C, N) in u's dtype, or (B, C, N) when last_only. Stored channel by channel, (C, B, T, N).
+        final_state: (B, C, N), m after the last step in the dtype of the carry.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown method, a method together with last_only,
+            "fft" with resets.
+
+    Example:
+        >>> A, B = legato.delay_network(order=8, theta=100)
+        >>> memory, state = lti(torch.randn(4, 300, 2), A, B)
+        >>> more, state = lti(torch.randn(4, 50, 2), A, B, state)
+
+    Source: Chilkuri & Eliasmith 2021, equations (19) to (26); the chunked form is derived in docs/maths/chunked.md.
+    """
+    _check_input(u)
+    kernels = prepare(A, B, u.shape[1], method=method, last_only=last_only, dtype=u.dtype)
+    return apply(u, kernels, initial_state, reset=reset)
+
+
+def prepare(
+    A: Float[Tensor, "*channels N N"],
+    B: Float[Tensor, "*channels N"],
+    steps: int,
+    *,
+    method: str | None = None,
+    last_only: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Kernels:
+    """The powers of A and the impulse response A^k B that ``apply`` needs, formed in float64 by doubling.
+
+    Keep the result while A and B stay as they are, and make it anew when the module moves to another device or dtype.
+    "sequential" and "chunked" serve inputs of any length, and "chunked" is quickest up to ``steps`` and on lengths that
+    its chunk divides; the others serve inputs of up to ``steps``, so ask again when ``kernels.steps < u.shape[1]``.
+
+    Args:
+        A, B, method, last_only: as for ``lti``.
+        steps: the length of the inputs to come.
+        dtype: of the inputs to come; 16-bit ones get float32 kernels, complex ones real kernels.
+
+    Returns:
+        Kernels, differentiable in A and B.
+
+    Raises:
+        ValueError: as ``lti``.
+
+    Example:
+        >>> kernels = prepare(*legato.delay_network(8, 100), steps=300)
+        >>> memory, state = apply(torch.randn(4, 300, 2), kernels)
+    """
+    _check_system(A, B)
+    if method is not None and last_only:
+        raise ValueError(
+            f"last_only gives the last state alone, method={method!r} the full sequence: leave method out, or use "
+            "last_only=False"
+        )
+    if method is not None and method not in METHODS:
+        nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0)
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)} or None, got {method!r}: did you mean {nearest[0]!r}?"
+        )
+    if last_only:
+        method = "last"
+    elif method is None:
+        method = choose_method(A.shape[-1], steps)
+    with torch.autocast(A.device.type, enabled=False):
+        inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1))
+        dtype = _carry_dtype(dtype)
+        return Kernels(method, steps, inputs.to(dtype.to_complex() if method == "fft" else dtype), powers.to(dtype))
+
+
+def apply(
+    u: Inexact[Tensor, "B T C"],
+    kernels: Kernels,
+    initial_state: Inexact[Tensor, "B C N"] | None = None,
+    *,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Inexact[Tensor, "B *time C N"], Inexact[Tensor, "B C N"]]:
+    """``lti`` with its ``A``, ``B``, ``method`` and ``last_only`` in kernels: same arguments, results and errors."""
+    _check_input(u)
+    _check_fit(u, kernels, initial_state, reset)
+    if u.is_complex():
+        return _apply_to_parts(u, kernels, initial_state, reset)
+    with torch.autocast(u.device.type, enabled=False):
+        carry = kernels.powers.dtype
+        # One row a channel: (C, B, T). All methods keep channels first, which makes each a plain matrix product.
+        rows = u.to(carry).permute(2, 0, 1)
+        state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
+        if u.numel() == 0:
+            memory, final_state = _nothing(rows, kernels, state)
+        else:
+            memory, final_state = _APPLY[kernels.method](rows, kernels, state, reset)
+        final_state = final_state.transpose(0, 1)
+        if kernels.method == "last":
+            return final_state.to(u.dtype), final_state
+        return memory.to(u.dtype).permute(1, 2, 0, 3), final_state
+
+
+def choose_method(order: int, steps: int) -> str:
+    """The fastest method of the sizes measured by benchmarks/lti.py; see docs/maths/chunked.md."""
+    return "sequential" if steps <= 1 else "chunked"
+
+
+def chunk_length(order: int, steps: int) -> int:
+    """L of the chunked method: the length near the measured best that divides the steps, or else the best itself."""
+    best = 32
+    # Padding to whole chunks costs a copy of the gradient. A compiled graph must not depend on what divides its length.
+    if not torch.compiler.is_compiling():
+        for length in sorted(range(best // 2, 2 * best + 1), key=lambda length: abs(length - best)):
+            if steps % length == 0:
+                return length
+    while best // 2 >= steps and best > 1:
+        best //= 2
+    return best
+
+
+# What each method needs of A and B. They get A transposed, (..., N, N), and B, (..., N), in float64.
+
+
+def _prepare_sequential(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    return B.unsqueeze(-2), A.unsqueeze(-3)
+
+
+def _prepare_response(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """H reversed in time, (..., steps, N), by doubling [H, A^k H]; and A^(2^j) up to the power that is ``steps``."""
+    H, powers = B.unsqueeze(-2), [A]
+    while H.shape[-2] < steps:
+        H = torch.cat([H, H[..., : steps - H.shape[-2], :] @ powers[-1]], dim=-2)
+        powers.append(powers[-1] @ powers[-1])
+    return H.flip(-2), torch.stack(powers, dim=-3)
+
+
+def _prepare_fft(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    H, powers = _prepare_response(A, B, steps)
+    return torch.fft.rfft(H.flip(-2), n=2 * steps, dim=-2), powers
+
+
+def _prepare_chunked(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    length = chunk_length(A.shape[-1], steps)
+    powers = A.unsqueeze(-3)
+    while powers.shape[-3] < length:
+        further = powers[..., : length - powers.shape[-3], :, :] @ powers[..., -1:, :, :]
+        powers = torch.cat([powers, further], dim=-3)
+    carries = [powers[..., -1, :, :]]
+    while length * 2 ** len(carries) < steps:
+        carries.append(carries[-1] @ carries[-1])
+    return _chunk_weights(powers, B), torch.stack(carries, dim=-3)
+
+
+def _chunk_weights(powers: Tensor, B: Tensor) -> Tensor:
+    """W (..., L + N, L N), such that [u of a chunk, m before it] @ W is m at each of the chunk's L steps.
+
+    Row j < L holds A^(l-j) B at step l >= j and zeros before; the other N rows hold A^(l+1), transposed. The last N
+    columns are thus the end of the chunk: A^(L-1) B ... B over A^L.
+    """
+    length, order = powers.shape[-3], powers.shape[-1]
+    b = B.unsqueeze(-2)
+    H = torch.cat([b, (b.unsqueeze(-3) @ powers[..., : length - 1, :, :]).squeeze(-2)], dim=-2)
+    windows = F.pad(H, (0, 0, length - 1, 0)).unfold(-2, length, 1).flip(-3)  # (..., j, N, l)
+    toeplitz = windows.mT.reshape(*B.shape[:-1], length, length * order)
+    response = powers.transpose(-3, -2).reshape(*B.shape[:-1], order, length * order)
+    return torch.cat([toeplitz, response], dim=-2)
+
+
+_PREPARE = {
+    "sequential": _prepare_sequential,
+    "toeplitz": _prepare_response,
+    "fft": _prepare_fft,
+    "chunked": _prepare_chunked,
+    "last": _prepare_response,
+}
+
+
+# The methods. u (C, B, T), state (C, B, N) or None, reset (B, T) or None -> memory (C, B, T, N), final_state (C, B, N).
+
+
+def _sequential(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(19): m_t = A m_{t-1} + B u_t, a step at a time."""
+    A, B = kernels.powers[..., 0, :, :], kernels.inputs
+    m = u.new_zeros(*u.shape[:2], A.shape[-1]) if state is None else state
+    memory = []
+    for t in range(u.shape[-1]):
+        if reset is not None:
+            m = torch.where(reset[:, t, None], 0, m)
+        m = m @ A + u[..., t, None] * B
+        memory.append(m)
+    return torch.stack(memory, dim=2), m
+
+
+def _toeplitz(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(24): m_{1:T} = H U, with every window of u written out: (C, B, T, T)."""
+    steps = u.shape[-1]
+    windows = _windows(u)
+    count = None
+    if reset is not None:
+        count = reset.cumsum(-1)
+        windows = torch.where(_windows(count) == count.unsqueeze(-1), windows, 0)
+    H = kernels.inputs[..., -steps:, :]
+    memory = _times(windows, H)
+    if state is not None:
+        memory = memory + _free_response(state, kernels, steps, count)
+    return memory, memory[:, :, -1]
+
+
+def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(26): m_{1:T} = irfft(rfft(H) rfft(u)), padded with zeros to twice the length so that nothing wraps around."""
+    steps, padded = u.shape[-1], 2 * max(kernels.steps, 1)
+    spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-1) * kernels.inputs.unsqueeze(-3)
+    memory = torch.fft.irfft(spectrum, n=padded, dim=-2)[:, :, :steps]
+    if state is not None:
+        memory = memory + _free_response(state, kernels, steps, None)
+    return memory, memory[:, :, -1]
+
+
+def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[u of the chunk, m before it] @ W for all chunks at once, after the m before each chunk is known."""
+    channels, batch, steps = u.shape
+    W, order = kernels.inputs, kernels.powers.shape[-1]
+    length = W.shape[-2] - order
+    chunks = -(-steps // length)
+    u = F.pad(u, (0, chunks * length - steps)).reshape(channels, batch, chunks, length)
+    if reset is not None:
+        reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
+        memory = _chunked_with_reset(u, kernels, state, reset)
+    elif chunks == 1 and state is None:
+        memory = _times(u, W[..., :length, :])
+    else:
+        before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
+        memory = _times(torch.cat([u, before], dim=-1), W)
+    memory = memory.reshape(channels, batch, chunks * length, order)[:, :, :steps]
+    return memory, memory[:, :, -1]
+
+
+def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
+    """The same with what a reset cuts off taken out before it is multiplied, so that not even a NaN gets past it."""
+    W, order = kernels.inputs, kernels.powers.shape[-1]
+    length = u.shape[-1]
+    count = reset.cumsum(-1)  # (B, chunks, L): resets since the start of the chunk
+    windows = torch.where(_windows(count) == count.unsqueeze(-1), _windows(u), 0)
+    inside = _times(windows, W[..., :length, -order:])  # (C, B, chunks, L, N)
+    untouched = count == 0
+    before = _before_chunks(inside[..., -1, :], kernels, state, untouched[..., -1:])
+    carried = _times(before, W[..., length:, :]).unflatten(-1, (length, order))
+    return inside + torch.where(untouched.unsqueeze(-1), carried, 0)
+
+
+def _before_chunks(ends: Tensor, kernels: Kernels, state: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    """m before each chunk, (C, B, chunks, N), from what each chunk alone leaves at its end."""
+    if state is None:
+        state = torch.zeros_like(ends[:, :, 0])
+    chunks = ends.shape[2]
+    padded = 1
+    while padded < chunks:
+        padded *= 2
+    pad = (0, 0, 0, padded - chunks)
+    kept = None if kept is None else F.pad(kept, pad)
+    powers = list(kernels.powers.unbind(-3))
+    return _scan(F.pad(ends, pad), kept, state, powers)[:, :, :chunks]
+
+
+def _scan(ends: Tensor, kept: Tensor | None, state: Tensor, powers: list[Tensor]) -> Tensor:
+    """s_k of s_{k+1} = A s_k + ends_k, (C, B, K, N) for K a power of 2: by pairs, so 2 K products in 2 log2 K steps."""
+    if ends.shape[2] == 1:
+        return state.unsqueeze(2)
+    A, *squares = powers
+    first, second = ends[:, :, 0::2], ends[:, :, 1::2]
+    through, kept_first, kept_pair = _times(first, A), None, None
+    if kept is not None:
+        kept_first, kept_second = kept[:, 0::2], kept[:, 1::2]
+        kept_pair = kept_first & kept_second
+        through = torch.where(kept_second, through, 0)
+    even = _scan(through + second, kept_pair, state, squares or [A @ A])
+    through = _times(even, A)
+    if kept_first is not None:
+        through = torch.where(kept_first, through, 0)
+    return torch.stack([even, through + first], dim=3).flatten(2, 3)
+
+
+def _last(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[None, Tensor]:
+    """(25): m_T = H reverse(u), one matrix product; and A^T times the state."""
+    steps = u.shape[-1]
+    after = None
+    if reset is not None:
+        count = reset.cumsum(-1)
+        after = count == count[:, -1:]
+        u = torch.where(after, u, 0)
+    final_state = _times(u, kernels.inputs[..., -steps:, :])
+    if state is not None:
+        for level, power in enumerate(kernels.powers.unbind(-3)):
+            if steps >> level & 1:
+                state = _times(state, power)
+        if reset is not None:
+            state = torch.where(reset.any(-1, keepdim=True), 0, state)
+        final_state = final_state + state
+    return None, final_state
+
+
+_APPLY = {"sequential": _sequential, "toeplitz": _toeplitz, "fft": _fft, "chunked": _chunked, "last": _last}
+
+
+def _free_response(state: Tensor, kernels: Kernels, steps: int, resets_so_far: Tensor | None) -> Tensor:
+    """A^t m_0 for t = 1..T without input, (C, B, T, N), by doubling [F, A^k F]."""
+    powers = kernels.powers.unbind(-3)
+    response = _times(state, powers[0]).unsqueeze(2)
+    for power in powers:
+        if response.shape[2] < steps:
+            further = _times(response[:, :, : steps - response.shape[2]], power)
+            response = torch.cat([response, further], dim=2)
+    return response if resets_so_far is None else torch.where(resets_so_far.unsqueeze(-1) == 0, response, 0)
+
+
+def _windows(x: Tensor) -> Tensor:
+    """x (..., T) -> (..., T, T): row t is the last T steps up to t, with zeros before the first."""
+    steps = x.shape[-1]
+    return F.pad(x, (steps - 1, 0)).unfold(-1, steps, 1)
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (C, ..., K) @ matrix (K, M) or (C, K, M), as one product or one a channel."""
+    if matrix.ndim == 2:
+        return rows @ matrix
+    return (rows.flatten(1, -2) @ matrix).unflatten(1, rows.shape[1:-1])
+
+
+def _nothing(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """No step, sequence or channel: an empty memory and the state as it was."""
+    order = kernels.powers.shape[-1]
+    empty = u.unsqueeze(-1).expand(*u.shape, order)
+    return empty, empty.sum(2) if state is None else state
+
+
+def _apply_to_parts(
+    u: Tensor, kernels: Kernels, initial_state: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A and B are real: the real and the imaginary part are two batches."""
+    if initial_state is not None:
+        imaginary = initial_state.imag if initial_state.is_complex() else torch.zeros_like(initial_state)
+        initial_state = torch.cat([initial_state.real, imaginary])
+    reset = None if reset is None else torch.cat([reset, reset])
+    memory, final_state = apply(torch.cat([u.real, u.imag]), kernels, initial_state, reset=reset)
+    return torch.complex(*memory.chunk(2)), torch.complex(*final_state.chunk(2))
+
+
+def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype.to_real(), torch.float32)
+
+
+# Checks, at the public edge.
+
+
+def _check_input(u: Any) -> None:
+    if u.ndim != 3:
+        raise ValueError(f"u must be (batch, time, channels), got shape {tuple(u.shape)}: add the missing axes")
+    if not (u.is_floating_point() or u.is_complex()):
+        raise ValueError(f"u must be floating point or complex, got {u.dtype}: convert it with .float()")
+
+
+def _check_system(A: Any, B: Any) -> None:
+    if A.ndim not in (2, 3) or A.shape[-1] != A.shape[-2] or B.shape != A.shape[:-1]:
+        raise ValueError(
+            f"A must be (N, N) and B (N,), or (C, N, N) and (C, N), got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise ValueError(f"A and B must be real and floating point, got {A.dtype} and {B.dtype}")
+    if A.device != B.device:
+        raise ValueError(f"A and B must share a device, got {A.device} and {B.device}: move one with .to()")
+
+
+def _check_fit(u: Any, kernels: Kernels, initial_state: Any, reset: Any) -> None:
+    batch, steps, channels = u.shape
+    method, longest, powers = kernels.method, kernels.steps, kernels.powers
+    order = powers.shape[-1]
+    if u.device != powers.device:
+        raise ValueError(f"u and A must share a device, got {u.device} and {powers.device}: move one with .to()")
+    if _carry_dtype(u.dtype) != powers.dtype:
+        raise ValueError(
+            f"the kernels were prepared for {powers.dtype}, got u in {u.dtype}: prepare them with dtype=u.dtype"
+        )
+    if powers.ndim == 4 and powers.shape[0] != channels:
+        raise ValueError(f"u must have one channel for each of the {powers.shape[0]} systems in A, got {channels}")
+    if method not in ("sequential", "chunked") and steps > longest:
+        raise ValueError(
+            f"kernels of method {method!r} were prepared for up to {longest} steps, got {steps}: prepare longer ones"
+        )
+    if reset is not None and method == "fft":
+        raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
+    if reset is not None and (reset.shape != (batch, steps) or reset.dtype != torch.bool):
+        raise ValueError(
+            f"reset must be bool (B, T) = {(batch, steps)}, got {reset.dtype} of shape {tuple(reset.shape)}"
+        )
+    if initial_state is None:
+        return
+    if initial_state.shape != (batch, channels, order):
+        raise ValueError(
+            f"initial_state must be (B, C, N) = {(batch, channels, order)}, got {tuple(initial_state.shape)}: it is "
+            "the final_state of a batch of the same size"
+        )
+    if initial_state.device != u.device:
+        raise ValueError(
+            f"initial_state and u must share a device, got {initial_state.device} and {u.device}: move one with .to()"
+        )
+    if initial_state.is_complex() and not u.is_complex():
+        raise ValueError(f"initial_state is {initial_state.dtype} but u is {u.dtype}: give u as complex too")
