@@ -1,0 +1,261 @@
+"""The contract of every layer, written once: ``layer(x, state, lengths=..., reset=...) -> (output, state)`` and ``layer.step``.
+
+A new layer is a state, its sizes and one method; checks, padding, the default step and the streaming promise come from here::
+
+    class LeakyState(NamedTuple):
+        memory: Tensor  # (B, C)
+
+    class Leaky(RecurrentLayer):
+        '''h_t = a * h_{t-1} + (1 - a) * (W x_t), one learned decay a = sigmoid(d) per unit.'''
+
+        State = LeakyState
+
+        def __init__(self, input_size: int, hidden_size: int):
+            super().__init__(input_size)
+            self.decay = nn.Parameter(torch.zeros(hidden_size))
+            self.weight = nn.Parameter(torch.randn(hidden_size, input_size) / input_size**0.5)
+
+        def _state_shapes(self):
+            return LeakyState((self.decay.numel(),))
+
+        def _sequence(self, x, state, lengths, reset):
+            decay = self.decay.sigmoid()
+            initial = None if state is None else state.memory
+            states, final = linear_recurrence(decay, (1 - decay) * F.linear(x, self.weight), initial, reset=reset)
+            return states, LeakyState(at_length(states, initial, final, lengths))
+
+Export it from ``legato.layers`` and ``tests/test_contract.py`` tests it. Next: ``legendre_memory.py``, the simplest real one.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Bool, Float, Int, Shaped, Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class RecurrentLayer(nn.Module):
+    """(output, state) = layer(x, state): the base of every layer here; see the module docstring for how to write one.
+
+    A subclass sets ``State`` and defines ``_state_shapes`` and ``_sequence``; ``_step`` when one step can be had for less
+    than a sequence of one; ``_weight`` when its first parameter does not have the dtype of its inputs.
+    """
+
+    #: The layer's own NamedTuple of tensors, memory first; each has shape (B, *what _state_shapes says).
+    State: ClassVar[Any]
+    #: False where the output is that of the last step only: (B, channels) in place of (B, T, channels).
+    return_sequences: bool = True
+
+    def __init__(self, input_size: int):
+        super().__init__()
+        self.input_size = positive_int(input_size, "input_size")
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """output_t, state_t = step(x_t, state_{t-1}) for every t, computed for all t at once where the layer can.
+
+        Args:
+            x: the input, (B, T, input_size), in the dtype and on the device of the layer (any float dtype under autocast).
+            state: what an earlier call or ``initial_state`` returned; None starts from zeros.
+            lengths: how many steps of each row count, 0 to T, for batches padded on the right. What the padding holds, NaN
+                included, changes nothing. Keep it on the CPU to spare the device a wait.
+            reset: True drops the state of that row before that step.
+
+        Returns:
+            output: (B, T, channels), zero from ``lengths`` on; of a layer built with ``return_sequences=False``
+                (B, channels), the output of the last step that counts, zero where a row has none.
+            state: the state after the last step that counts, in float32 or wider: the next chunk starts from it.
+
+        Raises:
+            ValueError: a shape, dtype, device or range is wrong; the message says which and what to do.
+        """
+        self._check_arguments(x, state, lengths, reset)
+        if lengths is None:
+            return self._sequence(x, state, None, reset)
+        lengths = lengths.to(x.device)
+        output, state = self._sequence(zero_padding(x, lengths), state, lengths, reset)
+        if not self.return_sequences:
+            return torch.where((lengths > 0)[:, None], output, 0), state
+        return zero_padding(output, lengths), state
+
+    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, Any]:
+        """output_t, state_t = step(x_t, state_{t-1}): one step of a stream.
+
+        Args:
+            x_t: the input at this step, (B, input_size).
+            state: what the step before returned; at the start ``initial_state(batch_size)``.
+
+        Returns:
+            output_t: (B, channels).
+            state: to be given to the next step.
+        """
+        self._check_input(x_t, "(B, input_size)", 2)
+        self._check_state(state, x_t.shape[0])
+        return self._step(x_t, state)
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """state_0 = 0: zeros for ``batch_size`` rows, on the layer's device and in its carry dtype unless told otherwise."""
+        weight = self._weight()
+        return self.State(
+            *(
+                torch.zeros(batch_size, *shape, device=device or weight.device, dtype=dtype or self._carry_dtype())
+                for shape in self._state_shapes()
+            )
+        )
+
+    # What a layer says about itself.
+
+    def _state_shapes(self) -> Any:
+        """The layer's State with a shape, without the batch axis, in place of each tensor."""
+        raise NotImplementedError
+
+    def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
+        """Output and final state for checked arguments. ``x`` is zero from ``lengths`` on; the caller clears the outputs
+        there, the final state must be the one at the length (``at_length``). ``state`` None means zeros."""
+        raise NotImplementedError
+
+    def _step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One step for checked arguments; by default a sequence of one."""
+        output, state = self._sequence(x_t[:, None], state, None, None)
+        return (output[:, 0] if self.return_sequences else output), state
+
+    def _weight(self) -> Tensor:
+        """A tensor with the dtype and device that inputs must have."""
+        return next(self.parameters())
+
+    def _carry_dtype(self) -> torch.dtype:
+        return torch.promote_types(self._weight().dtype, torch.float32)
+
+    # The checks.
+
+    def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
+        self._check_input(x, "(B, T, input_size)", 3)
+        if state is not None:
+            self._check_state(state, x.shape[0])
+        if lengths is not None:
+            _check_lengths(lengths, x)
+        if reset is not None:
+            _check_reset(reset, x)
+
+    def _check_input(self, x: Tensor, axes: str, ndim: int) -> None:
+        weight, name = self._weight(), "x" if ndim == 3 else "x_t"
+        if x.ndim != ndim or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"expected {name} of shape {axes} with input_size {self.input_size}, got {tuple(x.shape)}: "
+                "axes are batch, time, channels"
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"expected {name} on the layer's device {weight.device}, got {x.device}: move one with .to()"
+            )
+        if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(
+                f"expected {name} in the layer's dtype {weight.dtype}, got {x.dtype}: convert one with .to(), or use autocast"
+            )
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        if type(state) is not self.State:
+            raise ValueError(
+                f"expected a {self.State.__name__}, got {type(state).__name__}: "
+                f"use initial_state() or what this {type(self).__name__} returned"
+            )
+        dtype, device = self._carry_dtype(), self._weight().device
+        for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
+            if tuple(tensor.shape) != (batch, *shape):
+                raise ValueError(
+                    f"expected state.{name} of shape {(batch, *shape)} for a batch of {batch}, got {tuple(tensor.shape)}: "
+                    "use a state of this layer and of this batch, such as initial_state(batch_size)"
+                )
+            if tensor.dtype != dtype or tensor.device != device:
+                raise ValueError(
+                    f"expected state.{name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: convert it with .to()"
+                )
+
+
+def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
+    """x where t < lengths[b], else 0, with no gradient from there: NaN past a length ends here."""
+    inside = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+    return torch.where(inside.view(*inside.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
+def at_length(
+    states: Shaped[Tensor, "B T *channels"],
+    initial: Shaped[Tensor, "B *channels"] | None,
+    final: Shaped[Tensor, "B *channels"],
+    lengths: Int[Tensor, "B"] | None,
+) -> Shaped[Tensor, "B *channels"]:
+    """The state after ``lengths`` steps: states[b, lengths[b] - 1], or ``initial`` (None: zeros) where a length is 0."""
+    if lengths is None or states.shape[1] == 0:
+        return final
+    rows = torch.arange(states.shape[0], device=states.device)
+    picked = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
+    some = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
+    return torch.where(some, picked, 0 if initial is None else initial)
+
+
+def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """The function for a name in ACTIVATIONS; None and "identity" give None, a callable gives itself."""
+    if name is None or name == "identity":
+        return None
+    if callable(name):
+        return name
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"expected an activation among {', '.join(['identity', *ACTIVATIONS])} or a callable, got {name!r}"
+        )
+    return ACTIVATIONS[name]
+
+
+def positive_int(value: int, name: str) -> int:
+    """``value`` when it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} to be an int of at least 1, got {value!r}")
+    return value
+
+
+def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+    batch, steps = x.shape[:2]
+    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"expected lengths of shape ({batch},) in an integer dtype, got {tuple(lengths.shape)} in {lengths.dtype}: "
+            "give the number of steps of each row"
+        )
+    if lengths.device != x.device and lengths.device.type != "cpu":
+        raise ValueError(f"expected lengths on {x.device} or the CPU, got {lengths.device}: move it with .to()")
+    # Compiled and fake tensors have no values to look at; lengths beyond T then count as T.
+    if torch.compiler.is_compiling() or type(lengths) is not torch.Tensor or lengths.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(lengths))
+    if low < 0 or high > steps:
+        raise ValueError(
+            f"expected lengths between 0 and T = {steps}, got {low} to {high}: clip them or pad x to the longest"
+        )
+
+
+def _check_reset(reset: Tensor, x: Tensor) -> None:
+    if reset.shape != x.shape[:2] or reset.dtype != torch.bool:
+        raise ValueError(
+            f"expected reset of shape {tuple(x.shape[:2])} in torch.bool, got {tuple(reset.shape)} in {reset.dtype}: "
+            "True marks the steps before which the state is dropped"
+        )
+    if reset.device != x.device:
+        raise ValueError(f"expected reset on {x.device}, got {reset.device}: move it with .to()")

@@ -1,0 +1,257 @@
+"""The Legendre Memory Unit that trains in parallel over time: an encoder, a Legendre memory and a read-out.
+
+``LMU.forward`` has two forms: every output (``_sequence``), or the last one alone (``_last``), which is one matrix product.
+The memory itself is ``legendre_memory.py``; the unit it replaces, with recurrent weights, is ``recurrent_lmu.py``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from legato._shapes import Float, Int, Tensor
+from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato.layers.legendre_memory import LegendreMemory
+from legato.ops.lti import apply
+
+# The memory of a segment of time: it stays in the cache, and glibc keeps blocks under 32 MiB for the next segment.
+SEGMENT_BYTES = 16 * 2**20
+
+
+class LMUState(NamedTuple):
+    """m_t, not scaled, in float32 or wider."""
+
+    memory: Float[Tensor, "B C N"]
+
+
+class LMU(RecurrentLayer):
+    """o_t = f2(W_m m_t + W_x x_t + b_o) of a memory m_t = A m_{t-1} + B u_t of the encoded input u_t = f1(U_x x_t + b_u).
+
+    Nothing learned feeds back in time (the 2019 unit, ``RecurrentLMU``, has W_h, e_h and e_m): A and B are fixed by
+    ``order`` and ``theta``, so all m_t come from matrix products over time, and the same network runs as a stream, a step
+    at a time, from ``state.memory``. What W_m reads is ``memory.scale * m_t``; see ``calibrate``.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: channels of the output o.
+        memory_size: C, channels of u, each with a memory of its own.
+        order: N, numbers kept a channel.
+        theta: length of the window in steps, 1 or more; a number, or one per channel of u.
+        discretizer: "zoh" (the paper's), "euler" or "bilinear".
+        trainable_theta: learn theta; see ``LegendreMemory``.
+        encoder_activation: f1, "identity" (the paper's on psMNIST), "relu", "tanh", "gelu", "silu", "sigmoid" or a callable.
+        activation: f2, likewise; "relu" is the paper's on psMNIST.
+        input_to_output: with W_x x_t, or without.
+        bias: with b_u and b_o, or without.
+        memory_dropout: share of m_t dropped in training before W_m reads it (0.5 in the paper's psMNIST, on its outputs).
+        return_sequences: True gives o_t at every step. False gives o at the last step that counts, by form (25).
+        recompute: in training, hold the memory of one segment of time only, and compute it again in the backward; it
+            takes effect when the whole memory passes 16 MiB. False holds everything: more memory, some 10 to 30 % faster.
+        method: how memories are computed, see ``LegendreMemory``; None chooses.
+        device, dtype: of the weights.
+
+    Shapes: input (B, T, input_size), output (B, T, hidden_size) or (B, hidden_size), state.memory (B, memory_size, order).
+
+    Example:
+        >>> layer = LMU(input_size=1, hidden_size=346, order=468, theta=784, return_sequences=False)
+        >>> output, state = layer(torch.randn(100, 784, 1))
+        >>> output.shape, state.memory.shape
+        (torch.Size([100, 346]), torch.Size([100, 1, 468]))
+
+    Source: Chilkuri & Eliasmith 2021, (18) to (20), (24) to (26). Start: U_x and W_x, W_m as e_x (LeCun-uniform) and W
+    (Glorot-normal) of Voelker, Kajic & Eliasmith 2019, each row of U_x then brought to length 1, so that a draw near zero does
+    not shut a memory of one input off (ours); biases zero.
+    """
+
+    State = LMUState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        memory_size: int = 1,
+        order: int,
+        theta: float | list[float] | tuple[float, ...] | Tensor,
+        discretizer: str = "zoh",
+        trainable_theta: bool = False,
+        encoder_activation: str | Callable[[Tensor], Tensor] = "identity",
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        input_to_output: bool = True,
+        bias: bool = True,
+        memory_dropout: float = 0.0,
+        return_sequences: bool = True,
+        recompute: bool = True,
+        method: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(input_size)
+        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        if not 0 <= memory_dropout < 1:
+            raise ValueError(f"expected memory_dropout from 0 to below 1, got {memory_dropout}")
+        if method is not None and not return_sequences:
+            raise ValueError(
+                f"expected method None with return_sequences=False, got {method!r}: the last output needs no sequence of memories"
+            )
+        self.encoder_activation = encoder_activation
+        self.activation = activation
+        activation_function(encoder_activation), activation_function(activation)  # raise on unknown names
+        self.memory_dropout = memory_dropout
+        self.return_sequences = return_sequences
+        self.recompute = recompute
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.memory = LegendreMemory(
+            memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, method=method, **where
+        )
+        self.encoder = nn.Linear(input_size, memory_size, bias=bias, **where)  # U_x, b_u
+        self.memory_to_output = nn.Linear(memory_size * order, hidden_size, bias=bias, **where)  # W_m, b_o
+        self.input_to_output = (
+            nn.Linear(input_size, hidden_size, bias=False, **where) if input_to_output else None
+        )  # W_x
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; see Source above. The scale and theta of the memory stay."""
+        U_x = self.encoder.weight.uniform_(-1, 1)
+        U_x.div_(torch.linalg.vector_norm(U_x, dim=1, keepdim=True).clamp(min=torch.finfo(U_x.dtype).tiny))
+        nn.init.xavier_normal_(self.memory_to_output.weight)
+        if self.input_to_output is not None:
+            nn.init.xavier_normal_(self.input_to_output.weight)
+        for linear in (self.encoder, self.memory_to_output):
+            if linear.bias is not None:
+                linear.bias.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, x: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
+        """memory.scale = 1 / std(m) over all rows and steps of typical input ``x``; see ``LegendreMemory.calibrate``.
+
+        Call it before training, after the last change to the encoder by hand.
+        """
+        self._check_arguments(x, None, lengths, None)
+        self.memory.calibrate(self._encode(x), lengths=lengths)
+
+    def _state_shapes(self) -> LMUState:
+        return LMUState((self.memory.channels, self.memory.order))  # pyright: ignore[reportArgumentType]
+
+    def _sequence(self, x, state, lengths, reset):
+        if not self.return_sequences:
+            return self._last(x, state, lengths, reset)
+        initial = None if state is None else state.memory
+        carry = self._carry_dtype()
+        length = self._segment_length(x)
+        kernels = self.memory.kernels(length)
+        u = self._encode(x)  # (B, T, C)
+        bias = self.memory_to_output.bias
+        if self.input_to_output is not None:
+            rest = F.linear(x, self.input_to_output.weight, bias)  # W_x x_t + b_o, (B, T, H)
+        else:
+            rest = torch.zeros(self.hidden_size, device=x.device, dtype=x.dtype) if bias is None else bias
+            rest = rest.expand(*x.shape[:2], self.hidden_size)
+        W_m = self.memory_to_output.weight * self.memory.scale.flatten()
+
+        def segment(u, rest, m, start):
+            """(20) before f2 over one segment of time; the only place where its memories exist, (B, S, C, N)."""
+            # at_length must not pick a state that was rounded to 16 bits.
+            memory, final = apply(
+                u if lengths is None else u.to(carry), kernels, m, reset=_part(reset, start, u.shape[1])
+            )
+            if lengths is not None:
+                # Rows that ended before this segment keep what they had.
+                here = at_length(memory, m, final, (lengths - start).clamp(0, u.shape[1]))
+                final = here
+            read = F.dropout(memory.to(u.dtype).flatten(-2).flatten(0, 1), self.memory_dropout, self.training)
+            return torch.addmm(rest.flatten(0, 1), read, W_m.mT).unflatten(0, u.shape[:2]), final
+
+        if length >= x.shape[1]:
+            z, m = segment(u, rest, initial, 0)
+            return self._f2(z), LMUState(m)
+        outputs, m = [], initial
+        for start in range(0, x.shape[1], length):
+            pieces = u[:, start : start + length], rest[:, start : start + length], m, start
+            if torch.is_grad_enabled():
+                random = self.memory_dropout > 0 and self.training
+                z, m = checkpoint(segment, *pieces, use_reentrant=False, preserve_rng_state=random)
+            else:
+                z, m = segment(*pieces)
+            outputs.append(z)
+        return self._f2(torch.cat(outputs, dim=1)), LMUState(m)
+
+    def _last(self, x, state, lengths, reset):
+        """(25) and (20) at the last step that counts."""
+        batch, steps, _ = x.shape
+        initial = None if state is None else state.memory
+        if steps == 0:
+            return x.new_zeros(batch, self.hidden_size), LMUState(
+                self.initial_state(batch).memory if state is None else initial
+            )
+        if state is None and lengths is None and reset is None and self._input_first(x):
+            m = self._last_input_first(x)
+        else:
+            m = self.memory.last(self._encode(x), initial, lengths=lengths, reset=reset)
+        x_n = x[:, -1] if lengths is None else x[torch.arange(batch, device=x.device), (lengths - 1).clamp(min=0)]
+        return self._read((m * self.memory.scale).to(x.dtype), x_n), LMUState(m)
+
+    def _input_first(self, x: Tensor) -> bool:
+        """Whether the memory of x itself can take the place of that of u: all is linear, and it costs no more."""
+        return (
+            activation_function(self.encoder_activation) is None
+            and not x.requires_grad
+            and self.input_size <= self.memory.channels
+            and self.memory.window().ndim == 0
+        )
+
+    def _last_input_first(self, x: Tensor) -> Tensor:
+        """m = U_x (H x) + b_u (H 1): (25) on data needs no gradient, which leaves a third of the training step out."""
+        kernels = self.memory.kernels(x.shape[1], last_only=True)
+        of_x = apply(x, kernels)[1]  # (B, input_size, N)
+        with torch.autocast(x.device.type, enabled=False):
+            m = F.linear(of_x.mT, self.encoder.weight.to(of_x.dtype)).mT  # (B, C, N)
+            if self.encoder.bias is None:
+                return m
+            of_one = apply(torch.ones_like(x[:1, :, :1]), kernels)[1]  # (1, 1, N)
+            return m + self.encoder.bias.to(m.dtype)[:, None] * of_one
+
+    def _step(self, x_t, state):
+        m, new = self.memory._step(self._encode(x_t), state)
+        return self._read(m, x_t), LMUState(new.memory)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """(18): u = f1(U_x x + b_u)."""
+        u = F.linear(x, self.encoder.weight, self.encoder.bias)
+        f1 = activation_function(self.encoder_activation)
+        return u if f1 is None else f1(u)
+
+    def _read(self, m: Tensor, x_t: Tensor) -> Tensor:
+        """(20) for one step of scaled memory: o = f2(W_m m + W_x x + b_o)."""
+        m = F.dropout(m.flatten(-2), self.memory_dropout, self.training)
+        z = F.linear(m, self.memory_to_output.weight, self.memory_to_output.bias)
+        if self.input_to_output is not None:
+            z = z + F.linear(x_t, self.input_to_output.weight)
+        return self._f2(z)
+
+    def _f2(self, z: Tensor) -> Tensor:
+        f2 = activation_function(self.activation)
+        return z if f2 is None else f2(z)
+
+    def _segment_length(self, x: Tensor) -> int:
+        """Steps to a segment: T when all memories are small or nothing is to be recomputed; else such that a segment's
+        memories are, but never under sqrt(T), or the states between segments would outgrow them."""
+        batch, steps, _ = x.shape
+        a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
+        if a_step * steps <= SEGMENT_BYTES or (torch.is_grad_enabled() and not self.recompute):
+            return steps
+        length = max(SEGMENT_BYTES // a_step, math.isqrt(steps))
+        return -(-length // 32) * 32  # whole chunks of the chunked method
+
+    def _weight(self) -> Tensor:
+        return self.encoder.weight
+
+
+def _part(reset: Tensor | None, start: int, steps: int) -> Tensor | None:
+    return None if reset is None else reset[:, start : start + steps]
