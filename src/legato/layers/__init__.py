@@ -2,8 +2,10 @@
 
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
+from legato.layers.recurrent_lmu import RecurrentLMU
 
 __all__ = [
     "LMU",
     "LegendreMemory",
+    "RecurrentLMU",
 ]

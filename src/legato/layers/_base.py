@@ -1,6 +1,6 @@
-"""The contract of every layer, written once: ``layer(x, state, lengths=..., reset=...) -> (output, state)`` and ``layer.step``.
+"""The contract of every layer, once: ``layer(x, state, lengths=..., reset=...) -> (output, state)``, ``layer.step``.
 
-A new layer is a state, its sizes and one method; checks, padding, the default step and the streaming promise come from here::
+A new layer is a state, its sizes and one method; the checks, the padding and a default step come from here::
 
     class LeakyState(NamedTuple):
         memory: Tensor  # (B, C)
@@ -24,11 +24,11 @@ A new layer is a state, its sizes and one method; checks, padding, the default s
             states, final = linear_recurrence(decay, (1 - decay) * F.linear(x, self.weight), initial, reset=reset)
             return states, LeakyState(at_length(states, initial, final, lengths))
 
-Export it from ``legato.layers`` and ``tests/test_contract.py`` tests it. Next: ``legendre_memory.py``, the simplest real one.
+Export it from ``legato.layers`` and ``tests/test_contract.py`` tests it. Next: ``legendre_memory.py``, a real one.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class RecurrentLayer(nn.Module):
     """(output, state) = layer(x, state): the base of every layer here; see the module docstring for how to write one.
 
-    A subclass sets ``State`` and defines ``_state_shapes`` and ``_sequence``; ``_step`` when one step can be had for less
-    than a sequence of one; ``_weight`` when its first parameter does not have the dtype of its inputs.
+    A subclass sets ``State`` and defines ``_state_shapes`` and ``_sequence``; ``_step`` when one step can be had for
+    less than a sequence of one; ``_weight`` when its first parameter does not have the dtype of its inputs.
     """
 
     #: The layer's own NamedTuple of tensors, memory first; each has shape (B, *what _state_shapes says).
-    State: ClassVar[Any]
+    State: Any
     #: False where the output is that of the last step only: (B, channels) in place of (B, T, channels).
     return_sequences: bool = True
 
@@ -72,10 +72,10 @@ class RecurrentLayer(nn.Module):
         """output_t, state_t = step(x_t, state_{t-1}) for every t, computed for all t at once where the layer can.
 
         Args:
-            x: the input, (B, T, input_size), in the dtype and on the device of the layer (any float dtype under autocast).
+            x: the input, (B, T, input_size), in the layer's dtype and on its device; any float dtype under autocast.
             state: what an earlier call or ``initial_state`` returned; None starts from zeros.
-            lengths: how many steps of each row count, 0 to T, for batches padded on the right. What the padding holds, NaN
-                included, changes nothing. Keep it on the CPU to spare the device a wait.
+            lengths: how many steps of each row count, 0 to T, for batches padded on the right. What the padding holds,
+                NaN included, changes nothing. Keep it on the CPU to spare the device a wait.
             reset: True drops the state of that row before that step.
 
         Returns:
@@ -113,7 +113,7 @@ class RecurrentLayer(nn.Module):
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
-        """state_0 = 0: zeros for ``batch_size`` rows, on the layer's device and in its carry dtype unless told otherwise."""
+        """state_0 = 0 for ``batch_size`` rows, on the layer's device, in float32 or wider, unless told otherwise."""
         weight = self._weight()
         return self.State(
             *(
@@ -129,8 +129,8 @@ class RecurrentLayer(nn.Module):
         raise NotImplementedError
 
     def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
-        """Output and final state for checked arguments. ``x`` is zero from ``lengths`` on; the caller clears the outputs
-        there, the final state must be the one at the length (``at_length``). ``state`` None means zeros."""
+        """Output and final state for checked arguments. ``x`` is zero from ``lengths`` on; the caller clears the
+        outputs there, the final state must be the one at the length (``at_length``). ``state`` None means zeros."""
         raise NotImplementedError
 
     def _step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -169,7 +169,7 @@ class RecurrentLayer(nn.Module):
             )
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(
-                f"expected {name} in the layer's dtype {weight.dtype}, got {x.dtype}: convert one with .to(), or use autocast"
+                f"expected {name} in {weight.dtype} as the layer, got {x.dtype}: convert one with .to() or use autocast"
             )
 
     def _check_state(self, state: Any, batch: int) -> None:
@@ -182,12 +182,13 @@ class RecurrentLayer(nn.Module):
         for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
             if tuple(tensor.shape) != (batch, *shape):
                 raise ValueError(
-                    f"expected state.{name} of shape {(batch, *shape)} for a batch of {batch}, got {tuple(tensor.shape)}: "
+                    f"expected state.{name} of shape {(batch, *shape)}, got {tuple(tensor.shape)}: "
                     "use a state of this layer and of this batch, such as initial_state(batch_size)"
                 )
             if tensor.dtype != dtype or tensor.device != device:
                 raise ValueError(
-                    f"expected state.{name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: convert it with .to()"
+                    f"expected state.{name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: "
+                    "convert it with .to()"
                 )
 
 
@@ -203,7 +204,7 @@ def at_length(
     final: Shaped[Tensor, "B *channels"],
     lengths: Int[Tensor, "B"] | None,
 ) -> Shaped[Tensor, "B *channels"]:
-    """The state after ``lengths`` steps: states[b, lengths[b] - 1], or ``initial`` (None: zeros) where a length is 0."""
+    """The state after ``lengths`` steps: states[b, lengths[b] - 1]; ``initial`` (None: zeros) where a length is 0."""
     if lengths is None or states.shape[1] == 0:
         return final
     rows = torch.arange(states.shape[0], device=states.device)

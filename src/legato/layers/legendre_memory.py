@@ -22,20 +22,20 @@ class LegendreMemoryState(NamedTuple):
 
 
 class LegendreMemory(RecurrentLayer):
-    """m_t = A m_{t-1} + B u_t in every channel, A and B such that m_t holds u over the last theta steps; output scale * m_t.
+    """m_t = A m_{t-1} + B u_t in every channel, such that m_t holds u over the last theta steps; output scale * m_t.
 
     Coefficient i of a channel multiplies the shifted Legendre polynomial P_i(2r - 1) in u_{t - r theta}, r in [0, 1]
-    (``legato.legendre.window_decoder`` draws it). The orders differ in size by far, which slows the training of what reads
-    them: ``calibrate`` sets ``scale`` so that each varies by one. The state is never scaled, so calibrating does not
-    invalidate it.
+    (``legato.legendre.window_decoder`` draws it). The orders differ in size by far, which slows the training of what
+    reads them: ``calibrate`` sets ``scale`` so that each varies by one. The state is never scaled, so calibrating does
+    not invalidate it.
 
     Args:
         channels: C, channels of the input, each with a memory of its own.
         order: N, numbers kept a channel, 1 or more.
         theta: length of the window in steps, 1 or more: a number, or a sequence or tensor of one per channel.
         discretizer: "zoh", "euler" or "bilinear"; see ``legato.legendre.delay_network``.
-        trainable_theta: learn theta, as theta = 1 + exp(log_theta), so that an optimiser changes it in proportion and it
-            stays above one step. A and B are then made again at every call.
+        trainable_theta: learn theta, as theta = 1 + exp(log_theta), so that an optimiser changes it in proportion and
+            it stays above one step. A and B are then made again at every call.
         method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
         device, dtype: of the scale, hence of the input; theta itself stays in float32 or wider.
 
@@ -47,12 +47,14 @@ class LegendreMemory(RecurrentLayer):
         >>> memory.shape, state.memory.shape
         (torch.Size([8, 500, 1, 6]), torch.Size([8, 1, 6]))
 
-    Source: Voelker, Kajic & Eliasmith 2019, (1) to (3); Chilkuri & Eliasmith 2021, (19), (24) to (26). The scale is ours.
+    Source: Voelker, Kajic & Eliasmith 2019, (1) to (3); Chilkuri & Eliasmith 2021, (19), (24) to (26). scale is ours.
     """
 
     State = LegendreMemoryState
 
     scale: Tensor  # (C, N)
+    theta: Tensor  # () or (C,), when frozen
+    log_theta: nn.Parameter  # the same, when trained
 
     def __init__(
         self,
@@ -118,7 +120,8 @@ class LegendreMemory(RecurrentLayer):
             )
         if lengths is not None:
             u = zero_padding(u, lengths)
-        total, squares, state = 0.0, 0.0, None
+        total = squares = torch.zeros((), dtype=torch.float64, device=u.device)
+        state = None
         for start in range(0, u.shape[1], 1024):
             memory, state = apply(u[:, start : start + 1024], self.kernels(min(u.shape[1], 1024)), state)
             if lengths is not None:
@@ -131,8 +134,8 @@ class LegendreMemory(RecurrentLayer):
         if bad.any():
             channel, i = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"expected a memory that varies on u, got a standard deviation of {deviation[channel, i].item():.3g} in "
-                f"channel {channel}, order {i}: give finite input that changes over time, in every channel"
+                f"expected a memory that varies on u, got a standard deviation of {deviation[channel, i].item():.3g} "
+                f"in channel {channel}, order {i}: give finite input that changes over time, in every channel"
             )
         self.scale.copy_(1 / deviation)
 
@@ -141,6 +144,11 @@ class LegendreMemory(RecurrentLayer):
         if last_only:
             return self._keep("last", steps, last_only=True)
         return self._keep("sequence", steps, method=self.method)
+
+    def transition(self) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
+        """A transposed and B of one step, m_t = m_{t-1} @ A + u_t * B, in the dtype of the state."""
+        kernels = self._keep("step", 1, method="sequential")
+        return kernels.powers[..., 0, :, :], kernels.inputs[..., 0, :]
 
     def _state_shapes(self) -> LegendreMemoryState:
         return LegendreMemoryState((self.channels, self.order))  # pyright: ignore[reportArgumentType]
@@ -154,11 +162,10 @@ class LegendreMemory(RecurrentLayer):
         return memory.to(x.dtype) * self.scale.to(x.dtype), LegendreMemoryState(final)
 
     def _step(self, x_t, state):
-        kernels = self._keep("step", 1, method="sequential")
-        A, B = kernels.powers[..., 0, :, :], kernels.inputs  # A is transposed: (N, N) or (C, N, N)
+        A, B = self.transition()
         with torch.autocast(x_t.device.type, enabled=False):
             m = (state.memory.transpose(0, 1) @ A).transpose(0, 1) if A.ndim == 3 else state.memory @ A
-            m = m + x_t.unsqueeze(-1) * B.squeeze(-2)
+            m = m + x_t.unsqueeze(-1) * B
         return m.to(x_t.dtype) * self.scale.to(x_t.dtype), LegendreMemoryState(m)
 
     def last(

@@ -1,6 +1,6 @@
 """The Legendre Memory Unit that trains in parallel over time: an encoder, a Legendre memory and a read-out.
 
-``LMU.forward`` has two forms: every output (``_sequence``), or the last one alone (``_last``), which is one matrix product.
+``LMU.forward`` has two forms: every output (``_sequence``), or the last alone (``_last``), which is one matrix product.
 The memory itself is ``legendre_memory.py``; the unit it replaces, with recurrent weights, is ``recurrent_lmu.py``.
 """
 
@@ -29,11 +29,11 @@ class LMUState(NamedTuple):
 
 
 class LMU(RecurrentLayer):
-    """o_t = f2(W_m m_t + W_x x_t + b_o) of a memory m_t = A m_{t-1} + B u_t of the encoded input u_t = f1(U_x x_t + b_u).
+    """o_t = f2(W_m m_t + W_x x_t + b_o), m_t = A m_{t-1} + B u_t, u_t = f1(U_x x_t + b_u): output, memory, encoder.
 
     Nothing learned feeds back in time (the 2019 unit, ``RecurrentLMU``, has W_h, e_h and e_m): A and B are fixed by
-    ``order`` and ``theta``, so all m_t come from matrix products over time, and the same network runs as a stream, a step
-    at a time, from ``state.memory``. What W_m reads is ``memory.scale * m_t``; see ``calibrate``.
+    ``order`` and ``theta``, so all m_t come from matrix products over time, and the same network runs as a stream, a
+    step at a time, from ``state.memory``. What W_m reads is ``memory.scale * m_t``; see ``calibrate``.
 
     Args:
         input_size: channels of x.
@@ -43,18 +43,20 @@ class LMU(RecurrentLayer):
         theta: length of the window in steps, 1 or more; a number, or one per channel of u.
         discretizer: "zoh" (the paper's), "euler" or "bilinear".
         trainable_theta: learn theta; see ``LegendreMemory``.
-        encoder_activation: f1, "identity" (the paper's on psMNIST), "relu", "tanh", "gelu", "silu", "sigmoid" or a callable.
+        encoder_activation: f1, "identity" (the paper's on psMNIST), "relu", "tanh", "gelu", "silu", "sigmoid" or a
+            callable.
         activation: f2, likewise; "relu" is the paper's on psMNIST.
         input_to_output: with W_x x_t, or without.
         bias: with b_u and b_o, or without.
-        memory_dropout: share of m_t dropped in training before W_m reads it (0.5 in the paper's psMNIST, on its outputs).
+        memory_dropout: share of m_t dropped in training before W_m reads it.
         return_sequences: True gives o_t at every step. False gives o at the last step that counts, by form (25).
         recompute: in training, hold the memory of one segment of time only, and compute it again in the backward; it
-            takes effect when the whole memory passes 16 MiB. False holds everything: more memory, some 10 to 30 % faster.
+            takes effect when the whole memory passes 16 MiB. False holds everything, B * T * C * N numbers.
         method: how memories are computed, see ``LegendreMemory``; None chooses.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size) or (B, hidden_size), state.memory (B, memory_size, order).
+    Shapes: input (B, T, input_size), output (B, T, hidden_size) or (B, hidden_size), state.memory
+    (B, memory_size, order).
 
     Example:
         >>> layer = LMU(input_size=1, hidden_size=346, order=468, theta=784, return_sequences=False)
@@ -62,9 +64,9 @@ class LMU(RecurrentLayer):
         >>> output.shape, state.memory.shape
         (torch.Size([100, 346]), torch.Size([100, 1, 468]))
 
-    Source: Chilkuri & Eliasmith 2021, (18) to (20), (24) to (26). Start: U_x and W_x, W_m as e_x (LeCun-uniform) and W
-    (Glorot-normal) of Voelker, Kajic & Eliasmith 2019, each row of U_x then brought to length 1, so that a draw near zero does
-    not shut a memory of one input off (ours); biases zero.
+    Source: Chilkuri & Eliasmith 2021, (18) to (20), (24) to (26). The weights start as in Voelker, Kajic & Eliasmith
+    2019: U_x as e_x (LeCun-uniform), W_m and W_x as W (Glorot-normal). Ours: each row of U_x is then brought to length
+    1, so that a draw near zero does not shut a memory of one input off. Biases start at zero.
     """
 
     State = LMUState
@@ -96,11 +98,13 @@ class LMU(RecurrentLayer):
             raise ValueError(f"expected memory_dropout from 0 to below 1, got {memory_dropout}")
         if method is not None and not return_sequences:
             raise ValueError(
-                f"expected method None with return_sequences=False, got {method!r}: the last output needs no sequence of memories"
+                f"expected method=None with return_sequences=False, got {method!r}: the last output needs no sequence "
+                "of memories"
             )
         self.encoder_activation = encoder_activation
         self.activation = activation
-        activation_function(encoder_activation), activation_function(activation)  # raise on unknown names
+        for function in (encoder_activation, activation):
+            activation_function(function)  # raises on an unknown name
         self.memory_dropout = memory_dropout
         self.return_sequences = return_sequences
         self.recompute = recompute
@@ -110,9 +114,8 @@ class LMU(RecurrentLayer):
         )
         self.encoder = nn.Linear(input_size, memory_size, bias=bias, **where)  # U_x, b_u
         self.memory_to_output = nn.Linear(memory_size * order, hidden_size, bias=bias, **where)  # W_m, b_o
-        self.input_to_output = (
-            nn.Linear(input_size, hidden_size, bias=False, **where) if input_to_output else None
-        )  # W_x
+        W_x = nn.Linear(input_size, hidden_size, bias=False, **where) if input_to_output else None
+        self.input_to_output = W_x
         self.reset_parameters()
 
     @torch.no_grad()
@@ -142,54 +145,54 @@ class LMU(RecurrentLayer):
     def _sequence(self, x, state, lengths, reset):
         if not self.return_sequences:
             return self._last(x, state, lengths, reset)
-        initial = None if state is None else state.memory
-        carry = self._carry_dtype()
         length = self._segment_length(x)
         kernels = self.memory.kernels(length)
-        u = self._encode(x)  # (B, T, C)
-        bias = self.memory_to_output.bias
-        if self.input_to_output is not None:
-            rest = F.linear(x, self.input_to_output.weight, bias)  # W_x x_t + b_o, (B, T, H)
-        else:
-            rest = torch.zeros(self.hidden_size, device=x.device, dtype=x.dtype) if bias is None else bias
-            rest = rest.expand(*x.shape[:2], self.hidden_size)
         W_m = self.memory_to_output.weight * self.memory.scale.flatten()
-
-        def segment(u, rest, m, start):
-            """(20) before f2 over one segment of time; the only place where its memories exist, (B, S, C, N)."""
-            # at_length must not pick a state that was rounded to 16 bits.
-            memory, final = apply(
-                u if lengths is None else u.to(carry), kernels, m, reset=_part(reset, start, u.shape[1])
-            )
-            if lengths is not None:
-                # Rows that ended before this segment keep what they had.
-                here = at_length(memory, m, final, (lengths - start).clamp(0, u.shape[1]))
-                final = here
-            read = F.dropout(memory.to(u.dtype).flatten(-2).flatten(0, 1), self.memory_dropout, self.training)
-            return torch.addmm(rest.flatten(0, 1), read, W_m.mT).unflatten(0, u.shape[:2]), final
+        u = self._encode(x)  # (B, T, C)
+        rest = self._outside_memory(x)  # W_x x_t + b_o, (B, T, H)
+        m = None if state is None else state.memory
 
         if length >= x.shape[1]:
-            z, m = segment(u, rest, initial, 0)
+            z, m = self._segment(u, rest, m, W_m, kernels, lengths, reset)
             return self._f2(z), LMUState(m)
-        outputs, m = [], initial
+        random = self.training and self.memory_dropout > 0
+        outputs = []
         for start in range(0, x.shape[1], length):
-            pieces = u[:, start : start + length], rest[:, start : start + length], m, start
+            part = slice(start, start + length)
+            piece = (u[:, part], rest[:, part], m, W_m, kernels)
+            until = None if lengths is None else lengths - start
+            drop = None if reset is None else reset[:, part]
             if torch.is_grad_enabled():
-                random = self.memory_dropout > 0 and self.training
-                z, m = checkpoint(segment, *pieces, use_reentrant=False, preserve_rng_state=random)
+                z, m = checkpoint(self._segment, *piece, until, drop, use_reentrant=False, preserve_rng_state=random)
             else:
-                z, m = segment(*pieces)
+                z, m = self._segment(*piece, until, drop)
             outputs.append(z)
-        return self._f2(torch.cat(outputs, dim=1)), LMUState(m)
+        return self._f2(torch.cat(outputs, dim=1)), LMUState(m)  # pyright: ignore[reportArgumentType]
+
+    def _segment(self, u, rest, m, W_m, kernels, lengths, reset):
+        """(19) and (20) before f2 over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
+        # at_length must not pick a state that was rounded to 16 bits.
+        memory, final = apply(u if lengths is None else u.to(self._carry_dtype()), kernels, m, reset=reset)
+        if lengths is not None:  # a row that ended before this segment keeps its m
+            final = at_length(memory, m, final, lengths.clamp(0, u.shape[1]))
+        read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
+        read = F.dropout(read, self.memory_dropout, self.training)
+        return torch.addmm(rest.flatten(0, 1), read, W_m.mT).unflatten(0, u.shape[:2]), final
+
+    def _outside_memory(self, x: Tensor) -> Tensor:
+        """W_x x + b_o, (B, T, H)."""
+        b_o = self.memory_to_output.bias
+        if self.input_to_output is not None:
+            return F.linear(x, self.input_to_output.weight, b_o)
+        rest = torch.zeros((), device=x.device, dtype=x.dtype) if b_o is None else b_o
+        return rest.expand(*x.shape[:2], self.hidden_size)
 
     def _last(self, x, state, lengths, reset):
         """(25) and (20) at the last step that counts."""
         batch, steps, _ = x.shape
         initial = None if state is None else state.memory
         if steps == 0:
-            return x.new_zeros(batch, self.hidden_size), LMUState(
-                self.initial_state(batch).memory if state is None else initial
-            )
+            return x.new_zeros(batch, self.hidden_size), self.initial_state(batch) if state is None else state
         if state is None and lengths is None and reset is None and self._input_first(x):
             m = self._last_input_first(x)
         else:
@@ -251,7 +254,3 @@ class LMU(RecurrentLayer):
 
     def _weight(self) -> Tensor:
         return self.encoder.weight
-
-
-def _part(reset: Tensor | None, start: int, steps: int) -> Tensor | None:
-    return None if reset is None else reset[:, start : start + steps]

@@ -1,0 +1,220 @@
+"""The Legendre Memory Unit of 2019, whose memory and output feed back: sequential, the baseline beside ``lmu.py``.
+
+It is as fast as plain PyTorch makes it: the terms of the input for all steps in two products, then five products and
+a nonlinearity a step. On a CPU those products, not the calls, take the time.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Tensor
+from legato.layers._base import RecurrentLayer, positive_int
+from legato.layers.legendre_memory import LegendreMemory
+
+GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
+
+
+class RecurrentLMUState(NamedTuple):
+    """m_t, not scaled, and the output h_t; in float32 or wider."""
+
+    memory: Float[Tensor, "B C N"]
+    hidden: Float[Tensor, "B H"]
+
+
+class RecurrentLMUCellState(NamedTuple):
+    """The same of a unit with an LSTM cell, whose own c_t comes last."""
+
+    memory: Float[Tensor, "B C N"]
+    hidden: Float[Tensor, "B H"]
+    cell: Float[Tensor, "B H"]
+
+
+class RecurrentLMU(RecurrentLayer):
+    """h_t = f(W_x x_t + W_h h_{t-1} + W_m m_t), m_t = A m_{t-1} + B u_t, u_t = e_x x_t + e_h h_{t-1} + e_m m_{t-1}.
+
+    The memory is that of ``LMU``; e_h, e_m and W_h feed back, which leaves only one step after another. Other cells
+    take the same three terms: with z_t for their sum, one block a gate,
+
+        "lstm"  i, f, g, o = z_t;  c_t = sig(f) c_{t-1} + sig(i) tanh(g);  h_t = sig(o) tanh(c_t)
+        "gru"   r, v = sig(z_t);  n = tanh(W_x x_t + W_m m_t + r * W_h h_{t-1});  h_t = v h_{t-1} + (1 - v) n
+
+    Args:
+        input_size: channels of x.
+        hidden_size: H, channels of the output h.
+        memory_size: C, channels of u, each with a memory of its own.
+        order: N, numbers kept a channel.
+        theta: length of the window in steps, 1 or more; a number, or one per channel of u.
+        discretizer: "zoh" (the paper's), "euler" or "bilinear".
+        trainable_theta: learn theta; see ``LegendreMemory``.
+        hidden_cell: f: "tanh" (the paper's), "relu", "gru" or "lstm".
+        hidden_to_memory: with e_h h_{t-1}, or without.
+        memory_to_memory: with e_m m_{t-1}, or without.
+        input_to_hidden: with W_x x_t, or without.
+        bias: add b to z_t; the paper has none.
+        return_sequences: True gives h_t at every step, False the last that counts.
+        device, dtype: of the weights; the steps are computed in float32 or wider.
+
+    Shapes: input (B, T, input_size), output (B, T, hidden_size) or (B, hidden_size); state.memory (B, memory_size,
+    order), state.hidden and, for "lstm", state.cell (B, hidden_size).
+
+    Example:
+        >>> layer = RecurrentLMU(input_size=1, hidden_size=212, order=256, theta=784, return_sequences=False)
+        >>> output, state = layer(torch.randn(2, 50, 1))
+        >>> output.shape, sum(p.numel() for p in layer.parameters())
+        (torch.Size([2, 212]), 99897)
+
+    Source: Voelker, Kajic & Eliasmith 2019, (6) to (9), with their start: e_x, e_h LeCun-uniform, e_m zero, each W
+    Glorot-normal. ``memory.scale``, ones unless set, multiplies m where e_m and W_m read it.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        memory_size: int = 1,
+        order: int,
+        theta: float | list[float] | tuple[float, ...] | Tensor,
+        discretizer: str = "zoh",
+        trainable_theta: bool = False,
+        hidden_cell: str = "tanh",
+        hidden_to_memory: bool = True,
+        memory_to_memory: bool = True,
+        input_to_hidden: bool = True,
+        bias: bool = False,
+        return_sequences: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(input_size)
+        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        if hidden_cell not in GATES:
+            raise ValueError(f"expected hidden_cell to be one of {', '.join(GATES)}, got {hidden_cell!r}")
+        self.hidden_cell = hidden_cell
+        self.return_sequences = return_sequences
+        self.State = RecurrentLMUCellState if hidden_cell == "lstm" else RecurrentLMUState
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.memory = LegendreMemory(
+            memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, **where
+        )
+
+        def linear(columns: int, rows: int, bias: bool = False) -> nn.Linear:
+            return nn.Linear(columns, rows, bias=bias, **where)
+
+        gates, numbers = GATES[hidden_cell] * hidden_size, memory_size * order
+        self.input_to_memory = linear(input_size, memory_size)  # e_x
+        self.hidden_to_memory = linear(hidden_size, memory_size) if hidden_to_memory else None  # e_h
+        self.memory_to_memory = linear(numbers, memory_size) if memory_to_memory else None  # e_m
+        self.input_to_hidden = linear(input_size, gates) if input_to_hidden else None  # W_x
+        self.hidden_to_hidden = linear(hidden_size, gates)  # W_h
+        self.memory_to_hidden = linear(numbers, gates, bias=bias)  # W_m, b
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; see Source above. The scale and theta of the memory stay."""
+        for e in (self.input_to_memory, self.hidden_to_memory):
+            if e is not None:
+                bound = math.sqrt(3 / e.in_features)
+                e.weight.uniform_(-bound, bound)
+        if self.memory_to_memory is not None:
+            self.memory_to_memory.weight.zero_()
+        for W in (self.input_to_hidden, self.hidden_to_hidden, self.memory_to_hidden):
+            if W is not None:
+                for gate in W.weight.chunk(GATES[self.hidden_cell]):
+                    nn.init.xavier_normal_(gate)
+                if W.bias is not None:
+                    W.bias.zero_()
+
+    def _state_shapes(self) -> Any:
+        hidden = (self.hidden_size,)
+        return self.State(*((self.memory.channels, self.memory.order), hidden, hidden)[: len(self.State._fields)])
+
+    def _sequence(self, x, state, lengths, reset):
+        batch, steps, _ = x.shape
+        shape = (batch, self.memory.channels, self.memory.order)
+        m, *hidden = self.initial_state(batch) if state is None else state
+        if steps == 0:
+            empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
+            return x.new_zeros(empty), self.State(m, *hidden)
+        now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
+        outputs = []
+        with torch.autocast(x.device.type, enabled=False):
+            advance = self._one_step(m.dtype)
+            for t, (u, z) in enumerate(self._input_terms(x.to(m.dtype))):
+                if reset is not None:
+                    now = [torch.where(reset[:, t, None], 0, part) for part in now]
+                new = advance(u, z, *now)
+                if lengths is not None:
+                    new = [torch.where((t < lengths)[:, None], *pair) for pair in zip(new, now, strict=True)]
+                now = new
+                outputs.append(now[1])
+        m, *hidden = now
+        output = torch.stack(outputs, dim=1) if self.return_sequences else hidden[0]
+        return output.to(x.dtype), self.State(m.view(shape), *hidden)
+
+    def _input_terms(self, x: Tensor):
+        """e_x x_t (B, C) and W_x x_t + b (B, gates) for each t."""
+        xs = x.transpose(0, 1)  # (T, B, input_size), so that each step is one block of memory
+        u = F.linear(xs, self.input_to_memory.weight.to(x.dtype))
+        b = None if self.memory_to_hidden.bias is None else self.memory_to_hidden.bias.to(x.dtype)
+        if self.input_to_hidden is not None:
+            z = F.linear(xs, self.input_to_hidden.weight.to(x.dtype), b)
+        else:
+            zero = torch.zeros((), dtype=x.dtype, device=x.device) if b is None else b
+            z = zero.expand(*xs.shape[:2], self.hidden_to_hidden.out_features)
+        return zip(u.unbind(0), z.unbind(0), strict=True)
+
+    def _one_step(self, dtype: torch.dtype):
+        """The function of a step, (u, z, m, h, ...) -> [m, h, ...], with what it needs of the weights made once."""
+        A, B = self.memory.transition()
+        scale = self.memory.scale.flatten().to(dtype)
+        W_h = self.hidden_to_hidden.weight.to(dtype).mT
+        W_m = (self.memory_to_hidden.weight.to(dtype) * scale).mT
+        e_h = None if self.hidden_to_memory is None else self.hidden_to_memory.weight.to(dtype).mT
+        e_m = None if self.memory_to_memory is None else (self.memory_to_memory.weight.to(dtype) * scale).mT
+
+        def advance(u: Tensor, z: Tensor, m: Tensor, h: Tensor, c: Tensor | None = None) -> list[Tensor]:
+            if e_h is not None:
+                u = torch.addmm(u, h, e_h)
+            if e_m is not None:
+                u = torch.addmm(u, m, e_m)
+            m = _remember(m, u, A, B)
+            z = torch.addmm(z, m, W_m)
+            if self.hidden_cell == "gru":
+                return [m, _gru(z, h @ W_h, h)]
+            z = torch.addmm(z, h, W_h)
+            if c is not None:
+                return [m, *_lstm(z, c)]
+            return [m, torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]
+
+        return advance
+
+    def _weight(self) -> Tensor:
+        return self.hidden_to_hidden.weight
+
+
+def _remember(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """A m + B u with A transposed: m (B, C N), u (B, C)."""
+    if A.ndim == 2:
+        return torch.addmm(u.reshape(-1, 1) * B, m.view(-1, B.shape[-1]), A).view(m.shape)
+    m = m.unflatten(1, B.shape).transpose(0, 1)  # (C, B, N)
+    return torch.baddbmm(u.mT.unsqueeze(-1) * B.unsqueeze(1), m, A).transpose(0, 1).flatten(1)
+
+
+def _gru(z: Tensor, of_h: Tensor, h: Tensor) -> Tensor:
+    gates, candidate = z.split([2 * h.shape[1], h.shape[1]], dim=1)
+    gates_h, candidate_h = of_h.split([2 * h.shape[1], h.shape[1]], dim=1)
+    r, v = torch.sigmoid(gates + gates_h).chunk(2, dim=1)
+    n = torch.tanh(candidate + r * candidate_h)
+    return n + v * (h - n)
+
+
+def _lstm(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = z.chunk(4, dim=1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
