@@ -1,1 +1,37 @@
-""""""
+"""The experiments, by name. To add one: a module with ``PAPER``, a dataclass ``Config`` and ``build``, and a line in ``names``."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..task import Paper, Task
+
+_MODULES = {"mackey-glass": "mackey_glass", "psmnist": "psmnist"}
+
+
+@dataclass
+class Recipe:
+    """A recipe module, opened: its configuration, what its paper reports, and the function that builds the task."""
+
+    name: str
+    config: type
+    paper: Paper
+    build: Callable[[Any, int, Path | None], Task]
+
+    @property
+    def description(self) -> str:
+        """One line: what is learned from what."""
+        return (self.config.__doc__ or "").splitlines()[0]
+
+
+def names() -> list[str]:
+    """The names that ``legato train`` takes."""
+    return list(_MODULES)
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of this name, its module imported."""
+    module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    return Recipe(name, module.Config, module.PAPER, module.build)

@@ -1,0 +1,204 @@
+"""``legato``: list, train, evaluate and report the papers' experiments, and a demonstration.
+
+The options of ``legato train RECIPE`` are the fields of the recipe's dataclasses; see ``experiments/recipes``.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from legato import __version__
+
+_EXTRA = "legato: error: the command line needs packages that are not installed ({}): pip install 'legato[experiments]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 failed, 2 not understood, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        from legato.experiments.task import ExperimentError
+
+        parsers = _parsers()
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("jsonargparse", "rich", "yaml"):
+            print(_EXTRA.format(error.name), file=sys.stderr)
+            return 1
+        raise
+    try:
+        chosen = parsers[""].parse_args(arguments)
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        print(f"legato: error: {_explain(str(error), arguments, parsers)}", file=sys.stderr)
+        return 2
+    try:
+        return _run(chosen)
+    except ExperimentError as error:
+        print(f"legato: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "legato":
+            raise
+        print(_EXTRA.format(error.name), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("legato: stopped; the last checkpoint is whole, --resume goes on from it", file=sys.stderr)
+        return 130
+
+
+def _run(chosen: Any) -> int:
+    command, given = chosen.command, chosen[chosen.command]
+    if command == "list":
+        from legato.experiments.report import list_recipes
+
+        list_recipes()
+    elif command == "train":
+        from legato.experiments.recipes import recipe
+        from legato.experiments.report import show
+        from legato.experiments.run import Options, configured, train
+
+        which = recipe(given.recipe)
+        values = given[given.recipe].as_dict()
+        config = configured(which.config, {field.name: values[field.name] for field in fields(which.config)})
+        show(train(which, config, Options(**{field.name: values[field.name] for field in fields(Options)})))
+    elif command == "evaluate":
+        from legato.experiments.report import show
+        from legato.experiments.run import evaluate
+
+        show(evaluate(given.run, given.data_dir))
+    elif command == "report":
+        from legato.experiments.report import report
+
+        report(given.runs, given.markdown, given.json)
+    elif command == "demo":
+        from legato.experiments.demo import demo
+
+        demo(given.out)
+    return 0
+
+
+def _parsers() -> dict[str, Any]:
+    """The parser of the whole command line under "", and that of every recipe under its name."""
+    from jsonargparse import ArgumentParser
+
+    from legato.experiments.recipes import names, recipe
+
+    def parser(usage: str, description: str) -> ArgumentParser:
+        return ArgumentParser(usage=usage, description=description, exit_on_error=False)
+
+    root = ArgumentParser(
+        prog="legato",
+        usage="legato COMMAND ...   (legato COMMAND --help says more)",
+        description="Linear recurrent networks: the papers' experiments.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands = root.add_subcommands(dest="command", title="commands")
+    commands.add_subcommand(
+        "list", parser("legato list", "The recipes, with what their papers report."), help="list the recipes"
+    )
+
+    training = parser(
+        "legato train RECIPE [options]", "Train a network, choose its weights by validation, test them once."
+    )
+    commands.add_subcommand("train", training, help="train a network for one or several seeds")
+
+    evaluating = parser("legato evaluate RUN [--data-dir DIR]", "Test the best weights of a run again.")
+    evaluating.add_argument("run", type=Path, help="folder of a run or of one seed, or a best.ckpt")
+    _add_data_dir(evaluating)
+    commands.add_subcommand("evaluate", evaluating, help="test the weights of a run")
+
+    reporting = parser("legato report [RUNS] [--markdown FILE] [--json FILE]", "Results beside the papers'.")
+    reporting.add_argument(
+        "runs", type=Path, nargs="*", default=[Path("runs")], help="folders with runs at any depth; by default runs"
+    )
+    reporting.add_argument("--markdown", type=Path | None, default=None, help="write the table to this file too")
+    reporting.add_argument("--json", type=Path | None, default=None, help="write every figure to this file too")
+    commands.add_subcommand("report", reporting, help="compare results with the papers'")
+
+    showing = parser(
+        "legato demo [--out DIR]", "Train on Mackey-Glass in a short time, stream the network, compare with the paper."
+    )
+    showing.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for the run and demo.png, made anew"
+    )
+    commands.add_subcommand("demo", showing, help="the main job in under three minutes")
+
+    recipes = training.add_subcommands(dest="recipe", title="recipes")
+    parsers: dict[str, Any] = {"": root}
+    for name in names():
+        which = recipe(name)
+        one = parser(f"legato train {name} [--config FILE] [--FIELD VALUE ...] [options]", which.description)
+        _add_options(one)
+        one.add_class_arguments(which.config)
+        recipes.add_subcommand(name, one, help=which.description)
+        parsers[name] = one
+    return parsers
+
+
+def _add_options(parser: Any) -> None:
+    """How and where a recipe is run; unlike its fields, these do not say what is learned."""
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options and fields, such as a run's config.yaml")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="one number n is the seeds 0 to n - 1, several are these seeds",
+    )
+    add("--seed", type=int, default=0, help="one seed")
+    add("--run-dir", type=Path | None, default=None, help="folder of the run; by default runs/RECIPE/TIME")
+    add("--resume", action="store_true", help="go on with the run in --run-dir, or with the newest of this recipe")
+    add("--overwrite", action="store_true", help="delete the run in --run-dir first")
+    _add_data_dir(parser)
+    add("--accelerator", type=str, default="auto", help="auto, cpu, gpu, ... as Lightning has them")
+    add("--devices", type=int, default=1, help="how many devices; torchrun's number of processes counts more")
+    add("--precision", type=str, default="32-true", help="32-true, bf16-mixed, 16-mixed or 64-true")
+
+
+def _add_data_dir(parser: Any) -> None:
+    parser.add_argument(
+        "--data-dir",
+        type=Path | None,
+        default=None,
+        help="folder of the data files; by default $LEGATO_DATA, else ../shared/data, else they are downloaded",
+    )
+
+
+def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str:
+    """The parser's message in one or two lines, with the nearest name that exists."""
+    words = [word for word in arguments if not word.startswith("-")]
+    recipe = words[1] if len(words) > 1 and words[0] == "train" and words[1] in parsers else ""
+    keys = [name for name in parsers[recipe].get_defaults().keys()] if recipe else []
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        wanted = unknown[1].split("=")[0]
+        options = ["--" + (key if "." in key else key.replace("_", "-")) for key in keys]
+        return f"there is no option {wanted}{_nearest(wanted, options)}: see {_help(recipe, words)}"
+    field = re.search(r'[Kk]ey "([\w.]+)" is not expected', message)
+    if field:
+        return f"there is no field {field[1]}{_nearest(field[1], keys)}: see {_help(recipe, words)}"
+    choice = re.search(r"invalid choice: '?([^']+?)'? \(choose from (.*)\)", message)
+    if choice:
+        names = [name.strip(" '") for name in choice[2].split(",")]
+        kind = "recipe" if words[:1] == ["train"] else "command"
+        return f"there is no {kind} {choice[1]}{_nearest(choice[1], names)}: expected one of {', '.join(names)}"
+    return message.strip()
+
+
+def _nearest(wanted: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _help(recipe: str, words: list[str]) -> str:
+    return " ".join(["legato", *(["train", recipe] if recipe else words[:1]), "--help"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

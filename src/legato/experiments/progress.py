@@ -1,0 +1,76 @@
+"""What a person sees of a training run: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from typing import Any, Protocol
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_BAR_SECONDS = 0.2  # between two drawings of the bar
+_LINE_SECONDS = 10.0  # between two plain lines
+
+
+class Best(Protocol):
+    """Who knows the best figures so far."""
+
+    best: dict[str, float] | None
+
+
+class Progress(Callback):
+    """Updates done, time left, the last and the best validation figure. In a step it costs one comparison of clocks."""
+
+    def __init__(self, metric: str, updates: int, seed: int, keeper: Best) -> None:
+        self.metric, self.updates, self.seed, self.keeper = metric, updates, seed, keeper
+        self.console = Console(highlight=False)
+        self.bar: Bar | None = None
+        self.drawn = self.printed = 0.0
+
+    def on_train_start(self, trainer: Trainer, learner: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.console.is_terminal:
+            return
+        columns = (
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("updates,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.bar = Bar(
+            TextColumn(f"seed {self.seed}"),
+            *columns,
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            auto_refresh=False,
+        )
+        self.bar.start()
+        self.row = self.bar.add_task("", total=self.updates, completed=trainer.global_step, figures="")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, learner: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if self.bar is not None and time.perf_counter() - self.drawn > _BAR_SECONDS:
+            self.drawn = time.perf_counter()
+            self.bar.update(self.row, completed=trainer.global_step, refresh=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, learner: Any) -> None:
+        if not trainer.is_global_zero or self.keeper.best is None:
+            return
+        figures = (
+            f"validation {self.metric} {learner.figures[self.metric]:.4f}, best {self.keeper.best[self.metric]:.4f}"
+        )
+        if self.bar is not None:
+            self.bar.update(self.row, completed=trainer.global_step, figures=figures, refresh=True)
+        elif trainer.global_step >= self.updates or time.perf_counter() - self.printed > _LINE_SECONDS:
+            self.printed = time.perf_counter()
+            line = f"  seed {self.seed}  update {trainer.global_step:>6,} of {self.updates:,}  {figures}"
+            self.console.print(line, soft_wrap=True)
+
+    def on_exception(self, trainer: Trainer, learner: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, learner, "fit")
+
+    def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,3 @@
+"""psMNIST."""
+
+from .mackey_glass import Config, PAPER, build

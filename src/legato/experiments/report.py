@@ -1,0 +1,164 @@
+"""Results beside the papers': a table on the terminal, in Markdown or JSON, from the ``result.json`` of every seed."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .recipes import names, recipe
+from .run import environment
+from .task import ExperimentError, Paper
+
+_COLUMNS = [
+    "experiment",
+    "figure",
+    "paper",
+    "measured",
+    "seeds",
+    "parameters",
+    "seconds a seed",
+    "machine",
+    "commit",
+    "command",
+]
+
+
+def list_recipes() -> None:
+    """Print every recipe with its description and its paper's figure."""
+    table = Table("recipe", "what", "paper", "figure", box=None, pad_edge=False)
+    for name in names():
+        which = recipe(name)
+        table.add_row(
+            name,
+            which.description,
+            which.paper.source,
+            f"{which.paper.metric} {_figure(which.paper.value, which.paper)}",
+        )
+    _console().print(table)
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the figures of every seed and, of several, mean and spread."""
+    if not results:
+        return
+    paper = recipe(results[0]["recipe"]).paper
+    metrics = list(results[0]["test"])
+    table = Table("seed", *[f"test {name}" for name in metrics], f"validation {paper.metric}", box=None, pad_edge=False)
+    for result in results:
+        figures = [_scaled(result["test"][name], paper) for name in metrics]
+        table.add_row(str(result["seed"]), *figures, _scaled(result["validation"][paper.metric], paper))
+    if len(results) > 1:
+        table.add_row("mean", *[_spread([r["test"][name] for r in results], paper) for name in metrics], "")
+    table.add_row("paper", *[_figure(paper.value, paper) if name == paper.metric else "" for name in metrics], "")
+    _console().print(table)
+
+
+def report(folders: list[Path], markdown: Path | None = None, json_file: Path | None = None) -> None:
+    """Print a row for each configuration found below the folders, and write it where asked.
+
+    Raises:
+        ExperimentError: there is no finished run below the folders.
+    """
+    rows = [_row(group) for group in _groups(folders)]
+    table = Table(*_COLUMNS[:-3], title="paper and measured")
+    for row in rows:
+        table.add_row(*[row[column] for column in _COLUMNS[:-3]])
+    console = _console()
+    console.print(table)
+    for row in rows:
+        console.print(
+            f"{row['experiment']}: {row['command']}  [dim]({row['machine']}, commit {row['commit']})[/]", soft_wrap=True
+        )
+    if markdown:
+        lines = [_COLUMNS, ["---"] * len(_COLUMNS), *[[row[column] for column in _COLUMNS] for row in rows]]
+        markdown.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    if json_file:
+        json_file.write_text(json.dumps([group for group in _groups(folders)], indent=1) + "\n")
+
+
+def paper_and_measured(name: str, results: list[dict[str, Any]]) -> Table:
+    """The paper's table for one recipe with our row in it."""
+    paper = recipe(name).paper
+    table = Table(
+        "network",
+        paper.metric,
+        "parameters",
+        title=f"{name}: {paper.source}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for network, value in paper.baselines.items():
+        table.add_row(f"{network}, paper", _figure(value, paper), "")
+    table.add_row("parallel LMU, paper", _figure(paper.value, paper), paper.parameters)
+    for metric in results[0]["test"]:
+        label = "parallel LMU, here" + (
+            "" if metric == paper.metric else f" ({metric.removeprefix(paper.metric + '_').replace('_', ' ')})"
+        )
+        table.add_row(
+            f"[bold]{label}[/]",
+            f"[bold]{_spread([r['test'][metric] for r in results], paper)}[/]",
+            f"{results[0]['parameters']:,}",
+        )
+    return table
+
+
+def _groups(folders: list[Path]) -> list[list[dict[str, Any]]]:
+    """Results that differ in nothing but the seed, together."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("result.json")):
+            result = json.loads(path.read_text())
+            key = json.dumps(
+                [result["recipe"], result["config"], result["commit"], result["machine"], str(path.parent.parent)]
+            )
+            found.setdefault(key, []).append(result)
+    if not found:
+        places = ", ".join(map(str, folders))
+        raise ExperimentError(
+            f"expected finished runs (seed-*/result.json) below {places}, found none: legato train RECIPE makes one"
+        )
+    return list(found.values())
+
+
+def _row(results: list[dict[str, Any]]) -> dict[str, str]:
+    first = results[0]
+    paper = recipe(first["recipe"]).paper
+    seeds = [r["seed"] for r in results]
+    count = (
+        f"--seeds {len(seeds)}" if sorted(seeds) == list(range(len(seeds))) else f"--seeds {' '.join(map(str, seeds))}"
+    )
+    kind = first["config"]["model"].get("kind", "lmu")
+    return {
+        "experiment": first["recipe"] + ("" if kind == "lmu" else f" {kind}"),
+        "figure": f"test {paper.metric}",
+        "paper": _figure(paper.baselines.get(kind, paper.value) if kind != "lmu" else paper.value, paper),
+        "measured": _spread([r["test"][paper.metric] for r in results], paper),
+        "seeds": str(len(seeds)),
+        "parameters": f"{first['parameters']:,}",
+        "seconds a seed": f"{mean(r['seconds'] for r in results):.0f}",
+        "machine": f"{first['machine']['processor']}, {first['machine']['threads']} threads, torch {first['machine']['torch']}",
+        "commit": str(first["commit"]),
+        "command": first["command"].rsplit(" --seed ", 1)[0] + f" {count}" if len(seeds) > 1 else first["command"],
+    }
+
+
+def _spread(values: list[float], paper: Paper) -> str:
+    text = _scaled(mean(values), paper)
+    return f"{text} ± {stdev(values) * paper.scale:.{paper.digits}f}" if len(values) > 1 else text
+
+
+def _scaled(value: float, paper: Paper) -> str:
+    return f"{value * paper.scale:.{paper.digits}f}{paper.unit}"
+
+
+def _figure(value: float, paper: Paper) -> str:
+    """A figure as the paper prints it."""
+    return f"{value}{paper.unit}"
+
+
+def _console() -> Console:
+    return Console(highlight=False)

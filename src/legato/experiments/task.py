@@ -1,0 +1,143 @@
+"""What an experiment is: a model, examples in memory, a loss and a metric. Next: ``training.py`` trains it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from legato._shapes import Int, Tensor
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass
+class Training:
+    """How a network is trained. Batch sizes are totals over all devices.
+
+    Args:
+        epochs: the network is validated and a checkpoint is kept after each.
+        updates_per_epoch: updates of the weights in an epoch; null is one pass over the training data.
+        batch_size: examples in an update.
+        learning_rate: the peak of the schedule.
+        schedule: one-cycle (a rise over ``warmup``, then a half cosine to zero), linear (the same with a straight line) or constant.
+        warmup: share of all updates in which the learning rate rises.
+        weight_decay: of AdamW, on matrices only.
+        max_norm: gradients longer than this are cut to it; null leaves them.
+        average: decay of the running mean of the weights that is validated and tested; 0 uses the weights themselves.
+    """
+
+    epochs: int = 20
+    updates_per_epoch: int | None = None
+    batch_size: int = 100
+    learning_rate: float = 1e-3
+    schedule: Literal["one-cycle", "linear", "constant"] = "one-cycle"
+    warmup: float = 0.3
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    average: float = 0.0
+
+
+@dataclass
+class Paper:
+    """What a paper reports for an experiment, and how our figure is read beside it.
+
+    Args:
+        source: where the figure stands.
+        metric: the figure of ours that is comparable.
+        value: the paper's.
+        unit: printed behind both.
+        parameters: of the paper's network.
+        baselines: other figures from the same table.
+        target: what we set out to reach.
+        scale: factor from our figure to the printed one, such as 100 for percent.
+    """
+
+    source: str
+    metric: str
+    value: float
+    parameters: str
+    unit: str = ""
+    scale: float = 1.0
+    digits: int = 4
+    higher_is_better: bool = False
+    baselines: dict[str, float] = field(default_factory=dict)
+
+
+class ExperimentError(Exception):
+    """Something a user can put right: a data file, a run's folder, a checkpoint. The message says how."""
+
+
+@dataclass
+class Examples:
+    """Examples that lie in memory: ``take(indices)`` is the batch of these examples."""
+
+    size: int
+    batch_size: int
+    take: Callable[[Int[Tensor, " B"]], Batch]
+
+    def in_order(self) -> Iterator[Tensor]:
+        """The indices of every batch, each example once; the last batch may be smaller."""
+        yield from torch.arange(self.size).split(self.batch_size)
+
+    def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
+        """The indices of ``updates`` batches: a pure function of seed and epoch, so that a resumed run sees the same data."""
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        batches: list[Tensor] = []
+        for _ in range(updates):
+            if not batches:
+                order = torch.randperm(self.size, generator=generator)
+                batches = list(order[: self.updates_per_pass * self.batch_size].split(self.batch_size))
+            yield batches.pop()
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Full batches in one pass over the data; what is left over is not used in this pass."""
+        return max(1, self.size // self.batch_size)
+
+
+class Task(ABC):
+    """One experiment, ready to be trained. A recipe's ``build`` returns it.
+
+    Attributes:
+        model: the network, with the weights of its seed.
+        train, validation, test: the examples.
+        metric: name of the figure that chooses the best weights.
+        higher_is_better: of that figure.
+    """
+
+    model: nn.Module
+    train: Examples
+    validation: Examples
+    test: Examples
+    metric: str
+    higher_is_better: bool
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The number to make small, averaged over the batch."""
+
+    @abstractmethod
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sums over the batch, one vector; they are added over all batches and devices."""
+
+    @abstractmethod
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """The figures, by name, that follow from the sums."""
+
+    def total(self, model: nn.Module, examples: Examples, rank: int = 0, world: int = 1) -> Tensor:
+        """``totals`` added over every world-th batch of the examples, in float64."""
+        device = next(model.parameters()).device
+        sums = [torch.zeros((), dtype=torch.float64)]
+        with torch.no_grad():
+            for number, indices in enumerate(examples.in_order()):
+                if number % world == rank:
+                    batch = tuple(part.to(device) for part in examples.take(indices))
+                    sums.append(self.totals(model, batch).double().cpu())
+        return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
+
+    def plot(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - an experiment may have nothing to draw
+        """Draw the trained network's work into files in ``folder``."""

@@ -1,0 +1,274 @@
+"""How an experiment is trained: Lightning's Trainer, and around it data order, log and checkpoints of a run that can be resumed.
+
+The epoch is the unit: its batches and its random numbers are a pure function of (seed, epoch), and after each one the
+network is validated, a line goes to ``metrics.jsonl`` and a checkpoint is kept. A run that was killed repeats at most one
+epoch, to the bit. Next: ``run.py`` calls ``fit`` for every seed.
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import nn
+
+from legato._shapes import Tensor
+
+from . import checkpoint as checkpoints
+from .progress import Progress
+from .task import Batch, Examples, Task, Training
+
+
+@dataclass
+class Device:
+    """Where and in which arithmetic a network is trained; the words are Lightning's."""
+
+    accelerator: str
+    devices: int
+    precision: str
+
+
+def fit(
+    task: Task, training: Training, seed: int, folder: Path, device: Device, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Train, choose the weights with the best validation figure, test them once.
+
+    Args:
+        task: model, data, loss and metric.
+        training: optimiser and schedule.
+        seed: of the data order and of the random numbers in the model.
+        folder: for ``last.ckpt``, ``best.ckpt``, ``metrics.jsonl`` and ``tensorboard``; if it holds ``last.ckpt``, training goes on from there.
+        device: accelerator, number of devices, precision.
+        about: plain values written into every checkpoint, from which ``evaluate`` builds the network again.
+
+    Returns:
+        dict: ``validation`` and ``test`` figures of the best weights, ``epoch`` they are from, ``updates`` and ``seconds``.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    _quieten_lightning()
+    learner = Learner(task, training, seed)
+    keeper = RunFolder(folder, about)
+    trainer = Trainer(
+        accelerator=device.accelerator,
+        devices=device.devices,
+        precision=device.precision,  # type: ignore[arg-type]
+        num_nodes=_nodes(),
+        max_epochs=training.epochs,
+        gradient_clip_val=training.max_norm,
+        callbacks=[keeper, Progress(task.metric, training.epochs * learner.updates, seed, keeper)],
+        plugins=[WholeCheckpoints()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(learner, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    # Every process reads what the first one wrote; only that one knows a folder named after the time.
+    best = checkpoints.load(Path(trainer.strategy.broadcast(str(folder))) / "best.ckpt")
+    learner.tested_model.load_state_dict(best["model"])
+    learner.to(trainer.strategy.root_device)
+    test = learner.evaluate(task.test)
+    return {
+        "validation": keeper.best,
+        "test": test,
+        "epoch": keeper.best_epoch,
+        "updates": trainer.global_step,
+        "seconds": round(keeper.seconds, 1),
+    }
+
+
+class Learner(LightningModule):
+    """A task as Lightning wants it. Nothing is logged in a step: a sum on the device is read once an epoch."""
+
+    def __init__(self, task: Task, training: Training, seed: int) -> None:
+        super().__init__()
+        self.task, self.training_config, self.seed = task, training, seed
+        self.model = task.model
+        self.average = copy.deepcopy(task.model).requires_grad_(False) if training.average else None
+        self.updates = training.updates_per_epoch or task.train.updates_per_pass
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The network whose figures count: the running mean of the weights, if there is one."""
+        return self.average or self.model
+
+    def train_dataloader(self) -> "Stream":
+        return Stream(self, self.updates)
+
+    def val_dataloader(self) -> list[int]:
+        return [0]  # one step, which evaluates everything: see validation_step
+
+    def configure_optimizers(self) -> Any:
+        config = self.training_config
+        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.requires_grad and p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        fused = self.trainer.strategy.root_device.type == "cpu"
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        total = config.epochs * self.updates
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate(config, update, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(1_000_003 * self.seed + 1009 * self.current_epoch + self.global_rank)
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss = self.task.loss(self.model, batch)
+        self.loss_sum += loss.detach()
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        if self.average is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), list(self.model.parameters()), 1 - self.training_config.average
+                )
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.figures = self.evaluate(self.task.validation)
+
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """The task's figures over all examples, of the network whose figures count; every device takes its share."""
+        model, strategy = self.tested_model, self.trainer.strategy
+        was_training = model.training
+        model.eval()
+        with strategy.precision_plugin.val_step_context():
+            totals = self.task.total(model, examples, self.global_rank, self.trainer.world_size)
+        model.train(was_training)
+        if self.trainer.world_size > 1:
+            totals = strategy.reduce(totals.to(strategy.root_device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+        return self.task.metrics(totals)
+
+
+class Stream:
+    """The batches of the current epoch. Each device takes every n-th example of a batch, so n devices see what one would."""
+
+    def __init__(self, learner: Learner, updates: int) -> None:
+        self.learner, self.updates = learner, updates
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __iter__(self) -> Iterator[Batch]:
+        learner, examples = self.learner, self.learner.task.train
+        for indices in examples.shuffled(learner.seed, learner.current_epoch, self.updates):
+            yield examples.take(indices[learner.global_rank :: learner.trainer.world_size])
+
+
+class RunFolder(Callback):
+    """After every epoch: a line in ``metrics.jsonl``, a point in TensorBoard, ``last.ckpt``, and ``best.ckpt`` if it is the best so far."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.about = folder, about
+        self.best: dict[str, float] | None = None
+        self.best_epoch = -1
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_epoch, self.seconds = (state_dict[key] for key in ("best", "best_epoch", "seconds"))
+
+    def on_save_checkpoint(self, trainer: Trainer, learner: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"format": checkpoints.FORMAT, "about": self.about}
+
+    def on_train_start(self, trainer: Trainer, learner: LightningModule) -> None:
+        self.started = time.perf_counter()
+        if trainer.is_global_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _keep_lines(self.folder / "metrics.jsonl", trainer.current_epoch)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.global_step + 1)
+
+    def on_train_epoch_end(self, trainer: Trainer, learner: Learner) -> None:  # type: ignore[override]
+        figures = learner.figures
+        loss = float(learner.loss_sum) / learner.updates
+        row = {"epoch": trainer.current_epoch, "update": trainer.global_step, "loss": loss}
+        row |= {f"validation_{name}": value for name, value in figures.items()}
+        if trainer.is_global_zero:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name not in ("epoch", "update"):
+                    self.board.add_scalar(name, value, trainer.global_step)
+        self.seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss} in epoch {trainer.current_epoch}: lower --training.learning_rate"
+            )
+        metric, sign = learner.task.metric, 1 if learner.task.higher_is_better else -1
+        if self.best is None or sign * figures[metric] > sign * self.best[metric]:
+            self.best, self.best_epoch = figures, trainer.current_epoch
+            if trainer.is_global_zero:
+                weights = learner.tested_model.state_dict()
+                best = {"format": checkpoints.FORMAT, "about": self.about, "figures": figures, "model": weights}
+                checkpoints.save(best, self.folder / "best.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
+        if hasattr(self, "board"):
+            self.board.close()
+
+
+class WholeCheckpoints(CheckpointIO):
+    """Lightning's checkpoints through ours: atomic, and read without executing anything."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoints.save(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return checkpoints.load(Path(path), device=map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def learning_rate(config: Training, update: int, total: int) -> float:
+    """Factor on the peak learning rate: rises over ``warmup`` of all updates, then falls to zero by ``schedule``."""
+    if config.schedule == "constant":
+        return 1.0
+    rise = config.warmup * total
+    if update < rise:
+        return 0.04 + 0.96 * update / rise
+    left = (total - update) / max(1.0, total - rise)
+    return max(0.0, left) if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def _keep_lines(path: Path, count: int) -> None:
+    """Cut a log to its first lines: what a killed run wrote after its last checkpoint will be written again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)[:count]
+        checkpoints.write_atomically(path, lambda file: file.write("".join(lines).encode()))
+
+
+def _nodes() -> int:
+    return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+
+
+def _quieten_lightning() -> None:
+    """Its tips, its list of absent devices and its warnings about things done here on purpose; errors stay."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
