@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     =============  ========================================  =======================================
     "sequential"   B                          (1, N)         A                          (1, N, N)
     "toeplitz"     A^(steps-1) B, ..., A B, B (steps, N)     A, A^2, A^4, ...           (levels, N, N)
-    "fft"          the transform of B, A B .. (F, N)         A, A^2, A^4, ...           (levels, N, N)
+    "fft"          the transform of B, A B .. (N, F)         A, A^2, A^4, ...           (levels, N, N)
     "chunked"      see ``_chunk_weights``     (L + N, L N)   A^L, A^(2L), A^(4L), ...   (levels, N, N)
     "last"         as for "toeplitz"          (steps, N)     A, A^2, A^4, ...           (levels, N, N)
     =============  ========================================  =======================================
@@ -197,14 +197,14 @@ def _prepare_response(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]
 
 def _prepare_fft(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     H, powers = _prepare_response(A, B, steps)
-    return torch.fft.rfft(H.flip(-2), n=2 * steps, dim=-2), powers
+    return torch.fft.rfft(H.flip(-2).mT, n=2 * steps), powers
 
 
 def _prepare_chunked(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     length = chunk_length(A.shape[-1], steps)
     powers = A.unsqueeze(-3)
     while powers.shape[-3] < length:
-        further = powers[..., : length - powers.shape[-3], :, :] @ powers[..., -1:, :, :]
+        further = _times(powers[..., : length - powers.shape[-3], :, :], powers[..., -1, :, :])
         powers = torch.cat([powers, further], dim=-3)
     carries = [powers[..., -1, :, :]]
     while length * 2 ** len(carries) < steps:
@@ -270,8 +270,9 @@ def _toeplitz(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor |
 def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(26): m_{1:T} = irfft(rfft(H) rfft(u)), padded with zeros to twice the length so that nothing wraps around."""
     steps, padded = u.shape[-1], 2 * max(kernels.steps, 1)
-    spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-1) * kernels.inputs.unsqueeze(-3)
-    memory = torch.fft.irfft(spectrum, n=padded, dim=-2)[:, :, :steps]
+    # Time is kept innermost, where the transforms are fastest, and only seen as (C, B, T, N).
+    spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-2) * kernels.inputs.unsqueeze(-3)
+    memory = torch.fft.irfft(spectrum, n=padded)[..., :steps].mT
     if state is not None:
         memory = memory + _free_response(state, kernels, steps, None)
     return memory, memory[:, :, -1]
@@ -282,13 +283,17 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     channels, batch, steps = u.shape
     W, order = kernels.inputs, kernels.powers.shape[-1]
     length = W.shape[-2] - order
+    if steps <= length and reset is None:
+        memory = _times(u, W[..., :steps, : steps * order])
+        if state is not None:
+            memory = memory + _times(state, W[..., length:, : steps * order])
+        memory = memory.unflatten(-1, (steps, order))
+        return memory, memory[:, :, -1]
     chunks = -(-steps // length)
     u = F.pad(u, (0, chunks * length - steps)).reshape(channels, batch, chunks, length)
     if reset is not None:
         reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
         memory = _chunked_with_reset(u, kernels, state, reset)
-    elif chunks == 1 and state is None:
-        memory = _times(u, W[..., :length, :])
     else:
         before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
         memory = _times(torch.cat([u, before], dim=-1), W)
@@ -449,6 +454,8 @@ def _check_fit(u: Any, kernels: Kernels, initial_state: Any, reset: Any) -> None
         )
     if reset is not None and method == "fft":
         raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
+    if reset is not None and reset.device != u.device:
+        raise ValueError(f"reset and u must share a device, got {reset.device} and {u.device}: move one with .to()")
     if reset is not None and (reset.shape != (batch, steps) or reset.dtype != torch.bool):
         raise ValueError(
             f"reset must be bool (B, T) = {(batch, steps)}, got {reset.dtype} of shape {tuple(reset.shape)}"
@@ -464,5 +471,7 @@ def _check_fit(u: Any, kernels: Kernels, initial_state: Any, reset: Any) -> None
         raise ValueError(
             f"initial_state and u must share a device, got {initial_state.device} and {u.device}: move one with .to()"
         )
+    if not (initial_state.is_floating_point() or initial_state.is_complex()):
+        raise ValueError(f"initial_state must be floating point or complex, got {initial_state.dtype}")
     if initial_state.is_complex() and not u.is_complex():
         raise ValueError(f"initial_state is {initial_state.dtype} but u is {u.dtype}: give u as complex too")

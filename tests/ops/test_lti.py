@@ -1,0 +1,410 @@
+"""Every method of the time-invariant recurrence against the loop that defines it."""
+
+import itertools
+
+import jaxtyping
+import pytest
+import torch
+
+from legato.legendre import delay_network
+from legato.ops.lti import METHODS, apply, chunk_length, lti, prepare
+
+RESETTING = [method for method in METHODS if method != "fft"]
+ORDER = 5
+
+
+@pytest.fixture
+def shape_checker_off():
+    """What a caller meets, to whom nothing checks the annotations."""
+    was = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", was)
+
+
+def by_loop(u, A, B, state=None, reset=None):
+    """The definition, in the dtype of A."""
+    batch, steps, channels = u.shape
+    m = A.new_zeros(batch, channels, A.shape[-1]) if state is None else state
+    memory = [m.new_zeros(batch, 0, channels, A.shape[-1])]
+    for t in range(steps):
+        if reset is not None:
+            m = torch.where(reset[:, t, None, None], 0, m)
+        m = (A @ m.unsqueeze(-1)).squeeze(-1) + B * u[:, t, :, None]
+        memory.append(m.unsqueeze(1))
+    return torch.cat(memory, dim=1), m
+
+
+def example(steps, *, batch=3, channels=2, per_channel=False, state=True, reset=False, dtype=torch.float64):
+    """Arguments of lti, with gradients on."""
+    theta = torch.tensor([7.0, 40.0, 13.0][:channels]) if per_channel else 20.0
+    A, B = delay_network(ORDER, theta)
+    u = torch.randn(batch, steps, channels, dtype=dtype)
+    m = torch.randn(batch, channels, ORDER, dtype=torch.promote_types(dtype, torch.float32)) if state else None
+    cut = torch.rand(batch, steps) < 0.1 if reset else None
+    return [x if x is None else x.requires_grad_() for x in (u, A, B, m)], cut
+
+
+def assert_close(got, want, steps, dtype=torch.float64):
+    """Each number is a sum over time and order: as many roundings of at most the largest size seen."""
+    assert got.shape == want.shape
+    if want.numel() == 0:
+        return
+    bound = (steps + ORDER) * torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
+    assert (got.to(want.dtype) - want).abs().max().item() <= bound
+
+
+def gradients(results, tensors, seed=1):
+    """Of a weighted sum of all the results, so that no part can hide another."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=generator)).sum() for r in results)
+    return torch.autograd.grad(total, [x for x in tensors if x is not None], materialize_grads=True)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 63, 65, 200])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_the_loop_in_values_and_all_gradients(method, steps, state, reset, per_channel):
+    if reset and method == "fft":
+        pytest.skip("fft cannot reset")
+    arguments, cut = example(steps, state=state, reset=reset, per_channel=per_channel)
+    got = lti(*arguments, method=method, reset=cut)
+    want = by_loop(*arguments, reset=cut)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, steps)
+    for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
+        assert_close(g, w, steps)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 63, 200])
+def test_the_last_state_alone_is_the_last_of_the_loop(steps, state, reset, per_channel):
+    arguments, cut = example(steps, state=state, reset=reset, per_channel=per_channel)
+    got = lti(*arguments, last_only=True, reset=cut)
+    want = by_loop(*arguments, reset=cut)[1:] * 2
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, steps)
+    for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
+        assert_close(g, w, steps)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lengths", [(70, 130), (1, 64), (33, 32, 31), (0, 5)])
+def test_parts_with_the_state_carried_over_are_one_pass(method, lengths):
+    steps = sum(lengths)
+    (u, A, B, state), _ = example(steps)
+    memory, final_state = lti(u, A, B, state, method=method)
+    parts = []
+    for part in u.split(list(lengths), dim=1):
+        piece, state = lti(part, A, B, state, method=method)
+        parts.append(piece)
+    assert_close(torch.cat(parts, dim=1), memory, steps)
+    assert_close(state, final_state, steps)
+
+
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_no_steps_leave_the_state_as_it_was(method):
+    (u, A, B, state), _ = example(0)
+    memory, final_state = lti(u, A, B, state, method=method)
+    assert memory.shape == (3, 0, 2, ORDER)
+    assert torch.equal(final_state, state)
+    assert torch.equal(lti(u, A, B, method=method)[1], torch.zeros_like(state))
+    assert torch.equal(lti(u, A, B, state, last_only=True)[0], state)
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(0, 2), (3, 0), (0, 0)])
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_an_empty_batch_and_no_channels_work(method, batch, channels):
+    (u, A, B, state), _ = example(70, batch=batch, channels=channels)
+    memory, final_state = lti(u, A, B, state, method=method)
+    assert memory.shape == (batch, 70, channels, ORDER)
+    assert final_state.shape == (batch, channels, ORDER)
+    for gradient, x in zip(torch.autograd.grad(memory.sum() + final_state.sum(), (u, state)), (u, state), strict=True):
+        assert gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("method", [*METHODS, "last"])
+def test_kernels_serve_shorter_inputs_too(method):
+    (u, A, B, state), _ = example(200)
+    last = method == "last"
+    kernels = prepare(A, B, 200, method=None if last else method, last_only=last, dtype=u.dtype)
+    for steps in (1, 31, 77, 200):
+        memory, final_state = by_loop(u[:, :steps], A, B, state)
+        got = apply(u[:, :steps], kernels, state)
+        assert_close(got[0], final_state if last else memory, steps)
+        assert_close(got[1], final_state, steps)
+
+
+@pytest.mark.parametrize("method", ["sequential", "chunked"])
+def test_kernels_for_a_short_input_serve_a_long_one(method):
+    (u, A, B, state), _ = example(700)
+    memory, final_state = apply(u, prepare(A, B, 40, method=method, dtype=u.dtype), state)
+    want, want_final = by_loop(u, A, B, state)
+    assert_close(memory, want, 700)
+    assert_close(final_state, want_final, 700)
+
+
+@pytest.mark.parametrize("method", ["toeplitz", "fft", "last"])
+def test_kernels_too_short_for_the_input_are_refused(method):
+    (u, A, B, _), _ = example(60)
+    last = method == "last"
+    kernels = prepare(A, B, 50, method=None if last else method, last_only=last, dtype=u.dtype)
+    with pytest.raises(ValueError, match="prepared for up to 50 steps, got 60"):
+        apply(u, kernels)
+
+
+@pytest.mark.parametrize("method", [*RESETTING, None])
+def test_nothing_passes_a_reset_not_even_a_nan(method):
+    (u, A, B, state), _ = example(100)
+    reset = torch.zeros(3, 100, dtype=torch.bool)
+    reset[:, [0, 40, 41]] = True
+    poisoned = u.detach().clone()
+    poisoned[:, 35:40] = torch.nan
+    poisoned.requires_grad_()
+    memory, final_state = lti(poisoned, A, B, torch.full_like(state, torch.nan), method=method, reset=reset)
+    want, want_final = by_loop(u[:, 41:], A, B)
+    assert_close(memory[:, 41:], want, 100)
+    assert_close(final_state, want_final, 100)
+    (gradient,) = torch.autograd.grad(final_state.sum() + memory[:, 41:].sum(), poisoned)
+    assert gradient.isfinite().all()
+    assert (gradient[:, :41] == 0).all()
+    alone, _ = lti(poisoned, A, B, torch.full_like(state, torch.nan), last_only=True, reset=reset)
+    assert_close(alone, want_final, 100)
+
+
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_an_input_never_changes_the_past(method):
+    (u, A, B, state), _ = example(100)
+    changed = u.detach().clone()
+    changed[:, 50:] += 1
+    before, _ = lti(u, A, B, state, method=method)
+    after, _ = lti(changed, A, B, state, method=method)
+    assert_close(after[:, :50], before[:, :50], 100)
+    assert not torch.allclose(after[:, 50], before[:, 50])
+
+
+@pytest.mark.parametrize("method", [*METHODS, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_inputs_are_computed_and_carried_in_32_bits(method, dtype):
+    (u, A, B, state), _ = example(150, dtype=dtype)
+    memory, final_state = lti(u, A, B, state, method=method)
+    assert memory.dtype == dtype
+    assert final_state.dtype == torch.float32
+    want, want_final = by_loop(u.double(), A, B, state.double())
+    assert_close(memory, want, 150 if dtype == torch.float32 else 0, dtype)
+    assert_close(final_state, want_final, 150, torch.float32)
+    gradient_u, gradient_state = torch.autograd.grad(memory.float().sum() + final_state.sum(), (u, state))
+    want_u, want_state = torch.autograd.grad(want.sum() + want_final.sum(), (u, state))
+    assert_close(gradient_u, want_u, 150, dtype)
+    assert_close(gradient_state, want_state, 150, torch.float32)
+
+
+def test_autocast_changes_nothing():
+    (u, A, B, state), _ = example(100, dtype=torch.float32)
+    memory, final_state = lti(u, A, B, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under, under_final = lti(u, A, B, state)
+    assert torch.equal(under, memory)
+    assert torch.equal(under_final, final_state)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_complex_inputs_are_their_parts(method, reset):
+    if reset and method == "fft":
+        pytest.skip("fft cannot reset")
+    (u, A, B, state), cut = example(70, reset=reset)
+    u = torch.complex(u, torch.randn_like(u))
+    z = torch.complex(state, torch.randn_like(state))
+    memory, final_state = lti(u, A, B, z, method=method, reset=cut)
+    want, want_final = by_loop(u, A.to(u.dtype), B.to(u.dtype), z, reset=cut)
+    assert_close(memory, want, 70)
+    assert_close(final_state, want_final, 70)
+    from_real, _ = lti(u, A, B, state, method=method, reset=cut)
+    assert_close(from_real, by_loop(u, A.to(u.dtype), B.to(u.dtype), state.to(u.dtype), reset=cut)[0], 70)
+    assert lti(u, A, B, z, last_only=True)[0].is_complex()
+
+
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_any_strides_will_do(method):
+    (u, A, B, state), _ = example(90)
+    memory, final_state = lti(u, A, B, state, method=method)
+    strided_u = u.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    wide = torch.randn(3, 180, 4, dtype=u.dtype)
+    wide[:, ::2, ::2] = u.detach()
+    strided_A, strided_B = A.detach().mT.contiguous().mT, B.detach().repeat_interleave(2)[::2]
+    strided_state = state.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for other in (strided_u, wide[:, ::2, ::2]):
+        got, got_final = lti(other, strided_A, strided_B, strided_state, method=method)
+        assert_close(got, memory, 90)
+        assert_close(got_final, final_state, 90)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, "last"])
+def test_first_second_and_forward_derivatives_are_the_numerical_ones(method, reset):
+    if reset and method == "fft":
+        pytest.skip("fft cannot reset")
+    A, B = delay_network(2, 4.0)
+    steps = 3 if method == "sequential" else 5
+    arguments = [torch.randn(1, steps, 1, dtype=torch.float64), A, B, torch.randn(1, 1, 2, dtype=torch.float64)]
+    arguments = [x.requires_grad_() for x in arguments]
+    cut = torch.tensor([[False, False, True, False, False]])[:, :steps] if reset else None
+
+    def run(*arguments):
+        named = {"last_only": True} if method == "last" else {"method": method}
+        return lti(*arguments, reset=cut, **named)
+
+    torch.autograd.gradcheck(run, arguments, check_forward_ad=True)
+    torch.autograd.gradgradcheck(run, arguments)
+
+
+@pytest.mark.parametrize("method", ["fft", "chunked", "last"])
+def test_gradients_reach_theta(method):
+    u = torch.randn(1, 6, 2, dtype=torch.float64)
+    named = {"last_only": True} if method == "last" else {"method": method}
+
+    def run(theta):
+        return lti(u, *delay_network(3, theta), **named)
+
+    for theta in (torch.tensor(9.0), torch.tensor([5.0, 12.0])):
+        torch.autograd.gradcheck(run, theta.double().requires_grad_(), check_forward_ad=True)
+        torch.autograd.gradgradcheck(run, theta.double().requires_grad_())
+
+
+@pytest.mark.parametrize("method", [*METHODS, "last"])
+def test_a_map_over_any_argument_is_the_loop_over_it(method):
+    named = {"last_only": True} if method == "last" else {"method": method}
+    us, states = torch.randn(2, 3, 40, 2, dtype=torch.float64), torch.randn(2, 3, 2, ORDER, dtype=torch.float64)
+    As, Bs = delay_network(ORDER, torch.tensor([9.0, 30.0]))
+
+    def run(u, A, B, state):
+        return lti(u, A, B, state, **named)
+
+    for maps in [(0, None, None, 0), (0, None, None, None), (None, 0, 0, 0)]:
+        given = [
+            many if axis == 0 else one
+            for axis, many, one in zip(maps, (us, As, Bs, states), (us[0], As[0], Bs[0], states[0]), strict=True)
+        ]
+        got = torch.func.vmap(run, in_dims=maps)(*given)
+        for i in range(2):
+            want = run(*[x[i] if axis == 0 else x for axis, x in zip(maps, given, strict=True)])
+            for g, w in zip(got, want, strict=True):
+                assert_close(g[i], w, 40)
+
+
+@pytest.mark.parametrize("method", RESETTING)
+def test_a_map_over_resets_is_the_loop_over_them(method):
+    (u, A, B, state), _ = example(40)
+    resets = torch.rand(2, 3, 40) < 0.1
+    got, _ = torch.func.vmap(lambda reset: lti(u, A, B, state, method=method, reset=reset))(resets)
+    for i in range(2):
+        assert_close(got[i], lti(u, A, B, state, method=method, reset=resets[i])[0], 40)
+
+
+def test_a_long_input_takes_a_bounded_number_of_operations():
+    A, B = delay_network(2, 50.0)
+    counts = []
+    for steps in (2**12, 2**18):
+        u = torch.randn(1, steps, 1)
+        kernels = prepare(A, B, steps)
+        with torch.profiler.profile() as profile:
+            memory, _ = apply(u, kernels)
+        counts.append(len(profile.events()))
+        want, _ = by_loop(u[:, -2000:].double(), A, B)
+        # What came 2,000 steps before, 40 windows ago, has died away below float64.
+        assert_close(memory[:, -100:], want[:, -100:], 2000, torch.float32)
+    assert counts[1] < 3 * counts[0]
+
+
+def test_the_chunk_divides_the_length_where_it_can():
+    assert [chunk_length(64, steps) for steps in (1024, 784, 4096, 96, 1_048_576)] == [32, 28, 32, 32, 32]
+    assert chunk_length(64, 1021) == 32
+    assert [chunk_length(64, steps) for steps in (1, 2, 5, 16, 20)] == [1, 2, 8, 16, 20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.randn(4, 3)}, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
+        ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, "u must be floating point or complex, got torch.int64"),
+        ({"u": torch.randn(3, 10, 2, device="meta")}, "u and A must share a device, got meta and cpu"),
+        ({"A": torch.randn(5, 4)}, r"A must be \(N, N\) and B \(N,\), .* got \(5, 4\) and \(5,\)"),
+        ({"B": torch.randn(4)}, r"A must be \(N, N\) and B \(N,\), .* got \(5, 5\) and \(4,\)"),
+        ({"B": torch.ones(5, dtype=torch.int64)}, "A and B must be real and floating point"),
+        ({"B": torch.randn(5, device="meta")}, "A and B must share a device, got cpu and meta"),
+        ({"A": torch.randn(3, 5, 5), "B": torch.randn(3, 5)}, "one channel for each of the 3 systems in A, got 2"),
+        ({"initial_state": torch.randn(4, 2, 5)}, r"initial_state must be \(B, C, N\) = \(3, 2, 5\), got \(4, 2, 5\)"),
+        ({"initial_state": torch.randn(3, 2, 5, device="meta")}, "initial_state and u must share a device"),
+        ({"initial_state": torch.randn(3, 2, 5, dtype=torch.complex64)}, "give u as complex too"),
+        ({"initial_state": torch.ones(3, 2, 5, dtype=torch.int64)}, "initial_state must be floating point"),
+        ({"reset": torch.ones(3, 9, dtype=torch.bool)}, r"reset must be bool \(B, T\) = \(3, 10\)"),
+        ({"reset": torch.ones(3, 10)}, "reset must be bool .* got torch.float32"),
+        ({"reset": torch.ones(3, 10, dtype=torch.bool, device="meta")}, "reset and u must share a device"),
+        ({"method": "chunky"}, "did you mean 'chunked'"),
+        ({"method": "fft", "reset": torch.ones(3, 10, dtype=torch.bool)}, 'use "chunked", "toeplitz" or "sequential"'),
+        ({"method": "chunked", "last_only": True}, "last_only gives the last state alone"),
+    ],
+)
+@pytest.mark.usefixtures("shape_checker_off")
+def test_arguments_that_do_not_fit_say_what_would(change, message):
+    A, B = delay_network(ORDER, 20)
+    arguments = {"u": torch.randn(3, 10, 2), "A": A, "B": B} | change
+    with pytest.raises(ValueError, match=message):
+        lti(**arguments)
+
+
+def test_kernels_of_another_dtype_are_refused():
+    kernels = prepare(*delay_network(ORDER, 20), 10, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"prepared for torch\.float32, got u in torch\.float64"):
+        apply(torch.randn(3, 10, 2, dtype=torch.float64), kernels)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, "last"])
+def test_values_and_gradients_compile_into_one_graph(method, dynamic):
+    named = {"last_only": True} if method == "last" else {"method": method}
+
+    def run(u, A, B, state, reset):
+        return lti(u, A, B, state, reset=reset, **named)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    resets = [False] if method == "fft" else [False, True]
+    for steps, reset in itertools.product([5, 6] if method == "sequential" else [40, 75, 90], resets):
+        if not dynamic and steps == 90:
+            continue
+        arguments, cut = example(steps, reset=reset)
+        got, want = compiled(*arguments, cut), run(*arguments, cut)
+        for g, w in zip(got, want, strict=True):
+            assert_close(g, w, steps)
+        for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
+            assert_close(g, w, steps)
+
+
+@pytest.mark.compiled
+def test_new_lengths_reuse_the_compiled_chunked_graph():
+    (_, A, B, _), _ = example(1)
+    kernels = prepare(A.detach(), B.detach(), 4096, dtype=torch.float64)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(apply, fullgraph=True, dynamic=True, backend=counter)
+    for steps in (520, 600, 777, 901, 1000):
+        u = torch.randn(3, steps, 2, dtype=torch.float64)
+        assert_close(compiled(u, kernels)[0], apply(u, kernels)[0], steps)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.compiled
+def test_the_default_compiler_agrees():
+    arguments, cut = example(100, reset=True)
+    for reset in (None, cut):
+        got = torch.compile(lti, fullgraph=True)(*arguments, reset=reset)
+        want = lti(*arguments, reset=reset)
+        for g, w in zip(got, want, strict=True):
+            assert_close(g, w, 100)
