@@ -1,0 +1,572 @@
+"""The diagonal recurrence on a GPU, compiled by Triton: each number is read and written once, at the memory's speed.
+
+One program walks through time for one batch row and one block of channels, the carry in registers and the next steps'
+loads already under way. Where batch and channels are too few to fill a GPU, time is cut into chunks: every chunk is
+summarised (product of decays, state from zero), the summaries are scanned by the same recurrence, and every chunk is
+walked again from the state that enters it; docs/maths/recurrence.md derives both. Nothing is tuned at run time and
+nothing is atomic: equal shapes give equal launches and equal bits. With TRITON_INTERPRET=1, set before this module is
+imported, all of it runs on CPU tensors.
+"""
+
+# Triton compiles a subset of Python (no starred tuples), which these do not know:
+# ruff: noqa: RUF005, SIM108
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from legato._shapes import Bool, Inexact, Tensor
+
+# Whether the kernels run in Triton's interpreter, on CPU tensors: settled when this module is imported.
+INTERPRETED = knobs.runtime.interpret
+# Time is cut into chunks below this many programs (two for each multiprocessor of a large GPU): reading the inputs a
+# second time costs 5/3 of the traffic, which a GPU that is less than half busy has to spare.
+_FEW_PROGRAMS = 256
+# Programs wanted once time is cut.
+_MANY_PROGRAMS = 2048
+# Shorter chunks than this spend more on their summaries than they gain.
+_SHORTEST_CHUNK = 128
+# Steps whose loads are under way together, for numbers of up to 4 bytes; the time to compile grows faster than this.
+_GROUP_STEPS = 16
+
+
+def forward(
+    decay: Inexact[Tensor, "Bd Td Hd Dd"],
+    impulse: Inexact[Tensor, "B T H D"],
+    initial_state: Inexact[Tensor, "B H D"] | None,
+    reset: Bool[Tensor, "B T"] | None,
+    reverse: bool,
+) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
+    """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``."""
+    B, T, H, D = impulse.shape
+    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    states = torch.empty_like(impulse)
+    if impulse.numel() == 0:
+        return states, _zeros_or_copy(initial_state, impulse)
+    plan = _plan(impulse)
+    entering = initial_state
+    if plan.chunks > 1:
+        products, ends = _summarise(plan, decay, impulse, reset, down=reverse, adjoint=False)
+        scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse)
+        entering = _entering(scanned, initial_state, down=reverse)
+    final_state = torch.empty((B, H, D), dtype=carry_dtype, device=impulse.device)
+    with torch.cuda.device_of(impulse):
+        _forward_kernel[plan.grid](
+            *map(_numbers, (decay, impulse, entering, reset, states, final_state)),
+            T, H * D, D, plan.length, plan.chunks, *_decay_strides(decay),
+            DOWN=reverse, **_options(plan, decay, impulse),
+        )  # fmt: skip
+    return states, final_state
+
+
+def backward(
+    grad_states: Inexact[Tensor, "B T H D"],
+    grad_final: Inexact[Tensor, "B H D"],
+    decay: Inexact[Tensor, "Bd Td Hd Dd"],
+    states: Inexact[Tensor, "B T H D"],
+    initial_state: Inexact[Tensor, "B H D"] | None,
+    reset: Bool[Tensor, "B T"] | None,
+    reverse: bool,
+) -> tuple[Inexact[Tensor, "Bd Td Hd Dd"], Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
+    """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}: grad_impulse = g, grad_decay_t = conj(h_{t-1}) g_t.
+
+    The walk carries conj(decay_t) g_t, what a step hands to the one before it in the recurrence's order.
+    """
+    B, T, H, D = states.shape
+    carry_dtype = torch.promote_types(states.dtype, torch.float32)
+    grad_impulse = torch.empty_like(states)
+    if states.numel() == 0:
+        return torch.zeros_like(decay), grad_impulse, grad_final.clone()
+    plan = _plan(states)
+    entering = grad_final.contiguous()
+    if plan.chunks > 1:
+        products, ends = _summarise(plan, decay, grad_states, reset, down=not reverse, adjoint=True)
+        scanned, _ = forward(products, ends, entering, _dropped(reset, plan), not reverse)
+        entering = _entering(scanned, entering, down=not reverse)
+    grad_initial = torch.empty((B, H, D), dtype=carry_dtype, device=states.device)
+    # One partial sum a chunk where the decay is constant in time; other broadcast axes are summed below.
+    rows = T if decay.shape[1] > 1 else plan.chunks
+    exact = decay.shape == states.shape and rows == T
+    grad_decay = torch.empty((B, rows, H, D), dtype=decay.dtype if exact else carry_dtype, device=states.device)
+    with torch.cuda.device_of(states):
+        _backward_kernel[plan.grid](
+            *map(_numbers, (decay, grad_states, entering, states, initial_state, reset)),
+            *map(_numbers, (grad_decay, grad_impulse, grad_initial)),
+            T, H * D, D, plan.length, plan.chunks, *_decay_strides(decay),
+            DOWN=not reverse, **_options(plan, decay, states),
+        )  # fmt: skip
+    return grad_decay.sum_to_size(decay.shape).to(decay.dtype), grad_impulse, grad_initial
+
+
+class _Plan(NamedTuple):
+    """How one shape and dtype is launched: a fixed rule, never a measurement."""
+
+    grid: tuple[int]
+    block: int  # channels a program
+    chunks: int  # pieces of time
+    length: int  # steps in each of them; the last may have fewer
+    steps: int  # loaded together, one group ahead of their use
+
+
+def _plan(x: Tensor) -> _Plan:
+    B, T, H, D = x.shape
+    item = x.element_size()
+    # One warp: a lane a channel, two for 16-bit numbers, so that a step's load is 128 bytes or more.
+    block = 64 if item == 2 else 32
+    programs = B * triton.cdiv(H * D, block)
+    chunks = 1
+    if programs < _FEW_PROGRAMS:
+        chunks = max(1, min(triton.cdiv(_MANY_PROGRAMS, programs), T // _SHORTEST_CHUNK))
+    length = triton.cdiv(T, chunks)
+    chunks = triton.cdiv(T, length)
+    # Two groups of two arrays, three in the backward, of this many rows have to stay in 255 registers a thread.
+    steps = _GROUP_STEPS if item <= 4 else _GROUP_STEPS * 4 // item
+    return _Plan((programs * chunks,), block, chunks, length, steps)
+
+
+def _summarise(
+    plan: _Plan, decay: Tensor, x: Tensor, reset: Tensor | None, *, down: bool, adjoint: bool
+) -> tuple[Tensor, Tensor]:
+    """Product of decays and state from zero at the end of every chunk, (B, chunks, H, D) each, in the carry's dtype."""
+    B, T, H, D = x.shape
+    carry_dtype = torch.promote_types(x.dtype, torch.float32)
+    products = torch.empty((B, plan.chunks, H, D), dtype=carry_dtype, device=x.device)
+    ends = torch.empty_like(products)
+    with torch.cuda.device_of(x):
+        _summary_kernel[plan.grid](
+            *map(_numbers, (decay, x, reset, products, ends)),
+            T, H * D, D, plan.length, plan.chunks, *_decay_strides(decay),
+            DOWN=down, ADJOINT=adjoint, **_options(plan, decay, x),
+        )  # fmt: skip
+    return products, ends
+
+
+def _dropped(reset: Tensor | None, plan: _Plan) -> Tensor | None:
+    """(B, chunks): whether the state that enters a chunk is dropped inside it."""
+    if reset is None:
+        return None
+    padding = plan.chunks * plan.length - reset.shape[1]
+    return torch.nn.functional.pad(reset, (0, padding)).unflatten(1, (plan.chunks, plan.length)).any(-1)
+
+
+def _entering(scanned: Tensor, first: Tensor | None, *, down: bool) -> Tensor:
+    """The state that enters every chunk: what leaves the chunk walked before it, or the very first state."""
+    entering = torch.empty_like(scanned)
+    if down:
+        entering[:, :-1] = scanned[:, 1:]
+    else:
+        entering[:, 1:] = scanned[:, :-1]
+    entering[:, -1 if down else 0] = 0 if first is None else first
+    return entering
+
+
+def _zeros_or_copy(state: Tensor | None, impulse: Tensor) -> Tensor:
+    B, _, H, D = impulse.shape
+    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    return impulse.new_zeros((B, H, D), dtype=carry_dtype) if state is None else state.clone()
+
+
+def _numbers(x: Tensor | None) -> Tensor | None:
+    """What a kernel can point to: complex numbers as pairs, booleans as bytes."""
+    if x is None:
+        return None
+    x = x.resolve_conj().resolve_neg().contiguous()
+    if x.is_complex():
+        return torch.view_as_real(x)
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _decay_strides(decay: Tensor) -> list[int]:
+    """Strides in numbers, 0 along a broadcast axis."""
+    return [0 if size == 1 else stride for size, stride in zip(decay.shape, decay.stride(), strict=True)]
+
+
+def _options(plan: _Plan, decay: Tensor, x: Tensor) -> dict[str, Any]:
+    return {
+        "DECAY_VARIES": decay.shape[1] > 1,
+        "DECAY_BY_HEAD": decay.shape[2:] not in (x.shape[2:], (1, 1)),
+        "PARTS": 2 if x.is_complex() else 1,
+        "CARRY": tl.float64 if x.dtype in (torch.float64, torch.complex128) else tl.float32,
+        "STEPS": plan.steps,
+        "BLOCK": plan.block,
+        "num_warps": 1,
+        "enable_fp_fusion": True,
+    }
+
+
+# --- the kernels. A number is a tuple of PARTS tensors, (real,) or (real, imaginary); a row is all that one step reads:
+# (impulse or gradient, decay if it varies in time, state before if the step needs it, reset if there is one).
+# no_type_check keeps the tests' shape checker out of what Triton compiles. ---
+
+# Lengths differ from call to call: no new compilation for a length of 1 or a multiple of 16.
+_LENGTHS = ["T", "length", "chunks"]
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+@no_type_check
+def _forward_kernel(
+    decay, impulse, entering, reset, states, final_state,
+    T, channels, D, length, chunks, decay_b, decay_t, decay_h, decay_d,
+    DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr, PARTS: tl.constexpr,
+    CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of h_t = decay_t * h_{t-1} + impulse_t, for one batch row and BLOCK channels."""
+    b, chunk, c, inside = _place(channels, chunks, BLOCK)
+    start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+    decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
+    at = ((b * T + start) * channels + c) * PARTS
+    h = _read_or_zero(entering, ((b * chunks + chunk) * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
+    a = _read(decay, inside, PARTS)
+    if reset is not None:
+        reset += b * T + start
+    grouped = steps // STEPS * STEPS
+    h = _forward_span(h, a, 0, grouped, impulse + at, decay, reset, states + at, stride, decay_t, c, channels,
+                      DOWN, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+    h = _forward_span(h, a, grouped, steps, impulse + at, decay, reset, states + at, stride, decay_t, c, channels,
+                      DOWN, DECAY_VARIES, PARTS, CARRY, 1, BLOCK)  # fmt: skip
+    if chunk == (0 if DOWN else chunks - 1):
+        _write(final_state + (b * channels + c) * PARTS, h, inside, PARTS)
+
+
+@triton.jit
+@no_type_check
+def _forward_span(
+    h, a, first, last, impulse, decay, reset, states, stride, decay_t, c, channels,
+    DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The walk's steps first to last, STEPS at a time; a group's loads are issued before the last group is used."""
+    rows = _rows(first, last, impulse, decay, None, reset, stride, decay_t, c, channels,
+                 DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+    for i in range(first, last, STEPS):
+        now = rows
+        rows = _rows(i + STEPS, last, impulse, decay, None, reset, stride, decay_t, c, channels,
+                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+        for s in tl.static_range(STEPS):
+            h = _forward_step(h, a, now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK)
+            _write(states + (i + s) * stride, h, c < channels, PARTS)
+    return h
+
+
+@triton.jit
+@no_type_check
+def _forward_step(
+    h, a, row, RESETS: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if DECAY_VARIES:
+        a = row[1]
+    if RESETS:
+        h = _select(row[-1], _number(0, PARTS, CARRY, BLOCK), h, PARTS)
+    return _add(_multiply(_cast(a, PARTS, CARRY), h, PARTS), _cast(row[0], PARTS, CARRY), PARTS)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+@no_type_check
+def _backward_kernel(
+    decay, grad_states, entering, states, initial_state, reset, grad_decay, grad_impulse, grad_initial,
+    T, channels, D, length, chunks, decay_b, decay_t, decay_h, decay_d,
+    DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr, PARTS: tl.constexpr,
+    CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of the walk back: g = grad_states_t + carry, then carry = conj(decay_t) g, or 0 where reset_t."""
+    b, chunk, c, inside = _place(channels, chunks, BLOCK)
+    start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+    decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
+    at = ((b * T + start) * channels + c) * PARTS
+    carry = _read_or_zero(entering, ((b * chunks + chunk) * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
+    a = _read(decay, inside, PARTS)
+    if reset is not None:
+        reset += b * T + start
+    total = _number(0, PARTS, CARRY, BLOCK)
+    # The walk ends at the recurrence's first step, whose state before is not among the states: it is taken apart.
+    ends_here = chunk == (0 if DOWN else chunks - 1)
+    steps = tl.where(ends_here, steps - 1, steps)
+    grouped = steps // STEPS * STEPS
+    carry, total = _backward_span(
+        carry, total, a, 0, grouped, grad_states + at, decay, states + at, reset,
+        grad_decay + at, grad_impulse + at, stride, decay_t, c, channels,
+        DOWN, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
+    )  # fmt: skip
+    carry, total = _backward_span(
+        carry, total, a, grouped, steps, grad_states + at, decay, states + at, reset,
+        grad_decay + at, grad_impulse + at, stride, decay_t, c, channels,
+        DOWN, DECAY_VARIES, PARTS, CARRY, 1, BLOCK,
+    )  # fmt: skip
+    if ends_here:
+        rows = _rows(steps, steps + 1, grad_states + at, decay, None, reset, stride, decay_t, c, channels,
+                     DOWN, DECAY_VARIES, PARTS, 1)  # fmt: skip
+        h_0 = _read_or_zero(initial_state, (b * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
+        g, carry, grad_a = _backward_step(
+            carry, a, h_0, rows[0], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK
+        )  # fmt: skip
+        _write(grad_impulse + at + steps * stride, g, inside, PARTS)
+        _write(grad_initial + (b * channels + c) * PARTS, carry, inside, PARTS)
+        if DECAY_VARIES:
+            _write(grad_decay + at + steps * stride, grad_a, inside, PARTS)
+        else:
+            total = _add(total, grad_a, PARTS)
+    if not DECAY_VARIES:
+        _write(grad_decay + ((b * chunks + chunk) * channels + c) * PARTS, total, inside, PARTS)
+
+
+@triton.jit
+@no_type_check
+def _backward_span(
+    carry, total, a, first, last, grad_states, decay, states, reset, grad_decay, grad_impulse,
+    stride, decay_t, c, channels,
+    DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As ``_forward_span``. The state before step i of the recurrence is what the walk back meets at its next step."""
+    rows = _rows(first, last, grad_states, decay, states + stride, reset, stride, decay_t, c, channels,
+                 DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+    for i in range(first, last, STEPS):
+        now = rows
+        rows = _rows(i + STEPS, last, grad_states, decay, states + stride, reset, stride, decay_t, c, channels,
+                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+        # Two levels of partial sums keep the rounding error of a long sum down.
+        group_total = _number(0, PARTS, CARRY, BLOCK)
+        for s in tl.static_range(STEPS):
+            h_before = now[s][2] if DECAY_VARIES else now[s][1]
+            g, carry, grad_a = _backward_step(
+                carry, a, _cast(h_before, PARTS, CARRY), now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK
+            )
+            _write(grad_impulse + (i + s) * stride, g, c < channels, PARTS)
+            if DECAY_VARIES:
+                _write(grad_decay + (i + s) * stride, grad_a, c < channels, PARTS)
+            else:
+                group_total = _add(group_total, grad_a, PARTS)
+        total = _add(total, group_total, PARTS)
+    return carry, total
+
+
+@triton.jit
+@no_type_check
+def _backward_step(
+    carry, a, h_before, row, RESETS: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr,
+    CARRY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(g_t, the carry to the next step of the walk, the gradient of decay_t)."""
+    if DECAY_VARIES:
+        a = row[1]
+    g = _add(_cast(row[0], PARTS, CARRY), carry, PARTS)
+    carry = _multiply(_conj(_cast(a, PARTS, CARRY), PARTS), g, PARTS)
+    grad_a = _multiply(_conj(h_before, PARTS), g, PARTS)
+    if RESETS:
+        carry = _select(row[-1], _number(0, PARTS, CARRY, BLOCK), carry, PARTS)
+        grad_a = _select(row[-1], _number(0, PARTS, CARRY, BLOCK), grad_a, PARTS)
+    return g, carry, grad_a
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+@no_type_check
+def _summary_kernel(
+    decay, x, reset, products, ends,
+    T, channels, D, length, chunks, decay_b, decay_t, decay_h, decay_d,
+    DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr,
+    PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of a walk as leaving = product * entering + end: of the forward, or of the backward where ADJOINT.
+
+    A chunk with a reset is marked as dropped when the summaries are scanned, so its product is never used.
+    """
+    b, chunk, c, inside = _place(channels, chunks, BLOCK)
+    start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+    decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
+    x += ((b * T + start) * channels + c) * PARTS
+    a = _read(decay, inside, PARTS)
+    if reset is not None:
+        reset += b * T + start
+    product, end = _number(1, PARTS, CARRY, BLOCK), _number(0, PARTS, CARRY, BLOCK)
+    grouped = steps // STEPS * STEPS
+    product, end = _summary_span(product, end, a, 0, grouped, x, decay, reset, stride, decay_t, c, channels,
+                                 DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+    product, end = _summary_span(product, end, a, grouped, steps, x, decay, reset, stride, decay_t, c, channels,
+                                 DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, 1, BLOCK)  # fmt: skip
+    if ADJOINT:
+        product = _conj(product, PARTS)
+    at = ((b * chunks + chunk) * channels + c) * PARTS
+    _write(products + at, product, inside, PARTS)
+    _write(ends + at, end, inside, PARTS)
+
+
+@triton.jit
+@no_type_check
+def _summary_span(
+    product, end, a, first, last, x, decay, reset, stride, decay_t, c, channels,
+    DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As ``_forward_span``, writing nothing."""
+    rows = _rows(first, last, x, decay, None, reset, stride, decay_t, c, channels,
+                 DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+    for i in range(first, last, STEPS):
+        now = rows
+        rows = _rows(i + STEPS, last, x, decay, None, reset, stride, decay_t, c, channels,
+                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+        for s in tl.static_range(STEPS):
+            if ADJOINT:
+                _, end, _ = _backward_step(
+                    end, a, end, now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK
+                )  # fmt: skip
+            else:
+                end = _forward_step(end, a, now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK)
+            product = _multiply(_cast(now[s][1] if DECAY_VARIES else a, PARTS, CARRY), product, PARTS)
+    return product, end
+
+
+# --- where a program stands ---
+
+
+@triton.jit
+@no_type_check
+def _place(channels, chunks, BLOCK: tl.constexpr):
+    """This program's batch row, chunk and channels, in 64 bits, from which every offset is computed."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = (channels + BLOCK - 1) // BLOCK
+    c = program % blocks * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    return program // blocks // chunks, program // blocks % chunks, c, c < channels
+
+
+@triton.jit
+@no_type_check
+def _walk(chunk, length, T, row, DOWN: tl.constexpr):
+    """The first time of a chunk's walk, its number of steps, and the way from one of its rows to the next."""
+    low = chunk * length
+    high = tl.minimum(low + length, T)
+    row = tl.cast(row, tl.int64)
+    if DOWN:
+        start, stride = high - 1, -row
+    else:
+        start, stride = low, row
+    return start, high - low, stride
+
+
+@triton.jit
+@no_type_check
+def _decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD: tl.constexpr):
+    if DECAY_BY_HEAD:
+        channel = c // D * decay_h + c % D * decay_d
+    else:
+        # Without a division the compiler sees that neighbouring channels are neighbours in memory.
+        channel = c * decay_d
+    return b * decay_b + channel
+
+
+# --- loads ---
+
+
+@triton.jit
+@no_type_check
+def _rows(
+    i, last, x, decay, before, reset, stride, decay_t, c, channels,
+    DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The rows of the walk's steps i to i + STEPS: nothing is read if the walk has ended."""
+    # The condition enters through the bound: the interpreter cannot broadcast a boolean.
+    mask = c < tl.where(i < last, channels, 0)
+    decay_stride = tl.cast(-decay_t if DOWN else decay_t, tl.int64) * PARTS
+    rows = ()
+    for s in tl.static_range(STEPS):
+        row = (_read(x + (i + s) * stride, mask, PARTS),)
+        if DECAY_VARIES:
+            row = row + (_read(decay + (i + s) * decay_stride, mask, PARTS),)
+        if before is not None:
+            row = row + (_read(before + (i + s) * stride, mask, PARTS),)
+        if reset is not None:
+            flag = tl.load(reset - (i + s) if DOWN else reset + (i + s), mask=i < last, other=0)
+            row = row + (flag != 0,)
+        rows = rows + (row,)
+    return rows
+
+
+# --- numbers of one or two parts ---
+
+
+@triton.jit
+@no_type_check
+def _read(pointers, mask, PARTS: tl.constexpr):
+    z = (tl.load(pointers, mask=mask, other=0),)
+    if PARTS == 2:
+        z = z + (tl.load(pointers + 1, mask=mask, other=0),)
+    return z
+
+
+@triton.jit
+@no_type_check
+def _read_or_zero(pointer, offsets, mask, PARTS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr):
+    if pointer is None:
+        z = _number(0, PARTS, CARRY, BLOCK)
+    else:
+        z = _read(pointer + offsets, mask, PARTS)
+    return z
+
+
+@triton.jit
+@no_type_check
+def _write(pointers, z, mask, PARTS: tl.constexpr):
+    tl.store(pointers, z[0].to(pointers.dtype.element_ty), mask=mask)
+    if PARTS == 2:
+        tl.store(pointers + 1, z[1].to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+@no_type_check
+def _number(value, PARTS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr):
+    z = (tl.full((BLOCK,), value, CARRY),)
+    if PARTS == 2:
+        z = z + (tl.full((BLOCK,), 0, CARRY),)
+    return z
+
+
+@triton.jit
+@no_type_check
+def _cast(z, PARTS: tl.constexpr, CARRY: tl.constexpr):
+    w = (z[0].to(CARRY),)
+    if PARTS == 2:
+        w = w + (z[1].to(CARRY),)
+    return w
+
+
+@triton.jit
+@no_type_check
+def _conj(z, PARTS: tl.constexpr):
+    if PARTS == 2:
+        w = (z[0], -z[1])
+    else:
+        w = z
+    return w
+
+
+@triton.jit
+@no_type_check
+def _multiply(a, z, PARTS: tl.constexpr):
+    if PARTS == 2:
+        w = (a[0] * z[0] - a[1] * z[1], a[0] * z[1] + a[1] * z[0])
+    else:
+        w = (a[0] * z[0],)
+    return w
+
+
+@triton.jit
+@no_type_check
+def _add(w, z, PARTS: tl.constexpr):
+    if PARTS == 2:
+        v = (w[0] + z[0], w[1] + z[1])
+    else:
+        v = (w[0] + z[0],)
+    return v
+
+
+@triton.jit
+@no_type_check
+def _select(condition, z, otherwise, PARTS: tl.constexpr):
+    v = (tl.where(condition, z[0], otherwise[0]),)
+    if PARTS == 2:
+        v = v + (tl.where(condition, z[1], otherwise[1]),)
+    return v

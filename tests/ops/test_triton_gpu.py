@@ -1,0 +1,199 @@
+"""The Triton kernels against a loop: compiled on a GPU, else in Triton's interpreter on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from legato.ops.kernels import triton_gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_gpu.INTERPRETED, reason="triton was imported before TRITON_INTERPRET was set"
+)
+NAMES = ("states", "final_state", "grad_decay", "grad_impulse", "grad_initial")
+
+
+def loop(decay, impulse, h_0, reset, reverse, grad_states, grad_final):
+    """Both passes as the equations have them, in the dtype of ``h_0``; results rounded to the impulse's dtype."""
+    T, dtype, carry = impulse.shape[1], impulse.dtype, h_0.dtype
+    a = decay.to(carry).expand(impulse.shape)
+    h, states = h_0, torch.empty_like(impulse)
+    order = list(reversed(range(T))) if reverse else list(range(T))
+    keep = torch.ones_like(impulse[..., 0, 0], dtype=torch.bool) if reset is None else ~reset
+    for t in order:
+        h = a[:, t] * torch.where(keep[:, t, None, None], h, 0) + impulse[:, t].to(carry)
+        states[:, t] = h.to(dtype)
+    g, grad_a, grad_x = grad_final, torch.zeros_like(impulse, dtype=carry), torch.empty_like(impulse)
+    for i in reversed(range(T)):
+        t, kept = order[i], keep[:, order[i], None, None]
+        g = grad_states[:, t].to(carry) + g
+        grad_x[:, t] = g.to(dtype)
+        before = states[:, order[i - 1]].to(carry) if i else h_0
+        grad_a[:, t] = torch.where(kept, before.conj() * g, 0)
+        g = torch.where(kept, a[:, t].conj() * g, 0)
+    return states, h, grad_a.sum_to_size(decay.shape).to(dtype), grad_x, g
+
+
+def example(B, T, H, D, dtype, *, decay_shape=None, resets=False, initial=True):
+    generator = torch.Generator().manual_seed(B + 10 * T + 100 * D)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32), generator=generator).to(dtype)
+
+    carry = torch.promote_types(dtype, torch.float32)
+    decay = torch.rand(decay_shape or (B, T, H, D), generator=generator)
+    if dtype.is_complex:
+        decay = torch.polar(decay, 6.0 * torch.rand(decay.shape, generator=generator))
+    reset = torch.rand(B, T, generator=generator) < 0.05 if resets else None
+    h_0 = normal(B, H, D, dtype=carry) if initial else None
+    both = decay.to(dtype), normal(B, T, H, D), h_0, reset, normal(B, T, H, D), normal(B, H, D, dtype=carry)
+    return [x if x is None else x.to(DEVICE) for x in both]
+
+
+def kernels(decay, impulse, h_0, reset, reverse, grad_states, grad_final):
+    states, final_state = triton_gpu.forward(decay, impulse, h_0, reset, reverse)
+    grads = triton_gpu.backward(grad_states, grad_final, decay, states, h_0, reset, reverse)
+    return states, final_state, *grads
+
+
+def check(decay, impulse, h_0, reset, grad_states, grad_final, *, reverse=False):
+    """err(kernel, float64) <= 2 (err(loop in the same dtype, float64) + eps max|h|), for every result."""
+    dtype = impulse.dtype
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    # In 64 bits there is nothing finer to compare with: the loop's error is that of 32 bits, scaled.
+    low = dtype if dtype != wide else (torch.complex64 if dtype.is_complex else torch.float32)
+    carry = torch.promote_types(low, torch.float32)
+    zeros = torch.zeros_like(grad_final) if h_0 is None else h_0
+
+    def loop_in(dtype, carry):
+        x = [x.to(dtype) for x in (decay, impulse, grad_states)]
+        return loop(x[0], x[1], zeros.to(carry), reset, reverse, x[2], grad_final.to(carry))
+
+    got = kernels(decay, impulse, h_0, reset, reverse, grad_states, grad_final)
+    same, exact = loop_in(low, carry), loop_in(wide, wide)
+    largest = {name: z.abs().max() if z.numel() else 0 for name, z in zip(NAMES, exact, strict=True)}
+    largest["final_state"], largest["grad_initial"] = largest["states"], largest["grad_impulse"]
+    for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == (
+            torch.promote_types(dtype, torch.float32) if name in ("final_state", "grad_initial") else dtype
+        )
+        if z.numel():
+            eps = torch.finfo(x.dtype).eps
+            bound = 2 * ((y - z).abs().max() * eps / torch.finfo(y.dtype).eps + eps * largest[name])
+            assert (x - z).abs().max() <= bound, f"{name}: {(x - z).abs().max()} over {bound}"
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks as they come with a million steps, at lengths that the interpreter can walk."""
+    monkeypatch.setattr(triton_gpu, "_SHORTEST_CHUNK", 9)
+    monkeypatch.setattr(triton_gpu, "_GROUP_STEPS", 4)
+
+
+@pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (2, 1, 65), (1, 63, 3), (1, 65, 64), (1, 65, 1), (1, 200, 1)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_values_and_gradients_are_the_loops_at_awkward_sizes(B, T, D, reverse):
+    check(*example(B, T, 1, D, torch.float32), reverse=reverse)
+
+
+@pytest.mark.parametrize(("B", "T", "D", "chunks"), [(1, 17, 65, 1), (2, 18, 33, 2), (1, 65, 3, 7), (1, 200, 1, 20)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_time_cut_into_chunks_gives_the_same(B, T, D, chunks, reverse, short_chunks):
+    tensors = example(B, T, 1, D, torch.float32, resets=True)
+    assert triton_gpu._plan(tensors[1]).chunks == chunks
+    check(*tensors, reverse=reverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_every_dtype_with_its_carry(dtype, chunked, request):
+    if chunked:
+        request.getfixturevalue("short_chunks")
+    check(*example(1, 37, 2, 3, dtype, decay_shape=(1, 37, 2, 1), resets=chunked), reverse=chunked)
+    check(*example(1, 37, 2, 3, dtype, decay_shape=(1, 1, 2, 3)), reverse=not chunked)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("axes", range(1, 16))
+def test_a_broadcast_decay_is_not_expanded(axes, chunked, request):
+    if chunked:
+        request.getfixturevalue("short_chunks")
+    sizes = (2, 20, 2, 3)
+    decay_shape = tuple(1 if axes >> i & 1 else size for i, size in enumerate(sizes))
+    check(*example(*sizes, torch.float32, decay_shape=decay_shape, resets=chunked))
+
+
+def test_the_gradient_is_autograds(short_chunks):
+    decay, impulse, h_0, reset, grad_states, grad_final = example(2, 30, 1, 3, torch.complex128, resets=True)
+    leaves = [x.requires_grad_() for x in (decay, impulse, h_0)]
+    h, states = h_0, []
+    for t in range(30):
+        h = decay[:, t] * h.masked_fill(reset[:, t, None, None], 0) + impulse[:, t]
+        states.append(h)
+    states = torch.stack(states, 1)
+    expected = torch.autograd.grad((states, h), leaves, (grad_states, grad_final))
+    got = triton_gpu.backward(grad_states, grad_final, *(x.detach() for x in (decay, states, h_0)), reset, False)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_no_initial_state_is_a_state_of_zeros(chunked, request):
+    if chunked:
+        request.getfixturevalue("short_chunks")
+    check(*example(2, 20, 1, 5, torch.float32, initial=False))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_nothing_passes_a_reset_not_even_nan(reverse, chunked, request):
+    if chunked:
+        request.getfixturevalue("short_chunks")
+    decay, impulse, h_0, _, grad_states, grad_final = example(1, 30, 1, 3, torch.float32)
+    reset = torch.zeros(1, 30, dtype=torch.bool, device=DEVICE)
+    reset[0, 20 if not reverse else 9] = True
+    before = slice(0, 20) if not reverse else slice(10, 30)
+    after = slice(20, 30) if not reverse else slice(0, 10)
+    clean = kernels(decay, impulse, h_0, reset, reverse, grad_states, grad_final)
+    dirty = impulse.clone()
+    dirty[:, before] = torch.nan
+    spoilt = kernels(decay, dirty, h_0, reset, reverse, grad_states, grad_final)
+    assert spoilt[0][:, before].isnan().all()
+    for name, x, y in zip(NAMES, spoilt, clean, strict=True):
+        if name in ("states", "grad_decay"):
+            x, y = x[:, after], y[:, after]
+        assert torch.equal(x, y), name
+    late = grad_states.clone()
+    late[:, after] = torch.nan
+    spoilt = kernels(decay, impulse, h_0, reset, reverse, late, grad_final)
+    assert torch.equal(spoilt[3][:, before], clean[3][:, before])
+    assert torch.equal(spoilt[4], clean[4])
+
+
+def test_unwritten_memory_is_not_read(short_chunks):
+    decay, impulse, h_0, reset, grad_states, grad_final = example(2, 29, 1, 5, torch.float32, resets=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # every torch.empty is filled with NaN
+    try:
+        results = kernels(decay, impulse, h_0, reset, False, grad_states, grad_final)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(x.isnan().any() for x in results)
+
+
+def test_batch_and_channels_that_fill_a_gpu_are_walked_in_one_pass_and_few_are_cut():
+    def plan(*shape, dtype=torch.float32):
+        return triton_gpu._plan(torch.empty(shape, dtype=dtype, device="meta"))
+
+    assert plan(8, 8192, 1, 1536).chunks == 1
+    few = plan(1, 1 << 20, 1, 64)
+    assert (few.chunks, few.length, few.grid) == (1024, 1024, (2048,))
+    assert plan(1, 255, 1, 64).chunks == 1  # too short to cut
+    for T in (1_000_003, 65_537, 300):
+        uneven = plan(2, T, 3, 5, dtype=torch.bfloat16)
+        assert (uneven.chunks - 1) * uneven.length < T <= uneven.chunks * uneven.length
