@@ -89,6 +89,14 @@ def check(decay, impulse, h_0, reset, grad_states, grad_final, *, reverse=False)
             assert (x - z).abs().max() <= bound, f"{name}: {(x - z).abs().max()} over {bound}"
 
 
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """The interpreter patches triton.language again at every call of a helper: once a launch is enough."""
+    if triton_gpu.INTERPRETED:
+        interpreted = type(triton_gpu._read)
+        monkeypatch.setattr(interpreted, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
+
+
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks as they come with a million steps, at lengths that the interpreter can walk."""
