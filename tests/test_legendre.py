@@ -186,5 +186,5 @@ def test_a_trained_theta_compiles_into_one_graph(discretizer):
         return (A.square().sum() + B.sum()) * 2
 
     (expected,) = torch.autograd.grad(total(theta), theta)
-    (got,) = torch.autograd.grad(torch.compile(total, fullgraph=True)(theta), theta)
+    (got,) = torch.autograd.grad(torch.compile(total, fullgraph=True, backend="aot_eager")(theta), theta)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)

@@ -130,8 +130,9 @@ def prepare(
         method = choose_method(A.shape[-1], steps)
     with torch.autocast(A.device.type, enabled=False):
         inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1))
-        dtype = _carry_dtype(dtype)
-        return Kernels(method, steps, inputs.to(dtype.to_complex() if method == "fft" else dtype), powers.to(dtype))
+        carry = _carry_dtype(dtype)
+        spectrum = torch.complex64 if carry == torch.float32 else torch.complex128
+        return Kernels(method, steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
 
 
 def apply(
@@ -412,7 +413,7 @@ def _apply_to_parts(
 
 
 def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype.to_real(), torch.float32)
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 # Checks, at the public edge.
