@@ -4,7 +4,6 @@
 The memory itself is ``legendre_memory.py``; the unit it replaces, with recurrent weights, is ``recurrent_lmu.py``.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -244,12 +243,14 @@ class LMU(RecurrentLayer):
 
     def _segment_length(self, x: Tensor) -> int:
         """Steps to a segment: T when all memories are small or nothing is to be recomputed; else such that a segment's
-        memories are, but never under sqrt(T), or the states between segments would outgrow them."""
+        memories are, but never under sqrt(T), where the states between segments outgrow them."""
         batch, steps, _ = x.shape
         a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
         if a_step * steps <= SEGMENT_BYTES or (torch.is_grad_enabled() and not self.recompute):
             return steps
-        length = max(SEGMENT_BYTES // a_step, math.isqrt(steps))
+        length = max(SEGMENT_BYTES // a_step, 32)
+        while length**2 < steps:
+            length *= 2
         return -(-length // 32) * 32  # whole chunks of the chunked method
 
     def _weight(self) -> Tensor:
