@@ -174,7 +174,7 @@ def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str
     """The parser's message in one or two lines, with the nearest name that exists."""
     words = [word for word in arguments if not word.startswith("-")]
     recipe = words[1] if len(words) > 1 and words[0] == "train" and words[1] in parsers else ""
-    keys = [name for name in parsers[recipe].get_defaults().keys()] if recipe else []
+    keys = list(parsers[recipe].get_defaults().keys()) if recipe else []
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         wanted = unknown[1].split("=")[0]

@@ -1,1 +1,1 @@
-"""The papers' experiments as commands. ``task.py`` says what an experiment is, ``recipes/`` holds them, ``training.py`` trains them."""
+"""The papers' experiments as commands: ``task.py`` says what one is, ``recipes/`` holds them, ``run.py`` runs them."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: tensors and plain types only, written beside the old one and put in its place at the end."""
+"""Checkpoints that are whole or absent: tensors and plain types, written aside and then put in the old one's place."""
 
 import os
 import tempfile

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from .recipes import names, recipe
-from .run import environment
 from .task import ExperimentError, Paper
 
 _COLUMNS = [
@@ -76,7 +75,7 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
         lines = [_COLUMNS, ["---"] * len(_COLUMNS), *[[row[column] for column in _COLUMNS] for row in rows]]
         markdown.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     if json_file:
-        json_file.write_text(json.dumps([group for group in _groups(folders)], indent=1) + "\n")
+        json_file.write_text(json.dumps(_groups(folders), indent=1) + "\n")
 
 
 def paper_and_measured(name: str, results: list[dict[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""A run: a folder that holds everything about it, one sub-folder a seed. ``legato train`` and ``legato evaluate`` are here.
+"""A run: a folder with everything about it, one sub-folder a seed. ``legato train`` and ``legato evaluate`` are here.
 
 ``runs/<recipe>/<time>/seed-0/``: ``config.yaml`` (complete: it repeats the run), ``metrics.jsonl``, ``tensorboard/``,
 ``last.ckpt`` (to resume), ``best.ckpt`` (the weights), ``result.json`` (when finished) and plots.
@@ -23,6 +23,7 @@ from rich.console import Console
 import legato
 
 from . import checkpoint as checkpoints
+from .plots import draw_curves
 from .recipes import Recipe, names, recipe
 from .task import ExperimentError, Task
 
@@ -81,7 +82,8 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
         result |= {"config": about["config"], "command": _command(which.name, seed)}
         if first:
             checkpoints.write_atomically(finished, lambda file, r=result: file.write(json.dumps(r, indent=1).encode()))
-            task.plot(task.model, home)
+            draw_curves(home / "metrics.jsonl", home / "training.png")
+            task.plot(open_checkpoint(home / "best.ckpt", options.data_dir)[0].model, home)
         results.append(result)
     return results
 

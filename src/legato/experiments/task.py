@@ -23,7 +23,7 @@ class Training:
         updates_per_epoch: updates of the weights in an epoch; null is one pass over the training data.
         batch_size: examples in an update.
         learning_rate: the peak of the schedule.
-        schedule: one-cycle (a rise over ``warmup``, then a half cosine to zero), linear (the same with a straight line) or constant.
+        schedule: one-cycle (a rise over ``warmup``, then half a cosine to zero), linear (then a straight line) or constant.
         warmup: share of all updates in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
         max_norm: gradients longer than this are cut to it; null leaves them.
@@ -84,7 +84,7 @@ class Examples:
         yield from torch.arange(self.size).split(self.batch_size)
 
     def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
-        """The indices of ``updates`` batches: a pure function of seed and epoch, so that a resumed run sees the same data."""
+        """The indices of ``updates`` batches: a pure function of seed and epoch, so a resumed run sees the same data."""
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         batches: list[Tensor] = []
         for _ in range(updates):

@@ -1,4 +1,4 @@
-"""How an experiment is trained: Lightning's Trainer, and around it data order, log and checkpoints of a run that can be resumed.
+"""How an experiment is trained: Lightning's Trainer, and around it the data order, the log and the checkpoints.
 
 The epoch is the unit: its batches and its random numbers are a pure function of (seed, epoch), and after each one the
 network is validated, a line goes to ``metrics.jsonl`` and a checkpoint is kept. A run that was killed repeats at most one
@@ -47,12 +47,12 @@ def fit(
         task: model, data, loss and metric.
         training: optimiser and schedule.
         seed: of the data order and of the random numbers in the model.
-        folder: for ``last.ckpt``, ``best.ckpt``, ``metrics.jsonl`` and ``tensorboard``; if it holds ``last.ckpt``, training goes on from there.
+        folder: for checkpoints and logs; if it holds ``last.ckpt``, training goes on from there.
         device: accelerator, number of devices, precision.
         about: plain values written into every checkpoint, from which ``evaluate`` builds the network again.
 
     Returns:
-        dict: ``validation`` and ``test`` figures of the best weights, ``epoch`` they are from, ``updates`` and ``seconds``.
+        dict: ``validation`` and ``test`` figures of the best weights, their ``epoch``, ``updates`` and ``seconds``.
 
     Raises:
         CheckpointError: a checkpoint cannot be written or read.
@@ -139,7 +139,7 @@ class Learner(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         if self.average is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(
+                torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
                     list(self.average.parameters()), list(self.model.parameters()), 1 - self.training_config.average
                 )
 
@@ -160,7 +160,7 @@ class Learner(LightningModule):
 
 
 class Stream:
-    """The batches of the current epoch. Each device takes every n-th example of a batch, so n devices see what one would."""
+    """The batches of the epoch. Each of n devices takes every n-th example, so together they see what one would."""
 
     def __init__(self, learner: Learner, updates: int) -> None:
         self.learner, self.updates = learner, updates
@@ -175,7 +175,7 @@ class Stream:
 
 
 class RunFolder(Callback):
-    """After every epoch: a line in ``metrics.jsonl``, a point in TensorBoard, ``last.ckpt``, and ``best.ckpt`` if it is the best so far."""
+    """After every epoch: a line in ``metrics.jsonl``, a point in TensorBoard, ``last.ckpt``; ``best.ckpt`` of the best."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about

@@ -1,4 +1,4 @@
-"""The Mackey-Glass series of the Legendre Memory Unit papers: a chaotic delay equation, generated in a second and the same every time.
+"""The Mackey-Glass series of the Legendre Memory Unit papers: a chaotic delay equation, generated in a second.
 
 Next: ``recipes/mackey_glass.py`` trains on it.
 """
@@ -15,7 +15,7 @@ _WASHOUT = 100  # samples dropped from the beginning of every series
 
 
 class Series(NamedTuple):
-    """Float32; ``targets[:, t]`` is the input ``ahead`` steps after ``inputs[:, t]``, ``warm_up`` what came before them."""
+    """``targets[:, t]`` is the input ``ahead`` steps after ``inputs[:, t]``; ``warm_up`` came before. All float32."""
 
     inputs: Float[Tensor, "B T 1"]
     targets: Float[Tensor, "B T 1"]
@@ -33,7 +33,7 @@ def mackey_glass(series: int = 128, steps: int = 5000, *, ahead: int = 15, tau: 
         seed: of the random histories 1.2 + 0.2 (U[0, 1] - 0.5) that every series begins with.
 
     Returns:
-        Series: ``inputs`` and ``targets``, each (series, steps, 1), and the 100 dropped points before them, ``warm_up``.
+        Series: ``inputs`` and ``targets``, (series, steps, 1), and ``warm_up``, the 100 dropped points before them.
 
     Raises:
         ValueError: a size is not positive, or ``ahead`` is negative.
@@ -59,7 +59,7 @@ def mackey_glass(series: int = 128, steps: int = 5000, *, ahead: int = 15, tau: 
 
 def _integrate(series: int, samples: int, tau: int, seed: int) -> np.ndarray:
     """The raw series (series, samples) by Euler's method. Each waits for the one before, so they cannot run side by side."""
-    random = np.random.RandomState(seed)  # noqa: NPY002 - the published series are defined by this generator
+    random = np.random.RandomState(seed)
     delay = tau * _STEPS_PER_UNIT
     end = delay + samples * _STEPS_PER_UNIT
     out = np.empty((series, samples))

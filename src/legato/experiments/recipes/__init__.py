@@ -1,4 +1,4 @@
-"""The experiments, by name. To add one: a module with ``PAPER``, a dataclass ``Config`` and ``build``, and a line in ``names``."""
+"""The experiments, by name. To add one: a module with ``PAPER``, ``Config`` and ``build``, and its line in _MODULES."""
 
 import importlib
 from collections.abc import Callable

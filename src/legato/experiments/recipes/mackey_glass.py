@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
 from legato._shapes import Tensor
 from legato.layers.lmu import LMU
-
+from legato.layers.recurrent_lmu import RecurrentLMU
 from legato.models import SequenceRegressor, Stack
 
 from ..baselines import LSTM
 from ..data.mackey_glass import Series, mackey_glass
+from ..plots import draw_prediction
 from ..task import Batch, Examples, Paper, Task, Training
 
 PAPER = Paper(
@@ -56,7 +57,7 @@ class Model:
         order: of the memory; null is 40 for lmu and 4 in the stacks of the others.
         theta: window of the memory, in steps; null is 50 for lmu and 4 in the stacks of the others.
         layers: recurrent layers; null is 1 for lmu and 4 for the others.
-        head_units: tanh units between the recurrent layer and the output; null is 80 for lmu and 0, which is none, for the others.
+        head_units: tanh units between the recurrent layers and the output; null is 80 for lmu, else 0, which is none.
         calibrate: divide each order of the memory by its standard deviation on the training data.
     """
 
@@ -117,8 +118,9 @@ class MackeyGlass(Task):
         )
         self.model = network(config.model)
         if config.model.calibrate and config.model.kind == "lmu":
-            self.model.layer.calibrate(train.inputs)
+            cast(LMU, self.model.layer).calibrate(train.inputs)
         lead_in = config.training.lead_in
+        self.ahead = config.data.ahead
         self.weights = torch.ones(lead_in + config.training.crop, 1)
         self.weights[:lead_in] = config.training.lead_in_weight
         self.train = crops(train, lead_in + config.training.crop, config.training.batch_size)
@@ -135,6 +137,12 @@ class MackeyGlass(Task):
         warm, _ = model(inputs, model(warm_up)[1])
         errors = (warm - targets, from_zero - targets, targets)
         return torch.stack([error.double().square().sum() for error in errors])
+
+    def plot(self, model: nn.Module, folder: Path) -> None:
+        inputs, targets, warm_up = self.test.take(torch.arange(1))
+        with torch.no_grad():
+            state = model(warm_up)[1]
+        draw_prediction(model, inputs, targets, state, self.ahead, folder / "prediction.png")
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
         warm, from_zero, power = totals.tolist()
