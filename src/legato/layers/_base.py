@@ -90,7 +90,9 @@ class RecurrentLayer(nn.Module):
         if lengths is None:
             return self._sequence(x, state, None, reset)
         lengths = lengths.to(x.device)
-        output, state = self._sequence(zero_padding(x, lengths), state, lengths, reset)
+        x = zero_padding(x, lengths)
+        reset = None if reset is None else zero_padding(reset, lengths)
+        output, state = self._sequence(x, state, lengths, reset)
         if not self.return_sequences:
             return torch.where((lengths > 0)[:, None], output, 0), state
         return zero_padding(output, lengths), state
@@ -129,8 +131,8 @@ class RecurrentLayer(nn.Module):
         raise NotImplementedError
 
     def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
-        """Output and final state for checked arguments. ``x`` is zero from ``lengths`` on; the caller clears the
-        outputs there, the final state must be the one at the length (``at_length``). ``state`` None means zeros."""
+        """Output and final state for checked arguments. ``x`` and ``reset`` are zero from ``lengths`` on, the
+        caller clears the outputs there; the final state must be that at the length (``at_length``). ``state`` None means zeros."""
         raise NotImplementedError
 
     def _step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -164,12 +166,10 @@ class RecurrentLayer(nn.Module):
                 "axes are batch, time, channels"
             )
         if x.device != weight.device:
-            raise ValueError(
-                f"expected {name} on the layer's device {weight.device}, got {x.device}: move one with .to()"
-            )
+            raise ValueError(f"expected {name} on {weight.device} like the layer, got {x.device}: move one with .to()")
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(
-                f"expected {name} in {weight.dtype} as the layer, got {x.dtype}: convert one with .to() or use autocast"
+                f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to() or use autocast"
             )
 
     def _check_state(self, state: Any, batch: int) -> None:
@@ -194,8 +194,8 @@ class RecurrentLayer(nn.Module):
 
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
     """x where t < lengths[b], else 0, with no gradient from there: NaN past a length ends here."""
-    inside = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
-    return torch.where(inside.view(*inside.shape, *[1] * (x.ndim - 2)), x, 0)
+    outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]  # (B, T)
+    return x.masked_fill(outside.view(*outside.shape, *[1] * (x.ndim - 2)), 0)
 
 
 def at_length(
@@ -248,7 +248,7 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     low, high = (int(v) for v in torch.aminmax(lengths))
     if low < 0 or high > steps:
         raise ValueError(
-            f"expected lengths between 0 and T = {steps}, got {low} to {high}: clip them or pad x to the longest"
+            f"expected lengths from 0 to T = {steps}, got {low} to {high}: clip them or pad x to the longest"
         )
 
 

@@ -176,7 +176,10 @@ class LegendreMemory(RecurrentLayer):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B C N"]:
-        """m after the last step that counts, form (25): one matrix product, no other memory is computed. Not scaled."""
+        """m after the last step that counts, form (25): one matrix product, no other memory is computed. Not scaled.
+
+        ``reset`` must be False from ``lengths`` on.
+        """
         kernels = self.kernels(u.shape[1], last_only=True)
         if lengths is None:
             return apply(u, kernels, initial, reset=reset)[1]
@@ -185,7 +188,6 @@ class LegendreMemory(RecurrentLayer):
         rows = torch.arange(u.shape[0], device=u.device)[:, None]
         moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)
         if reset is not None:
-            reset = reset & (torch.arange(u.shape[1], device=u.device) < lengths[:, None])
             if initial is not None:
                 initial = torch.where(reset.any(1)[:, None, None], 0, initial)
             reset = reset[rows, source.clamp(min=0)] & (source >= 0)
@@ -231,13 +233,12 @@ class LegendreMemory(RecurrentLayer):
 
     def _apply(self, fn, recurse=True):
         name = "log_theta" if self.trainable_theta else "theta"
-        before = getattr(self, name)
+        before = getattr(self, name).detach()
         super()._apply(fn, recurse)
         after = getattr(self, name)
         # A window of 784 steps does not fit into 16 bits: theta moves with the layer but is never narrowed.
         if after.dtype.itemsize < 4:
-            with torch.no_grad():
-                after.data = before.detach().to(after.device)
+            after.data = before.to(after.device)
         self._kept.clear()
         return self
 

@@ -1,0 +1,391 @@
+"""Every layer exported from legato.layers keeps the one contract: parallel = chunked = streamed, and the rest of it.
+
+A new layer joins by being exported. Give a required constructor argument of a new name a value in ARGUMENTS, and add
+the options worth a run of their own to OPTIONS.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+
+import jaxtyping
+import pytest
+import torch
+
+import legato.layers
+from legato.layers._base import RecurrentLayer
+
+ARGUMENTS = {"input_size": 3, "hidden_size": 4, "channels": 3, "order": 4, "theta": 6.0}
+OPTIONS = {
+    "LegendreMemory": [
+        {"theta": [4.0, 6.0, 9.0]},
+        {"trainable_theta": True},
+        {"method": "toeplitz", "discretizer": "bilinear"},
+    ],
+    "LMU": [
+        {"return_sequences": False},
+        {"return_sequences": False, "memory_size": 3},
+        {"memory_size": 2, "theta": [5.0, 9.0], "encoder_activation": "tanh", "activation": "identity"},
+        {"memory_size": 2, "theta": [5.0, 9.0], "trainable_theta": True, "return_sequences": False},
+        {"input_to_output": False, "bias": False, "activation": "tanh"},
+    ],
+    "RecurrentLMU": [
+        {"return_sequences": False, "memory_size": 2, "theta": [5.0, 9.0], "trainable_theta": True},
+        {"hidden_cell": "lstm", "bias": True, "memory_size": 2},
+        {"hidden_cell": "gru", "input_to_hidden": False},
+        {"hidden_to_memory": False, "memory_to_memory": False, "hidden_cell": "relu"},
+    ],
+}
+BATCH, STEPS, SPLIT = 3, 37, 20
+CONDITIONS = ["plain", "lengths", "resets", "lengths and resets"]
+
+
+def layer_classes() -> list[type[RecurrentLayer]]:
+    exported = [getattr(legato.layers, name) for name in legato.layers.__all__]
+    return [c for c in exported if inspect.isclass(c) and issubclass(c, RecurrentLayer)]
+
+
+CASES = [(c, options) for c in layer_classes() for options in [{}, *OPTIONS.get(c.__name__, [])]]
+NAMES = ["-".join([c.__name__, *(f"{k}={v}" for k, v in options.items())]) for c, options in CASES]
+every_layer = pytest.mark.parametrize("case", CASES, ids=NAMES)
+
+
+def build(case, dtype=torch.float64, seed=0, **changes) -> RecurrentLayer:
+    layer_class, options = case
+    parameters = inspect.signature(layer_class.__init__).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+    torch.manual_seed(seed)
+    layer = layer_class(**{name: ARGUMENTS[name] for name in required} | options | changes).to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if not parameter.any():  # a bias of zero would hide its mistakes
+                parameter.normal_(std=0.3)
+    return layer
+
+
+def inputs(layer, condition="plain", batch=BATCH, steps=STEPS, dtype=torch.float64):
+    """x, a state that is not zero, lengths or None, reset or None."""
+    torch.manual_seed(1)
+    x = torch.randn(batch, steps, layer.input_size, dtype=dtype, requires_grad=True)
+    state = layer.State(
+        *(
+            torch.randn_like(s).mul_(0.5).requires_grad_()
+            for s in layer.initial_state(batch, dtype=layer._carry_dtype())
+        )
+    )
+    lengths = torch.tensor([0, SPLIT + 5, steps])[:batch] if "lengths" in condition else None
+    reset = torch.rand(batch, steps) < 0.1 if "resets" in condition else None
+    return x, state, lengths, reset
+
+
+def in_one_pass(layer, x, state, lengths, reset):
+    return layer(x, state, lengths=lengths, reset=reset)
+
+
+def in_two_chunks(layer, x, state, lengths, reset):
+    outputs = []
+    for part in (slice(0, SPLIT), slice(SPLIT, None)):
+        steps = x[:, part].shape[1]
+        until = None if lengths is None else (lengths - part.start).clamp(0, steps)
+        output, state = layer(x[:, part], state, lengths=until, reset=None if reset is None else reset[:, part])
+        outputs.append(output)
+    if layer.return_sequences:
+        return torch.cat(outputs, dim=1), state
+    in_first = torch.zeros(len(x), dtype=torch.bool) if lengths is None else lengths <= SPLIT
+    return torch.where(in_first[:, None], *outputs), state
+
+
+def in_single_steps(layer, x, state, lengths, reset):
+    """The meaning of lengths and resets, spelled out."""
+    steps = x.shape[1]
+    lengths = torch.full((len(x),), steps) if lengths is None else lengths
+    outputs = []
+    for t in range(steps):
+        if reset is not None:
+            drop = reset[:, t] & (t < lengths)
+            state = layer.State(*(torch.where(along(drop, s), 0, s) for s in state))
+        output, new = layer.step(x[:, t], state)
+        state = layer.State(*(torch.where(along(t < lengths, n), n, s) for n, s in zip(new, state, strict=True)))
+        outputs.append(torch.where(along(t < lengths, output), output, 0))
+    if layer.return_sequences:
+        return torch.stack(outputs, dim=1), state
+    last = torch.stack(outputs, dim=1)[torch.arange(len(x)), (lengths - 1).clamp(min=0)]
+    return torch.where((lengths > 0)[:, None], last, 0), state
+
+
+def along(rows, like):
+    return rows.view(-1, *[1] * (like.ndim - 1))
+
+
+def results(layer, how, x, state, lengths=None, reset=None) -> dict[str, torch.Tensor]:
+    """Output, final state, and the gradients of a weighted sum of both with respect to all that has one."""
+    output, final = how(layer, x, state, lengths, reset)
+    torch.manual_seed(2)
+    loss = sum((torch.randn(value.shape, dtype=value.dtype) * value).sum() for value in (output, *final))
+    sources = {"x": x, **{f"state.{k}": v for k, v in state._asdict().items()}, **dict(layer.named_parameters())}
+    sources = {name: tensor for name, tensor in sources.items() if tensor.requires_grad}
+    gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+    found = {"output": output, **{f"final {k}": v for k, v in final._asdict().items()}}
+    return found | {
+        f"gradient of {name}": torch.zeros_like(source) if g is None else g
+        for (name, source), g in zip(sources.items(), gradients, strict=True)
+    }
+
+
+def assert_close(found, expected, steps=STEPS):
+    """Each value is a sum of at most ``16 * steps`` products, so it is right to that many roundings of the largest."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = 16 * steps * torch.finfo(value.dtype).eps * max(1.0, value.abs().max().item() if value.numel() else 0)
+        assert found[name].shape == value.shape, name
+        assert torch.allclose(found[name], value, rtol=0, atol=bound), (name, (found[name] - value).abs().max(), bound)
+
+
+@pytest.fixture
+def unchecked():
+    """The layers' own errors, not those of the shape checker that the test run puts before them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def test_some_layers_are_found():
+    assert {c.__name__ for c in layer_classes()} >= {"LMU", "LegendreMemory", "RecurrentLMU"}
+
+
+@every_layer
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("how", [in_two_chunks, in_single_steps])
+def test_chunks_and_steps_equal_one_pass(case, how, condition):
+    layer = build(case)
+    arguments = inputs(layer, condition)
+    assert_close(results(layer, how, *arguments), results(layer, in_one_pass, *arguments))
+
+
+@every_layer
+def test_no_state_is_the_initial_state(case):
+    layer = build(case)
+    x, _, lengths, reset = inputs(layer, "lengths and resets")
+    zeros = layer.initial_state(BATCH)
+    assert type(zeros) is layer.State
+    assert zeros._fields[0] == "memory"
+    for options in ({}, {"lengths": lengths}, {"reset": reset}):
+        found, expected = (flat(layer(x, state, **options)) for state in (None, zeros))
+        assert_close(numbered(found), numbered(expected))
+
+
+def flat(result):
+    output, state = result
+    return [output, *state]
+
+
+def numbered(tensors):
+    return {str(i): tensor for i, tensor in enumerate(tensors)}
+
+
+@every_layer
+def test_no_output_depends_on_what_comes_later(case):
+    layer = build(case)
+    x, state, _, _ = inputs(layer)
+    lengths = torch.full((BATCH,), SPLIT)
+    output, final = layer(x, state, lengths=lengths)
+    gradient = torch.autograd.grad(output.sum() + sum(s.sum() for s in final), x)[0]
+    assert not gradient[:, SPLIT:].any()
+    if layer.return_sequences:
+        (gradient,) = torch.autograd.grad(layer(x, state)[0][:, :SPLIT].sum(), x)
+        assert not gradient[:, SPLIT:].any()
+    assert gradient[:, :SPLIT].any()
+
+
+@every_layer
+def test_a_row_alone_equals_the_row_in_a_batch(case):
+    layer = build(case)
+    x, state, lengths, reset = inputs(layer, "lengths and resets")
+    together = flat(layer(x, state, lengths=lengths, reset=reset))
+    for row in range(BATCH):
+        pick = slice(row, row + 1)
+        one = layer.State(*(s[pick] for s in state))
+        alone = flat(layer(x[pick], one, lengths=lengths[pick], reset=reset[pick]))
+        assert_close(numbered(alone), numbered(v[pick] for v in together))
+
+
+@every_layer
+@pytest.mark.parametrize("start", ["state", "no state"])
+def test_padding_changes_nothing_even_when_it_is_nan(case, start):
+    layer = build(case)
+    x, state, lengths, reset = inputs(layer, "lengths and resets")
+    state = state if start == "state" else layer.initial_state(BATCH)
+    padding = torch.arange(STEPS) >= lengths[:, None]
+    zeros = torch.where(padding[..., None], 0, x.detach()).requires_grad_()
+    nans = torch.where(padding[..., None], torch.nan, x.detach()).requires_grad_()
+    expected = results(layer, in_one_pass, zeros, state, lengths, reset)
+    found = results(layer, in_one_pass, nans, state, lengths, reset)
+    assert not found["gradient of x"][padding].any()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    row = 1
+    steps = int(lengths[row])
+    short = [part[row : row + 1] for part in state]
+    output, final = layer(x[row : row + 1, :steps], layer.State(*short), reset=reset[row : row + 1, :steps])
+    padded = found["output"][row : row + 1, :steps] if layer.return_sequences else found["output"][row : row + 1]
+    assert_close(
+        {"output": padded, "final": found["final memory"][row : row + 1]}, {"output": output, "final": final[0]}
+    )
+
+
+@every_layer
+def test_gradients_are_those_of_finite_differences(case):
+    layer = build(case)
+    x, state, _, reset = inputs(layer, "resets", batch=2, steps=5)
+    names = list(layer.state_dict(keep_vars=True)) and [name for name, _ in layer.named_parameters()]
+
+    def run(x, *rest):
+        state, weights = layer.State(*rest[: len(layer.State._fields)]), rest[len(layer.State._fields) :]
+        weights = dict(zip(names, weights, strict=True))
+        return tuple(flat(torch.func.functional_call(layer, weights, (x, state), {"reset": reset})))
+
+    weights = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(run, (x, *state, *weights), fast_mode=True)
+
+
+@every_layer
+def test_loaded_weights_restore_the_layer(case):
+    layer = build(case)
+    other = build(case, seed=5, **({"theta": 2.5} if isinstance(getattr(layer, "theta", None), float) else {}))
+    x, state, _, _ = inputs(layer)
+    other(x, state)  # what it has prepared by now belongs to its old weights
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    for a, b in zip(flat(other(x, state)), flat(layer(x, state)), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_layer
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_computes_the_same_and_shares_nothing(case, copied):
+    layer = build(case)
+    x, state, _, _ = inputs(layer)
+    expected = flat(layer(x, state))
+    size = len(pickle.dumps(build(case)))
+    assert len(pickle.dumps(layer)) == size  # nothing prepared is saved
+    other = copied(layer)
+    for a, b in zip(flat(other(x, state)), expected, strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+    for a, b in zip(flat(layer(x, state)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_layer
+def test_float32_is_as_close_as_its_rounding(case):
+    layer = build(case)
+    x, state, lengths, reset = inputs(layer, "lengths and resets")
+    expected = flat(layer(x, state, lengths=lengths, reset=reset))
+    layer.float()
+    single = layer.State(*(s.float() for s in state))
+    found = flat(layer(x.float(), single, lengths=lengths, reset=reset))
+    assert all(f.dtype == torch.float32 for f in found)
+    assert_close(numbered(found), numbered(e.float() for e in expected))
+
+
+@every_layer
+@pytest.mark.parametrize("kind", ["autocast", "weights"])
+def test_sixteen_bits_carry_the_state_in_float32(case, kind):
+    layer = build(case, torch.float32)
+    x = inputs(layer, dtype=torch.float32)[0].detach()
+    output, state = layer(x)
+    if kind == "weights":
+        layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found, found_state = layer(x, layer.initial_state(BATCH))
+        found_step, _ = layer.step(x[:, 0], found_state)
+    assert found.dtype == found_step.dtype
+    assert found.dtype in ((torch.bfloat16,) if kind == "weights" else (torch.bfloat16, torch.float32))
+    # Rounded to 16 bits: weights, input, encoded input, memory, output. Recurrent weights pass their rounding on.
+    bound = 16 * torch.finfo(torch.bfloat16).eps
+    for a, b in zip([found, *found_state], [output, *state], strict=True):
+        assert (a.float() - b).norm() <= bound * b.norm()
+    for part in found_state:
+        assert part.dtype == torch.float32
+    assert all(p.dtype.itemsize >= 4 for name, p in layer.state_dict().items() if "theta" in name)
+
+
+@every_layer
+def test_an_empty_batch_and_no_steps_are_fine(case):
+    layer = build(case)
+    x, state, _, _ = inputs(layer)
+    width = layer(x)[0].shape[2 if layer.return_sequences else 1 :]
+    for batch, steps in ((0, STEPS), (BATCH, 0), (0, 0)):
+        some = layer.State(*(s[:batch] for s in state))
+        lengths = torch.zeros(batch, dtype=torch.int64)
+        for options in ({}, {"lengths": lengths}, {"reset": torch.zeros(batch, steps, dtype=torch.bool)}):
+            for given in (some, None):
+                output, final = layer(x[:batch, :steps], given, **options)
+                assert output.shape == ((batch, steps, *width) if layer.return_sequences else (batch, *width))
+                assert all(a.shape == b.shape for a, b in zip(final, some, strict=True))
+                if steps == 0 and given is not None:
+                    assert all(torch.equal(a, b) for a, b in zip(final, some, strict=True))
+    output, final = layer(x[:0], layer.State(*(s[:0] for s in state)))
+    (output.sum() + final.memory.sum()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
+
+
+@every_layer
+def test_wrong_inputs_raise_errors_that_help(case, unchecked):
+    layer = build(case)
+    x, state, _, _ = inputs(layer)
+    x = x.detach()
+
+    def parts(change):
+        return layer.State(*(change(s) for s in state))
+
+    lengths, reset = torch.full((BATCH,), STEPS), torch.zeros(BATCH, STEPS, dtype=torch.bool)
+    wrong = [
+        ((x[0],), {}, r"expected x of shape \(B, T, input_size\).*axes are"),
+        ((x[..., :-1],), {}, "expected x of shape.*input_size 3"),
+        ((x.float(),), {}, r"expected x in torch.float64.*got torch.float32: convert"),
+        ((x.to("meta"),), {}, r"expected x on cpu.*got meta: move"),
+        ((x, tuple(state)), {}, f"expected a {layer.State.__name__}, got tuple: use initial_state"),
+        ((x, parts(lambda s: s[:-1])), {}, r"expected state.memory of shape \(3, .*use a state of this layer"),
+        ((x, parts(lambda s: s[..., :-1])), {}, r"expected state.memory of shape \(3, "),
+        ((x, parts(lambda s: s.float())), {}, r"expected state.memory in torch.float64.*convert it"),
+        ((x,), {"lengths": lengths[:-1]}, r"expected lengths of shape \(3,\).*give the number of steps"),
+        ((x,), {"lengths": lengths.double()}, "expected lengths of shape .* integer dtype, got .* torch.float64"),
+        ((x,), {"lengths": lengths + 1}, "expected lengths from 0 to T = 37, got 38 to 38"),
+        ((x,), {"lengths": -lengths}, "expected lengths from 0 to T = 37, got -37 to -37"),
+        ((x,), {"reset": reset[:, 1:]}, r"expected reset of shape \(3, 37\)"),
+        ((x,), {"reset": reset.int()}, "expected reset of shape .* torch.bool, got .* torch.int32"),
+    ]
+    for arguments, options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            layer(*arguments, **options)
+    with pytest.raises(ValueError, match=r"expected x_t of shape \(B, input_size\)"):
+        layer.step(x, state)
+    with pytest.raises(ValueError, match=r"expected a .*use initial_state"):
+        layer.step(x[:, 0], None)
+
+
+@pytest.mark.compiled
+@every_layer
+def test_a_compiled_layer_equals_the_layer(case):
+    torch._dynamo.reset()
+    layer = build(case)
+    for dynamic in (False, True):
+        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        # A loop over time is compiled for one length; only what is parallel can take the other in the same graph.
+        for steps in (7, 7, 9) if dynamic else (7,):
+            for condition in ("plain", "lengths and resets"):
+                x, state, lengths, reset = inputs(layer, condition, steps=steps)
+                lengths = None if lengths is None else lengths.clamp(max=steps)
+                weights = dict(layer.named_parameters())
+                found = results(compiled, in_one_pass, x, state, lengths, reset)
+                expected = results(layer, in_one_pass, x, state, lengths, reset)
+                found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+                assert weights.keys() == dict(layer.named_parameters()).keys()
+                assert_close(found, expected)
