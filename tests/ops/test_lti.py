@@ -320,9 +320,9 @@ def test_a_long_input_takes_a_bounded_number_of_operations():
 
 
 def test_the_chunk_divides_the_length_where_it_can():
-    assert [chunk_length(64, steps) for steps in (1024, 784, 4096, 96, 1_048_576)] == [32, 28, 32, 32, 32]
-    assert chunk_length(64, 1021) == 32
-    assert [chunk_length(64, steps) for steps in (1, 2, 5, 16, 20)] == [1, 2, 8, 16, 20]
+    assert [chunk_length(steps) for steps in (1024, 784, 4096, 96, 1_048_576)] == [32, 28, 32, 32, 32]
+    assert chunk_length(1021) == 32
+    assert [chunk_length(steps) for steps in (1, 2, 5, 16, 20)] == [1, 2, 8, 16, 20]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def prepare(
     if last_only:
         method = "last"
     elif method is None:
-        method = choose_method(A.shape[-1], steps)
+        method = choose_method(steps)
     with torch.autocast(A.device.type, enabled=False):
         inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1))
         carry = _carry_dtype(dtype)
@@ -162,12 +162,12 @@ def apply(
         return memory.to(u.dtype).permute(1, 2, 0, 3), final_state
 
 
-def choose_method(order: int, steps: int) -> str:
+def choose_method(steps: int) -> str:
     """The fastest method of the sizes measured by benchmarks/lti.py; see docs/maths/chunked.md."""
     return "sequential" if steps <= 1 else "chunked"
 
 
-def chunk_length(order: int, steps: int) -> int:
+def chunk_length(steps: int) -> int:
     """L of the chunked method: the length near the measured best that divides the steps, or else the best itself."""
     best = 32
     # Padding to whole chunks costs a copy of the gradient. A compiled graph must not depend on what divides its length.
@@ -202,7 +202,7 @@ def _prepare_fft(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _prepare_chunked(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    length = chunk_length(A.shape[-1], steps)
+    length = chunk_length(steps)
     powers = A.unsqueeze(-3)
     while powers.shape[-3] < length:
         further = _times(powers[..., : length - powers.shape[-3], :, :], powers[..., -1, :, :])
@@ -285,21 +285,26 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     W, order = kernels.inputs, kernels.powers.shape[-1]
     length = W.shape[-2] - order
     if steps <= length and reset is None:
-        memory = _times(u, W[..., :steps, : steps * order])
+        # A short input, such as a piece of a stream, takes the part of W that it needs.
+        W = W[..., : steps * order]
+        memory = _times(u, W[..., :steps, :])
+        final_state = _times(u, W[..., :steps, -order:])
         if state is not None:
-            memory = memory + _times(state, W[..., length:, : steps * order])
-        memory = memory.unflatten(-1, (steps, order))
-        return memory, memory[:, :, -1]
+            memory = memory + _times(state, W[..., length:, :])
+            final_state = final_state + _times(state, W[..., length:, -order:])
+        return memory.unflatten(-1, (steps, order)), final_state
     chunks = -(-steps // length)
     u = F.pad(u, (0, chunks * length - steps)).reshape(channels, batch, chunks, length)
     if reset is not None:
         reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
-        memory = _chunked_with_reset(u, kernels, state, reset)
-    else:
-        before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
-        memory = _times(torch.cat([u, before], dim=-1), W)
-    memory = memory.reshape(channels, batch, chunks * length, order)[:, :, :steps]
-    return memory, memory[:, :, -1]
+        memory = _chunked_with_reset(u, kernels, state, reset).flatten(2, 3)[:, :, :steps]
+        return memory, memory[:, :, -1]
+    before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
+    rows = torch.cat([u, before], dim=-1)
+    memory = _times(rows, W).reshape(channels, batch, chunks * length, order)[:, :, :steps]
+    # Computed once more, because the gradient of memory[:, :, -1] is zeros of the size of the memory.
+    end = (steps - (chunks - 1) * length) * order
+    return memory, _times(rows[:, :, -1], W[..., end - order : end])
 
 
 def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
