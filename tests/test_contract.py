@@ -372,20 +372,19 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
 
 
 @pytest.mark.compiled
-@every_layer
-def test_a_compiled_layer_equals_the_layer(case):
+@pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
+@pytest.mark.parametrize(
+    "case", [(c, {}) for c in layer_classes()] + [(legato.layers.LMU, {"return_sequences": False})]
+)
+def test_a_compiled_layer_equals_the_layer(case, condition):
+    """Static shapes where nothing is special, dynamic ones where something is: each graph takes seconds to trace."""
     torch._dynamo.reset()
     layer = build(case)
-    for dynamic in (False, True):
-        compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        # A loop over time is compiled for one length; only what is parallel can take the other in the same graph.
-        for steps in (7, 7, 9) if dynamic else (7,):
-            for condition in ("plain", "lengths and resets"):
-                x, state, lengths, reset = inputs(layer, condition, steps=steps)
-                lengths = None if lengths is None else lengths.clamp(max=steps)
-                weights = dict(layer.named_parameters())
-                found = results(compiled, in_one_pass, x, state, lengths, reset)
-                expected = results(layer, in_one_pass, x, state, lengths, reset)
-                found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
-                assert weights.keys() == dict(layer.named_parameters()).keys()
-                assert_close(found, expected)
+    dynamic = condition != "plain"
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for steps in (5, 8) if dynamic else (5, 5):
+        x, state, lengths, reset = inputs(layer, condition, steps=steps)
+        lengths = None if lengths is None else lengths.clamp(max=steps)
+        found = results(compiled, in_one_pass, x, state, lengths, reset)
+        found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+        assert_close(found, results(layer, in_one_pass, x, state, lengths, reset))

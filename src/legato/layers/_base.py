@@ -131,8 +131,8 @@ class RecurrentLayer(nn.Module):
         raise NotImplementedError
 
     def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
-        """Output and final state for checked arguments. ``x`` and ``reset`` are zero from ``lengths`` on, the
-        caller clears the outputs there; the final state must be that at the length (``at_length``). ``state`` None means zeros."""
+        """Output and final state for checked arguments. ``x`` and ``reset`` are zero from ``lengths`` on and the caller
+        clears the outputs there; the final state must be that at the length (``at_length``). ``state`` None: zeros."""
         raise NotImplementedError
 
     def _step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -168,9 +168,7 @@ class RecurrentLayer(nn.Module):
         if x.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} like the layer, got {x.device}: move one with .to()")
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(
-                f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to() or use autocast"
-            )
+            raise ValueError(f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to()")
 
     def _check_state(self, state: Any, batch: int) -> None:
         if type(state) is not self.State:
