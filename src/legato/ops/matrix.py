@@ -1,0 +1,165 @@
+"""The recurrence with square matrices, constant or one a step, in plain torch.
+
+    h_t = A_t h_{t-1} + x_t
+
+Where A_t is diagonal use ``linear_recurrence``; where A is constant and x_t = B u_t use ``lti``, which never builds x.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from legato._shapes import Bool, Inexact, Tensor
+
+# Steps in a chunk. About 2 * 16 * log16(T) matrix products follow one another, and T / 16 of them run side by side.
+_CHUNK = 16
+
+
+def matrix_recurrence(
+    transition: Inexact[Tensor, "*steps N N"],
+    impulse: Inexact[Tensor, "B T *channels N"],
+    initial_state: Inexact[Tensor, "B *channels N"] | None = None,
+    *,
+    reset: Bool[Tensor, "B T"] | None = None,
+    reverse: bool = False,
+) -> tuple[Inexact[Tensor, "B T *channels N"], Inexact[Tensor, "B *channels N"]]:
+    """h_t = A_t h_{t-1} + x_t for t = 1 .. T, all chunks of time side by side.
+
+    Differentiable in transition, impulse and initial_state, to any order, in reverse and forward mode; works under
+    vmap, torch.compile(fullgraph=True) and autocast. Cost a step: N^2 for a constant A, N^3 for one a step.
+
+    Args:
+        transition: A, (N, N), or A_t, (batch, time, N, N). Stable where its products stay bounded: not checked.
+        impulse: x, (batch, time, *channels, N): each channel is a state vector of its own under the same A.
+        initial_state: h before the first step, (batch, *channels, N); zeros by default.
+        reset: True where the state is dropped before that step: h_t = x_t.
+        reverse: Run from the last step to the first: h_t = A_t h_{t+1} + x_t. ``initial_state`` then enters at the last
+            step, and ``reset`` drops the state that arrives from step t + 1.
+
+    Returns:
+        The states h_t in the common dtype of transition and impulse, and the state after the last step that was run, in
+        the dtype of the carry: that dtype, but at least 32 bits wide.
+
+    Raises:
+        TypeError: a dtype is not floating, complex or (reset) boolean.
+        ValueError: shapes or devices do not fit together.
+
+    Example:
+        >>> import torch, legato
+        >>> quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+        >>> states, last = legato.matrix_recurrence(quarter_turn, torch.zeros(1, 3, 2), torch.tensor([[1.0, 0.0]]))
+        >>> last.tolist()
+        [[-0.0, -1.0]]
+
+    Source: Martin & Cundy (2018), section 2.2: reduce chunks, scan their summaries, finish inside the chunks.
+    """
+    _check(transition, impulse, initial_state, reset)
+    dtype = torch.promote_types(transition.dtype, impulse.dtype)
+    carry_dtype = torch.promote_types(dtype, torch.float32)
+    state_shape = (impulse.shape[0], *impulse.shape[2:])
+    h = impulse.new_zeros(state_shape) if initial_state is None else initial_state
+    h = h.to(carry_dtype)
+    if impulse.shape[1] == 0:
+        return impulse.to(dtype, copy=True), h.clone()
+    A, x = transition.to(carry_dtype), impulse.to(carry_dtype)
+    x, h = x.unsqueeze(2).flatten(2, -2), h.unsqueeze(1).flatten(1, -2)  # (B, T, M, N), (B, M, N)
+    if reverse:
+        A, x = A.flip(1) if A.ndim == 4 else A, x.flip(1)
+        reset = None if reset is None else reset.flip(1)
+    with torch.autocast(impulse.device.type, enabled=False):
+        states = _scan(A, x, h, reset)
+    final_state = states[:, -1].reshape(state_shape)
+    states = states.flip(1) if reverse else states
+    return states.reshape(impulse.shape).to(dtype), final_state
+
+
+def _check(transition: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
+    for name, x in {"transition": transition, "impulse": impulse, "initial_state": initial_state}.items():
+        if x is not None and not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
+    if impulse.ndim < 3:
+        raise ValueError(f"impulse must be (batch, time, *channels, N), got shape {tuple(impulse.shape)}: add the axes")
+    B, T, N = impulse.shape[0], impulse.shape[1], impulse.shape[-1]
+    if tuple(transition.shape) not in ((N, N), (B, T, N, N)):
+        raise ValueError(
+            f"transition must be (N, N) = {(N, N)} or (batch, time, N, N) = {(B, T, N, N)} for this impulse,"
+            f" got {tuple(transition.shape)}: the last axis of the impulse is N"
+        )
+    if initial_state is not None:
+        if tuple(initial_state.shape) != (B, *impulse.shape[2:]):
+            raise ValueError(
+                f"initial_state must be (batch, *channels, N) = {(B, *impulse.shape[2:])},"
+                f" got {tuple(initial_state.shape)}: it has no time axis"
+            )
+        if initial_state.is_complex() and not (impulse.is_complex() or transition.is_complex()):
+            raise TypeError("initial_state is complex but transition and impulse are real: convert one of them")
+    if reset is not None:
+        if reset.dtype != torch.bool:
+            raise TypeError(f"reset must be a boolean tensor, got {reset.dtype}: True drops the state before that step")
+        if tuple(reset.shape) != (B, T):
+            raise ValueError(f"reset must be (batch, time) = {(B, T)}, got {tuple(reset.shape)}")
+    for name, x in {"transition": transition, "initial_state": initial_state, "reset": reset}.items():
+        if x is not None and x.device != impulse.device:
+            raise ValueError(
+                f"{name} and impulse must share a device, got {x.device} and {impulse.device}: move one with .to()"
+            )
+
+
+def _scan(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:
+    """All states, from A (N, N) or (B, T, N, N), x (B, T, M, N), h (B, M, N) and reset (B, T)."""
+    T, M, N = x.shape[1:]
+    if T <= _CHUNK:
+        # Compiled code takes a whole chunk, so that it is the same for every short length.
+        missing = _CHUNK - T if torch.compiler.is_compiling() else 0
+        A = _pad(A, missing) if A.ndim == 4 else A
+        return _steps(A, _pad(x, missing), h, None if reset is None else _pad(reset, missing))[:, :T]
+    x, reset = _chunks(x), None if reset is None else _chunks(reset)  # (B, K, L, M, N), (B, K, L)
+    zeros = torch.zeros_like(x[:, :, 0])
+    if A.ndim == 4:
+        # The transposed products A_1^T, A_1^T A_2^T, ... obey the same recurrence: N more rows, from the identity.
+        identity = torch.eye(N, dtype=x.dtype, device=x.device).expand(*x.shape[:2], N, N)
+        start = torch.cat([zeros, identity], 2)  # (B, K, M + N, N)
+        local, products = _steps(_chunks(A), F.pad(x, (0, 0, 0, N)), start, reset).split([M, N], -2)
+        across = products[:, :-1, -1].mT
+    else:
+        local, products = _steps(A, x, zeros, reset), _powers(A.mT)  # (B, K, L, M, N), (L, N, N)
+        across = products[-1].mT
+    # The last chunk hands its state to nobody, and the others are full: padding never meets a state.
+    dropped = None if reset is None else reset[:, :-1].any(-1)
+    entering = torch.cat([h.unsqueeze(1), _scan(across, local[:, :-1, -1], h, dropped)], 1)  # (B, K, M, N)
+    seen = None if reset is None else (reset.cumsum(-1) > 0)[..., None, None]  # (B, K, L, 1, 1)
+    if A.ndim == 4:
+        # Dropped before the product, or a NaN that a reset stops would come back through the product's gradient.
+        entering = entering.unsqueeze(2)
+        arriving = (entering if seen is None else entering.masked_fill(seen, 0)) @ products
+    else:
+        arriving = torch.einsum("bkmi,lij->bklmj", entering, products)
+        arriving = arriving if seen is None else arriving.masked_fill(seen, 0)
+    return (local + arriving).flatten(1, 2)[:, :T]
+
+
+def _steps(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:
+    """The definition, one step after another, along the third axis of x from the end."""
+    states = []
+    for t, x_t in enumerate(x.unbind(-3)):
+        if reset is not None:
+            h = h.masked_fill(reset[..., t, None, None], 0)
+        h = h @ (A if A.ndim == 2 else A.select(-3, t)).mT + x_t
+        states.append(h)
+    return torch.stack(states, -3)
+
+
+def _powers(A: Tensor) -> Tensor:
+    """A, A^2, .., A^L by doubling, (L, N, N)."""
+    powers = A.unsqueeze(0)
+    while powers.shape[0] < _CHUNK:
+        powers = torch.cat([powers, powers @ powers[-1]])
+    return powers
+
+
+def _chunks(x: Tensor) -> Tensor:
+    """(B, T, ...) -> (B, K, L, ...), padded with zeros at the end."""
+    return _pad(x, -x.shape[1] % _CHUNK).unflatten(1, (-1, _CHUNK))
+
+
+def _pad(x: Tensor, missing: int) -> Tensor:
+    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
