@@ -1,16 +1,8 @@
 """Linear recurrent networks: trained in parallel over time, run one step at a time."""
 
-from legato.layers import LMU, LegendreMemory, RecurrentLMU
-from legato.legendre import delay_network, window_decoder
-from legato.ops.lti import lti
-
-__all__ = [
-    "LMU",
-    "LegendreMemory",
-    "RecurrentLMU",
-    "delay_network",
-    "lti",
-    "window_decoder",
-]
+from legato._choices import explain
+from legato.layers import LMU, LegendreMemory
+from legato.ops import linear_recurrence, lti
 
 __version__ = "0.1.0"
+__all__ = ["LMU", "LegendreMemory", "explain", "linear_recurrence", "lti"]

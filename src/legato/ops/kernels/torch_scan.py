@@ -1,0 +1,64 @@
+"""The diagonal recurrence in plain torch: for machines without numba or triton, on any device.
+
+About 2 sqrt(T) torch calls: T is cut into chunks, all chunks are scanned side by side, then the carries are passed on.
+"""
+
+import math
+
+import torch
+
+from legato._shapes import Bool, Inexact, Tensor
+
+
+def forward(
+    decay: Inexact[Tensor, "Bd Td Hd Dd"],
+    impulse: Inexact[Tensor, "B T H D"],
+    initial_state: Inexact[Tensor, "B H D"] | None,
+    reset: Bool[Tensor, "B T"] | None,
+    reverse: bool,
+) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
+    """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``."""
+    B, T, H, D = impulse.shape
+    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    carry = impulse.new_zeros((B, H, D), dtype=carry_dtype) if initial_state is None else initial_state
+    if T == 0:
+        return impulse.clone(), carry.clone()
+    length = math.isqrt(T - 1) + 1
+    time_varies = decay.shape[1] > 1
+
+    def chunked(x: Tensor) -> Tensor:
+        """(., T, ...) -> (., chunks, length, ...), with zeros after the end."""
+        x = x.flip(1) if reverse else x
+        missing = -T % length
+        if missing:
+            x = torch.cat([x, x.new_zeros((x.shape[0], missing, *x.shape[2:]))], 1)
+        return x.unflatten(1, (-1, length))
+
+    x = chunked(impulse.to(carry_dtype))  # (B, K, L, H, D)
+    a = chunked(decay.to(carry_dtype)) if time_varies else decay.to(carry_dtype).unsqueeze(1)
+    dropped = None if reset is None else chunked(reset)[..., None, None]  # (B, K, L, 1, 1)
+
+    states, products = torch.empty_like(x), []
+    h, product, seen = torch.zeros_like(x[:, :, 0]), torch.ones_like(a[:, :, 0]), []
+    for t in range(length):
+        a_t = a[:, :, t if time_varies else 0]
+        if dropped is not None:
+            h = h.masked_fill(dropped[:, :, t], 0)
+            seen.append(dropped[:, :, t] | seen[-1] if seen else dropped[:, :, t])
+        h = torch.addcmul(x[:, :, t], a_t, h)
+        product = product * a_t
+        states[:, :, t] = h
+        products.append(product)
+    carries = []  # the state before each chunk; a constant decay has one product, the same for every chunk
+    for k in range(x.shape[1]):
+        carries.append(carry)
+        arriving = products[-1][:, k if time_varies else 0] * carry
+        if dropped is not None:
+            arriving = arriving.masked_fill(seen[-1][:, k], 0)
+        carry = states[:, k, -1] + arriving
+    arriving = torch.stack(products, 2) * torch.stack(carries, 1).unsqueeze(2)
+    if dropped is not None:
+        arriving = arriving.masked_fill(torch.stack(seen, 2), 0)
+    states = (states + arriving).flatten(1, 2)[:, :T]
+    final_state = states[:, -1].clone()
+    return (states.flip(1) if reverse else states).to(impulse.dtype).contiguous(), final_state

@@ -1,0 +1,309 @@
+"""The diagonal recurrence, for any channel axes, dtype, device and kind of derivative.
+
+    h_t = decay_t * h_{t-1} + impulse_t
+
+Read from the top: ``linear_recurrence`` checks its arguments and brings them to one canonical form, ``_Recurrence`` is
+its derivative, the registered op ``torch.ops.legato.recurrence`` is what torch.compile and export see, and
+``ops/kernels`` computes it. The mathematics is in docs/maths/recurrence.md.
+"""
+
+import torch
+from torch.autograd import Function
+
+from legato import _choices
+from legato._shapes import Bool, Inexact, Tensor
+from legato.ops import kernels
+
+
+def linear_recurrence(
+    decay: Inexact[Tensor, "..."],
+    impulse: Inexact[Tensor, "B T *channels"],
+    initial_state: Inexact[Tensor, "B *channels"] | None = None,
+    *,
+    reset: Bool[Tensor, "B T"] | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Inexact[Tensor, "B T *channels"], Inexact[Tensor, "B *channels"]]:
+    """h_t = decay_t * h_{t-1} + impulse_t for t = 1 .. T, all steps in parallel where the device can.
+
+    Differentiable in decay, impulse and initial_state, to any order, in reverse and forward mode; works under vmap,
+    torch.compile(fullgraph=True), torch.export and autocast.
+
+    Args:
+        decay: What remains of the state after one step. Any shape that broadcasts to the impulse's: (C,) is constant in
+            time, (B, T, 1) is shared by the channels. A broadcast decay is never expanded in memory. Stable where
+            abs(decay) <= 1, which is not checked.
+        impulse: What is added at each step, (batch, time, *channels); any strides. Real or complex.
+        initial_state: The state before the first step, (batch, *channels); zeros by default.
+        reset: True where the state is dropped before that step: h_t = impulse_t.
+        reverse: Run from the last step to the first: h_t = decay_t * h_{t+1} + impulse_t. ``initial_state`` then enters
+            at the last step, and ``reset`` drops the state that arrives from step t + 1.
+        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); it runs or raises. None chooses by device, and
+            ``legato.explain()`` says what was chosen.
+
+    Returns:
+        The states h_t, in the common dtype of decay and impulse, and the state after the last step that was run, in the
+        dtype of the carry: that dtype, but at least 32 bits wide, so that a stream of 16-bit chunks loses nothing.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not of a floating, complex or (reset) boolean dtype.
+        ValueError: shapes or devices do not fit together, or no backend has that name or runs on that device.
+        RuntimeError: the named backend needs a package that is not installed.
+
+    Example:
+        >>> import torch, legato
+        >>> states, last = legato.linear_recurrence(torch.tensor([0.5]), torch.ones(1, 3, 1))
+        >>> states.flatten().tolist()
+        [1.0, 1.5, 1.75]
+
+    Source: Martin & Cundy (2018), section 2; the adjoint is the same recurrence run backwards.
+    """
+    _check(decay, impulse, initial_state, reset, backend)
+    dtype = torch.promote_types(decay.dtype, impulse.dtype)
+    carry_dtype = torch.promote_types(dtype, torch.float32)
+    channels = impulse.shape[2:]
+    decay, impulse = _canonical(decay.to(dtype), impulse.to(dtype))
+    if initial_state is not None:
+        initial_state = initial_state.to(carry_dtype).reshape(impulse.shape[0], *impulse.shape[2:])
+    # Dynamo refuses Functions with a forward-mode rule, so compiled code takes the one without.
+    function = _Recurrence if torch.compiler.is_compiling() else _ForwardModeRecurrence
+    states, final_state = function.apply(decay, impulse, initial_state, reset, reverse, backend)
+    return states.reshape(*states.shape[:2], *channels), final_state.reshape(states.shape[0], *channels)
+
+
+def _check(
+    decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None, backend: str | None
+) -> None:
+    given = {"impulse": impulse, "decay": decay}
+    if initial_state is not None:
+        given["initial_state"] = initial_state
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+        if not (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
+        if x.device != impulse.device:
+            raise ValueError(
+                f"{name} and impulse must share a device, got {x.device} and {impulse.device}: move one with .to()"
+            )
+    if impulse.ndim < 2:
+        raise ValueError(f"impulse must be (batch, time, *channels), got shape {tuple(impulse.shape)}: add the axes")
+    padded = (1,) * (impulse.ndim - decay.ndim) + tuple(decay.shape)
+    if len(padded) != impulse.ndim or any(n not in (1, m) for n, m in zip(padded, impulse.shape, strict=True)):
+        raise ValueError(
+            f"decay must broadcast to the impulse's shape {tuple(impulse.shape)}, got {tuple(decay.shape)}:"
+            " each of its axes, counted from the last, must be 1 or that of the impulse"
+        )
+    state_shape = (impulse.shape[0], *impulse.shape[2:])
+    if initial_state is not None:
+        if tuple(initial_state.shape) != state_shape:
+            raise ValueError(
+                f"initial_state must be (batch, *channels) = {state_shape}, got {tuple(initial_state.shape)}:"
+                " it has no time axis"
+            )
+        if initial_state.is_complex() and not (impulse.is_complex() or decay.is_complex()):
+            raise TypeError("initial_state is complex but decay and impulse are real: convert one of them")
+    if reset is not None:
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+            got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+            raise TypeError(f"reset must be a boolean tensor, got {got}: True drops the state before that step")
+        if tuple(reset.shape) != tuple(impulse.shape[:2]):
+            raise ValueError(f"reset must be (batch, time) = {tuple(impulse.shape[:2])}, got {tuple(reset.shape)}")
+        if reset.device != impulse.device:
+            raise ValueError(
+                f"reset and impulse must share a device, got {reset.device} and {impulse.device}: move one with .to()"
+            )
+    if backend is not None:
+        kernels.check(backend, impulse.device)
+
+
+def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
+    """Impulse as (B, T, H, D) and decay as (Bd, Td, Hd, Dd), each size of which is 1 or the full one.
+
+    Neighbouring channel axes that the decay treats alike are joined. Two groups remain for all but exotic broadcasts,
+    such as a decay (H, 1, K); only there is the decay expanded, and over channels alone.
+    """
+    decay = decay.reshape((1,) * (impulse.ndim - decay.ndim) + tuple(decay.shape))
+    groups: list[list[int]] = []  # [size, the decay's size], outermost first
+    for size, own in zip(impulse.shape[2:], decay.shape[2:], strict=True):
+        if groups and (groups[-1][1] == 1) == (own == 1):
+            groups[-1][0] *= size
+            groups[-1][1] *= own
+        elif size != 1:
+            groups.append([size, own])
+    if len(groups) > 2:
+        decay = decay.expand(*decay.shape[:2], *impulse.shape[2:])
+        whole = decay.shape[2:].numel()
+        groups = [[whole, whole]]
+    (H, Hd), (D, Dd) = [[1, 1]] * (2 - len(groups)) + groups
+    return decay.reshape(*decay.shape[:2], Hd, Dd), impulse.reshape(*impulse.shape[:2], H, D)
+
+
+class _Recurrence(Function):
+    """The recurrence with its adjoint; keeps decay, states and initial_state and nothing else."""
+
+    @staticmethod
+    def forward(decay, impulse, initial_state, reset, reverse, backend):
+        return torch.ops.legato.recurrence(decay, impulse, initial_state, reset, reverse, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        decay, _, initial_state, reset, ctx.reverse, ctx.backend = inputs
+        ctx.save_for_backward(decay, output[0], initial_state, reset)
+
+    @staticmethod
+    def backward(ctx, grad_states, grad_final):
+        decay, states, initial_state, reset = ctx.saved_tensors
+        arguments = (grad_states, grad_final, decay, states, initial_state, reset, ctx.reverse, ctx.backend)
+        # With create_graph the adjoint is itself differentiated, so it is written as a recurrence; else one kernel.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _adjoint(_ForwardModeRecurrence.apply, *arguments)
+        else:
+            grads = torch.ops.legato.recurrence_backward(*arguments)
+        return (*grads[:2], None if initial_state is None else grads[2], None, None, None)
+
+
+class _ForwardModeRecurrence(_Recurrence):
+    """The same with the rule of forward-mode derivatives, and with vmap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Recurrence.setup_context(ctx, inputs, output)
+        decay, _, initial_state, reset, _, _ = inputs
+        ctx.save_for_forward(decay, output[0], initial_state, reset)
+
+    @staticmethod
+    def jvp(ctx, d_decay, d_impulse, d_initial, *_):
+        """dh_t = decay_t dh_{t-1} + (d_decay_t h_{t-1} + d_impulse_t)"""
+        decay, states, initial_state, reset = ctx.saved_tensors
+        drive = torch.zeros_like(states) if d_impulse is None else d_impulse
+        if d_decay is not None:
+            drive = drive + d_decay * _states_before(states, initial_state, reset, ctx.reverse)
+        return _ForwardModeRecurrence.apply(decay, drive, d_initial, reset, ctx.reverse, ctx.backend)
+
+
+def _states_before(states: Tensor, initial_state: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    """h_{t-1} as step t used it: the initial state comes first, and zero where the state was dropped."""
+    first = torch.zeros_like(states[:, :1]) if initial_state is None else initial_state.to(states.dtype).unsqueeze(1)
+    if states.shape[1] == 0:
+        return states
+    before = torch.cat([states[:, 1:], first] if reverse else [first, states[:, :-1]], 1)
+    return before if reset is None else before.masked_fill(reset[..., None, None], 0)
+
+
+def _adjoint(recurrence, grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
+    """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}, by a recurrence that runs the other way.
+
+    Returns the gradients of decay, impulse and initial_state: conj(h_{t-1}) g_t, g_t and conj(decay_1) g_1.
+    """
+    if states.shape[1] == 0:
+        return torch.zeros_like(decay), torch.zeros_like(states), grad_final.clone()
+    first, last = (-1, 0) if reverse else (0, -1)  # in the order in which the steps were run
+
+    def next_step(x: Tensor) -> Tensor:
+        """x_{t+1} in the place of x_t; what stands at the last step is multiplied by a carry of zero."""
+        return torch.cat([x[:, -1:], x[:, :-1]] if reverse else [x[:, 1:], x[:, :1]], 1)
+
+    arriving = grad_states.select(1, last) + grad_final.to(grad_states.dtype)
+    rest = grad_states[:, 1:] if reverse else grad_states[:, :-1]
+    grad_states = torch.cat([arriving.unsqueeze(1), rest] if reverse else [rest, arriving.unsqueeze(1)], 1)
+    next_decay = next_step(decay) if decay.shape[1] > 1 else decay
+    next_reset = None if reset is None else next_step(reset)
+    g, _ = recurrence(next_decay.conj().resolve_conj(), grad_states, None, next_reset, not reverse, backend)
+    grad_decay = (_states_before(states, initial_state, reset, reverse).conj() * g).sum_to_size(decay.shape)
+    grad_initial = (decay[:, first if decay.shape[1] > 1 else 0].conj() * g[:, first]).to(grad_final.dtype)
+    if reset is not None:
+        grad_initial = grad_initial.masked_fill(reset[:, first, None, None], 0)
+    return grad_decay, g, grad_initial
+
+
+# --- the registered ops: what torch.compile, export and vmap see ---
+
+_library = torch.library.Library("legato", "DEF")
+_library.define(
+    "recurrence(Tensor decay, Tensor impulse, Tensor? initial_state, Tensor? reset, bool reverse, str? backend)"
+    " -> (Tensor, Tensor)"
+)
+_library.define(
+    "recurrence_backward(Tensor grad_states, Tensor grad_final, Tensor decay, Tensor states, Tensor? initial_state,"
+    " Tensor? reset, bool reverse, str? backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _run(decay, impulse, initial_state, reset, reverse, backend):
+    kernel, name, why = kernels.choose(impulse.device, backend)
+    _choices.record("linear_recurrence", name, why)
+    return kernel.forward(*map(_contiguous, (decay, impulse, initial_state, reset)), reverse)
+
+
+def _run_backward(grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
+    kernel, _, _ = kernels.choose(states.device, backend)
+    grad_states, grad_final, decay, states, initial_state, reset = map(
+        _contiguous, (grad_states, grad_final, decay, states, initial_state, reset)
+    )
+    if hasattr(kernel, "backward"):
+        return kernel.backward(grad_states, grad_final, decay, states, initial_state, reset, reverse)
+
+    def recurrence(decay, impulse, initial_state, reset, reverse, backend):
+        return kernel.forward(decay, impulse, initial_state, reset, reverse)
+
+    return _adjoint(recurrence, grad_states, grad_final, decay, states, initial_state, reset, reverse, backend)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.resolve_conj().resolve_neg().contiguous()
+
+
+def _fake_run(decay, impulse, initial_state, reset, reverse, backend):
+    B, _, H, D = impulse.shape
+    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    return impulse.new_empty(impulse.shape), impulse.new_empty((B, H, D), dtype=carry_dtype)
+
+
+def _fake_run_backward(grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
+    return decay.new_empty(decay.shape), states.new_empty(states.shape), grad_final.new_empty(grad_final.shape)
+
+
+def _vmap_run(info, in_dims, decay, impulse, initial_state, reset, reverse, backend):
+    """A mapped axis joins the batch; a decay that is not mapped and shared by the batch stays one row."""
+    V, B = info.batch_size, _size(impulse, in_dims[1], 0)
+    decay = _fold(decay, in_dims[0], V, None if in_dims[0] is None and decay.shape[0] == 1 else B)
+    impulse, initial_state, reset = (
+        _fold(x, dim, V, B) for x, dim in zip((impulse, initial_state, reset), in_dims[1:4], strict=True)
+    )
+    states, final_state = torch.ops.legato.recurrence(decay, impulse, initial_state, reset, reverse, backend)
+    return (states.unflatten(0, (V, B)), final_state.unflatten(0, (V, B))), (0, 0)
+
+
+def _vmap_run_backward(info, in_dims, *arguments):
+    """As above, but a shared decay gets one gradient a mapped row: it is given a row each and summed over the batch."""
+    V, B = info.batch_size, _size(arguments[3], in_dims[3], 0)
+    rows = _size(arguments[2], in_dims[2], 0)
+    tensors = [_fold(x, dim, V, B) for x, dim in zip(arguments[:6], in_dims[:6], strict=True)]
+    grad_decay, grad_impulse, grad_initial = torch.ops.legato.recurrence_backward(*tensors, *arguments[6:])
+    grad_decay = grad_decay.unflatten(0, (V, B))
+    if rows == 1:
+        grad_decay = grad_decay.sum(1, keepdim=True)
+    return (grad_decay, grad_impulse.unflatten(0, (V, B)), grad_initial.unflatten(0, (V, B))), (0, 0, 0)
+
+
+def _size(x: Tensor, mapped: int | None, axis: int) -> int:
+    return x.shape[axis] if mapped is None else x.movedim(mapped, 0).shape[axis + 1]
+
+
+def _fold(x: Tensor | None, mapped: int | None, V: int, B: int | None) -> Tensor | None:
+    """(B or 1, ...) with a mapped axis of size V, or none, to (V * B, ...); B None leaves x as it is."""
+    if x is None or B is None:
+        return x
+    x = x.unsqueeze(0) if mapped is None else x.movedim(mapped, 0)
+    return x.expand(V, B, *x.shape[2:]).reshape(V * B, *x.shape[2:])
+
+
+_library.impl("recurrence", _run, "CompositeExplicitAutograd")
+_library.impl("recurrence_backward", _run_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("legato::recurrence", _fake_run, lib=_library)
+torch.library.register_fake("legato::recurrence_backward", _fake_run_backward, lib=_library)
+torch.library.register_vmap("legato::recurrence", _vmap_run, lib=_library)
+torch.library.register_vmap("legato::recurrence_backward", _vmap_run_backward, lib=_library)

@@ -1,0 +1,107 @@
+"""What is particular to the Numba kernels: threads, forks, laziness."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from legato.ops.recurrence import linear_recurrence
+
+
+@pytest.fixture
+def three_threads():
+    """More threads than tasks or cores, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def large(T=4000, C=9, B=2):
+    torch.manual_seed(1)
+    return torch.rand(B, T, C, requires_grad=True), torch.randn(B, T, C, requires_grad=True)
+
+
+def run(decay, impulse):
+    states, final = linear_recurrence(decay, impulse, backend="numba")
+    return states, *torch.autograd.grad(states.square().sum() + final.sum(), (decay, impulse))
+
+
+@pytest.mark.parametrize("shape", [{}, {"B": 1, "C": 200, "T": 300}, {"B": 7, "C": 1}, {"B": 1, "C": 5000, "T": 9}])
+def test_any_number_of_threads_gives_the_same_bits(three_threads, shape):
+    inputs = large(**shape)
+    many = run(*inputs)
+    torch.set_num_threads(1)
+    for a, b in zip(many, run(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_launch_leaves_torchs_thread_count_alone(three_threads):
+    run(*large())
+    assert torch.get_num_threads() == 3
+
+
+def test_python_threads_may_launch_at_once(three_threads):
+    inputs = [large() for _ in range(8)]
+    expected = run(*inputs[0])
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda pair: run(*pair), inputs):
+            for a, b in zip(result, expected, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_without_torchs_openmp_the_kernels_own_threads_give_the_same(three_threads, monkeypatch):
+    from legato.ops.kernels import numba_cpu
+
+    inputs = large()
+    shared = run(*inputs)
+    monkeypatch.setattr(numba_cpu, "_torch_openmp", lambda: None)
+    for a, b in zip(shared, run(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def _in_child(queue, decay, impulse):
+    # torch's own threads are as dead as ours: keep to what it does without them
+    torch.use_deterministic_algorithms(False)
+    queue.put(linear_recurrence(decay, impulse, backend="numba")[1].tolist())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_its_parents_threads(three_threads):
+    inputs = [x.detach() for x in large()]
+    expected = linear_recurrence(*inputs, backend="numba")[1]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, *inputs))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected.tolist()
+    finally:
+        child.kill()
+
+
+def test_importing_legato_loads_neither_numba_nor_triton_nor_the_experiments_libraries():
+    heavy = "numba triton lightning matplotlib jsonargparse scipy"
+    code = f"import sys, legato; print(*(m for m in '{heavy}'.split() if m in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+def test_a_read_only_installation_compiles_into_the_users_cache(tmp_path):
+    """Numba caches beside the source, or where that cannot be written, below the user's cache folder."""
+    code = (
+        "import torch; from numba.core.caching import CacheImpl, InTreeCacheLocator\n"
+        "CacheImpl._locator_classes.remove(InTreeCacheLocator)\n"
+        "from legato import linear_recurrence\n"
+        "print(linear_recurrence(torch.tensor([0.5]), torch.ones(1, 3, 1), backend='numba')[1].item())\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == "1.75"
+    assert list(tmp_path.rglob("*.nbi"))

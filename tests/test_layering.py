@@ -1,0 +1,63 @@
+"""Who may import whom: the layers of the design, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import legato
+
+ROOT = Path(legato.__file__).parent
+# Longest prefix first; each may import itself, unless it stands in ALONE, and what is listed.
+RULES = {
+    "legato._shapes": (),
+    "legato._choices": (),
+    "legato.legendre": ("legato._shapes",),
+    "legato.ops.kernels": ("legato._shapes",),
+    "legato.ops": ("legato.ops.kernels", "legato._shapes", "legato._choices"),
+    "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes"),
+    "legato.models": ("legato.layers", "legato._shapes"),
+    "legato.experiments": ("legato",),
+    "legato.cli": ("legato.experiments", "legato"),
+    "legato": ("legato._choices", "legato.layers", "legato.legendre", "legato.ops"),
+}
+FORBIDDEN = {"legato.layers": ("legato.ops.kernels",)}
+OWN_PACKAGE_ONLY_IN = {"numba": "legato.ops.kernels.numba_cpu", "triton": "legato.ops.kernels.triton_gpu"}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(("legato", *(p for p in parts if p != "__init__"))), path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name, prefix):
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_module_imports_only_what_its_layer_may(module, path):
+    layer = max((rule for rule in RULES if within(module, rule)), key=len)
+    for name in imported(path):
+        for package, home in OWN_PACKAGE_ONLY_IN.items():
+            assert not within(name, package) or module == home, f"{module} imports {name}: only {home} may"
+        if not within(name, "legato"):
+            continue
+        allowed = any(within(name, rule) for rule in (*RULES[layer], layer))
+        forbidden = any(within(name, f) for f in FORBIDDEN.get(layer, ()))
+        assert allowed, f"{module} imports {name}: {layer} may import {RULES[layer]}"
+        assert not forbidden, f"{module} imports {name}"
+
+
+def test_kernels_never_import_each_other():
+    for module, path in modules():
+        if within(module, "legato.ops.kernels"):
+            assert not [name for name in imported(path) if within(name, "legato.ops")], module
