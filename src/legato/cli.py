@@ -188,7 +188,18 @@ def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str
         names = [name.strip(" '") for name in choice[2].split(",")]
         kind = "recipe" if words[:1] == ["train"] else "command"
         return f"there is no {kind} {choice[1]}{_nearest(choice[1], names)}: expected one of {', '.join(names)}"
-    return message.strip()
+    missing = re.search(r'expected "(?:train\.)?(recipe|command)" to be one of {(.*)}', message)
+    if missing:
+        return f"expected a {missing[1]}: {missing[2].replace(',', ', ')}: see {_help(recipe, words)}"
+    value = re.search(r'Parser key "([\w.]+)"(.*?)(?:Given|Got) value: (.*)', message, re.DOTALL)
+    if value:
+        kinds = re.findall(r"Expected an? <class '(\w+)'>", value[2])
+        literal = re.search(r"Expected a typing\.Literal\[(.*?)\]", value[2])
+        wanted = f"one of {literal[1]}" if literal else " or ".join(dict.fromkeys(kinds)).replace("NoneType", "null")
+        if wanted:
+            return f"--{value[1]}: expected {wanted}, got {value[3].strip()!r}: see {_help(recipe, words)}"
+    message = re.sub(r"arguments are required: \w+\.", "arguments are required: ", message)
+    return f"{' '.join(message.split())}: see {_help(recipe, words)}"
 
 
 def _nearest(wanted: str, names: list[str]) -> str:

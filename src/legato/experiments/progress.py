@@ -1,7 +1,8 @@
 """What a person sees of a training run: a bar on a terminal, plain lines elsewhere."""
 
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -12,17 +13,11 @@ _BAR_SECONDS = 0.2  # between two drawings of the bar
 _LINE_SECONDS = 10.0  # between two plain lines
 
 
-class Best(Protocol):
-    """Who knows the best figures so far."""
-
-    best: dict[str, float] | None
-
-
 class Progress(Callback):
     """Updates done, time left, the last and the best validation figure. In a step it costs one comparison of clocks."""
 
-    def __init__(self, metric: str, updates: int, seed: int, keeper: Best) -> None:
-        self.metric, self.updates, self.seed, self.keeper = metric, updates, seed, keeper
+    def __init__(self, metric: str, updates: int, seed: int, best: Callable[[], dict[str, float] | None]) -> None:
+        self.metric, self.updates, self.seed, self.best = metric, updates, seed, best
         self.console = Console(highlight=False)
         self.bar: Bar | None = None
         self.drawn = self.printed = 0.0
@@ -55,11 +50,10 @@ class Progress(Callback):
             self.bar.update(self.row, completed=trainer.global_step, refresh=True)
 
     def on_train_epoch_end(self, trainer: Trainer, learner: Any) -> None:
-        if not trainer.is_global_zero or self.keeper.best is None:
+        best = self.best()
+        if not trainer.is_global_zero or best is None:
             return
-        figures = (
-            f"validation {self.metric} {learner.figures[self.metric]:.4f}, best {self.keeper.best[self.metric]:.4f}"
-        )
+        figures = f"validation {self.metric} {learner.figures[self.metric]:.4f}, best {best[self.metric]:.4f}"
         if self.bar is not None:
             self.bar.update(self.row, completed=trainer.global_step, figures=figures, refresh=True)
         elif trainer.global_step >= self.updates or time.perf_counter() - self.printed > _LINE_SECONDS:

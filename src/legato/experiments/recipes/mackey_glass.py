@@ -86,7 +86,7 @@ class Crops(Training):
     learning_rate: float = 0.01
     crop: int = 512
     lead_in: int = 100
-    lead_in_weight: float = 0.01
+    lead_in_weight: float = 0.1
 
 
 @dataclass
