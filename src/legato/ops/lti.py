@@ -297,7 +297,7 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     u = F.pad(u, (0, chunks * length - steps)).reshape(channels, batch, chunks, length)
     if reset is not None:
         reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
-        memory = _chunked_with_reset(u, kernels, state, reset).flatten(2, 3)[:, :, :steps]
+        memory = _chunked_with_reset(u, kernels, state, reset)[:, :, :steps]
         return memory, memory[:, :, -1]
     before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
     rows = torch.cat([u, before], dim=-1)
@@ -308,16 +308,18 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
 
 
 def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
-    """The same with what a reset cuts off taken out before it is multiplied, so that not even a NaN gets past it."""
+    """The same, but with the chunks side by side a step at a time, so that not even a NaN gets past a reset.
+
+    A product with W would multiply what a reset cuts off by zero, and 0 times NaN is NaN.
+    """
     W, order = kernels.inputs, kernels.powers.shape[-1]
-    length = u.shape[-1]
-    count = reset.cumsum(-1)  # (B, chunks, L): resets since the start of the chunk
-    windows = torch.where(_windows(count) == count.unsqueeze(-1), _windows(u), 0)
-    inside = _times(windows, W[..., :length, -order:])  # (C, B, chunks, L, N)
-    untouched = count == 0
-    before = _before_chunks(inside[..., -1, :], kernels, state, untouched[..., -1:])
-    carried = _times(before, W[..., length:, :]).unflatten(-1, (length, order))
-    return inside + torch.where(untouched.unsqueeze(-1), carried, 0)
+    channels, batch, chunks, length = u.shape
+    count = reset.cumsum(-1)  # resets since the start of the chunk
+    ends = _times(torch.where(count == count[..., -1:], u, 0), W[..., :length, -order:])
+    before = _before_chunks(ends, kernels, state, count[..., -1:] == 0)
+    one_step = Kernels("sequential", length, W[..., :1, :order], W[..., None, length:, :order])
+    memory, _ = _sequential(u.flatten(1, 2), one_step, before.flatten(1, 2), reset.flatten(0, 1))
+    return memory.reshape(channels, batch, chunks * length, order)
 
 
 def _before_chunks(ends: Tensor, kernels: Kernels, state: Tensor | None, kept: Tensor | None = None) -> Tensor:
