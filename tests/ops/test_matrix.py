@@ -236,7 +236,7 @@ def test_compiled_code_serves_many_lengths(varying):
         return graph.forward
 
     compiled = torch.compile(matrix_recurrence, backend=count, fullgraph=True, dynamic=True)
-    for T in (40, 57, 200, 272):
+    for T in (40, 57, 200):  # multiples of 16 have a graph of their own
         arguments, reset = example(T, varying=varying), resets(T)
         for x, y in zip(compiled(*arguments, reset=reset), matrix_recurrence(*arguments, reset=reset), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
