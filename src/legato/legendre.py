@@ -39,7 +39,7 @@ def delay_network(
         >>> A.shape, B.shape
         (torch.Size([6, 6]), torch.Size([6]))
 
-    Source: Voelker, Kajic & Eliasmith 2019, equations (1) to (3); Chilkuri & Eliasmith 2021, equations (7) to (9).
+    Source: Voelker, Kajic & Eliasmith 2019; Chilkuri & Eliasmith 2021, who hold the input for a step (zoh).
     """
     _check(order, theta, discretizer)
     theta = torch.as_tensor(theta, dtype=torch.float64)[..., None, None]
@@ -65,7 +65,7 @@ def window_decoder(order: int, points: int) -> Float[Tensor, "points N"]:
         tensor([[ 1., -1.,  1.],
                 [ 1.,  1.,  1.]], dtype=torch.float64)
 
-    Source: Voelker, Kajic & Eliasmith 2019, equation (4); the three-term recurrence of the Legendre polynomials.
+    Source: Voelker, Kajic & Eliasmith 2019; the three-term recurrence of the Legendre polynomials.
     """
     _check_whole("order", order)
     _check_whole("points", points)
