@@ -2,7 +2,18 @@
 
 from legato._choices import explain
 from legato.layers import LMU, LegendreMemory, RecurrentLMU
+from legato.legendre import delay_network, window_decoder
 from legato.ops import linear_recurrence, lti, matrix_recurrence
 
 __version__ = "0.1.0"
-__all__ = ["LMU", "LegendreMemory", "RecurrentLMU", "explain", "linear_recurrence", "lti", "matrix_recurrence"]
+__all__ = [
+    "LMU",
+    "LegendreMemory",
+    "RecurrentLMU",
+    "delay_network",
+    "explain",
+    "linear_recurrence",
+    "lti",
+    "matrix_recurrence",
+    "window_decoder",
+]
