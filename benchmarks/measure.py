@@ -1,4 +1,4 @@
-"""How every benchmark here measures: candidates interleaved, medians and ratios within one run, results kept as JSON."""
+"""How every benchmark here measures: candidates interleaved, medians and ratios within one run, results as JSON."""
 
 import gc
 import json

@@ -1,8 +1,8 @@
 """The shape alphabet, in one place, for every signature of the library.
 
-    B batch     T time     C channels     N order of a memory     *channels any number of channel axes
+    B batch     T time     C channels     N order of a memory     *channels any number of axes
 
-A signature reads ``impulse: Inexact[Tensor, "B T *channels"]``; the test run checks each of them (jaxtyping + beartype).
+A signature reads ``impulse: Inexact[Tensor, "B T *channels"]``; the test run checks them (jaxtyping + beartype).
 """
 
 from jaxtyping import Bool, Complex, Float, Inexact, Int, Shaped
