@@ -9,7 +9,7 @@ from pathlib import Path
 
 from measure import save, table
 
-SUBJECTS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"run", "measure"})
+SUBJECTS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in {"run", "measure", "gpu_check"})
 
 
 def main(arguments: list[str]) -> int:
