@@ -273,23 +273,37 @@ def _pointer(_, address):
     return types.voidptr(address), generate
 
 
+@_compile
+def _unpack(words, dtype):
+    B, T, H, D = words[_SIZES], words[_SIZES + 1], words[_SIZES + 2], words[_SIZES + 3]
+    Bd, Td, Hd, Dd = words[_DECAY_SIZES], words[_DECAY_SIZES + 1], words[_DECAY_SIZES + 2], words[_DECAY_SIZES + 3]
+    decay = carray(_pointer(words[_DECAY]), (Bd, Td, Hd, Dd), dtype)
+    reset = carray(_pointer(words[_RESET]), (B * words[_HAS_RESET], T), np.bool_)
+    return B, T, H, D, decay, reset, words[_REVERSE] != 0
+
+
+@_compile
+def _next_task(words, D):
+    """The batch row and the channels of a task that nobody has taken yet; a row of -1 when there is none."""
+    task = _take_ticket(words)
+    if task >= words[_TASKS]:
+        return -1, 0, 0
+    d0 = task % words[_BLOCKS] * words[_WIDTH]
+    return task // words[_BLOCKS], d0, min(d0 + words[_WIDTH], D)
+
+
 @cache
 def _forward(dtype: np.dtype) -> Any:
     def run(words):
-        B, T, H, D = words[_SIZES], words[_SIZES + 1], words[_SIZES + 2], words[_SIZES + 3]
-        reset = carray(_pointer(words[_RESET]), (B * words[_HAS_RESET], T), np.bool_)
-        Bd, Td, Hd, Dd = words[_DECAY_SIZES], words[_DECAY_SIZES + 1], words[_DECAY_SIZES + 2], words[_DECAY_SIZES + 3]
-        decay = carray(_pointer(words[_DECAY]), (Bd, Td, Hd, Dd), dtype)
+        B, T, H, D, decay, reset, reverse = _unpack(words, dtype)
         impulse = carray(_pointer(words[_ARRAYS]), (B, T, H, D), dtype)
         states = carray(_pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
         carry = carray(_pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
         while True:
-            task = _take_ticket(words)
-            if task >= words[_TASKS]:
+            b, d0, d1 = _next_task(words, D)
+            if b < 0:
                 return
-            b, d0 = task // words[_BLOCKS], task % words[_BLOCKS] * words[_WIDTH]
-            d1 = min(d0 + words[_WIDTH], D)
-            _forward_task(b, d0, d1, decay, reset, words[_REVERSE] != 0, impulse, states, carry)
+            _forward_task(b, d0, d1, decay, reset, reverse, impulse, states, carry)
 
     return _c_function(run)
 
@@ -297,25 +311,18 @@ def _forward(dtype: np.dtype) -> Any:
 @cache
 def _backward(dtype: np.dtype) -> Any:
     def run(words):
-        B, T, H, D = words[_SIZES], words[_SIZES + 1], words[_SIZES + 2], words[_SIZES + 3]
-        reset = carray(_pointer(words[_RESET]), (B * words[_HAS_RESET], T), np.bool_)
-        Bd, Td, Hd, Dd = words[_DECAY_SIZES], words[_DECAY_SIZES + 1], words[_DECAY_SIZES + 2], words[_DECAY_SIZES + 3]
-        decay = carray(_pointer(words[_DECAY]), (Bd, Td, Hd, Dd), dtype)
+        B, T, H, D, decay, reset, reverse = _unpack(words, dtype)
         states = carray(_pointer(words[_ARRAYS]), (B, T, H, D), dtype)
         grad_states = carray(_pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
         h0 = carray(_pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
-        grad_decay = carray(_pointer(words[_ARRAYS + 3]), (B, Td, H, Dd), dtype)
+        grad_decay = carray(_pointer(words[_ARRAYS + 3]), (B, decay.shape[1], H, decay.shape[3]), dtype)
         grad_impulse = carray(_pointer(words[_ARRAYS + 4]), (B, T, H, D), dtype)
         carry = carray(_pointer(words[_ARRAYS + 5]), (B, H, D), dtype)
         while True:
-            task = _take_ticket(words)
-            if task >= words[_TASKS]:
+            b, d0, d1 = _next_task(words, D)
+            if b < 0:
                 return
-            b, d0 = task // words[_BLOCKS], task % words[_BLOCKS] * words[_WIDTH]
-            d1 = min(d0 + words[_WIDTH], D)
-            _backward_task(
-                b, d0, d1, decay, reset, words[_REVERSE] != 0, states, grad_states, h0, grad_decay, grad_impulse, carry
-            )
+            _backward_task(b, d0, d1, decay, reset, reverse, states, grad_states, h0, grad_decay, grad_impulse, carry)
 
     return _c_function(run)
 
