@@ -4,6 +4,7 @@
 prepared. ``lmu.py`` puts an encoder before it and a read-out after it.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, at_length, positive_int, zero_padding
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, Kernels, apply, prepare
+
+#: The window in steps: one number, or one per channel.
+Theta = float | int | Sequence[float | int] | Tensor
 
 
 class LegendreMemoryState(NamedTuple):
@@ -60,7 +64,7 @@ class LegendreMemory(RecurrentLayer):
         self,
         channels: int,
         order: int,
-        theta: float | list[float] | tuple[float, ...] | Tensor,
+        theta: Theta,
         *,
         discretizer: str = "zoh",
         trainable_theta: bool = False,
@@ -114,10 +118,9 @@ class LegendreMemory(RecurrentLayer):
         """
         self._check_arguments(u, None, lengths, None)
         steps = u.shape[0] * u.shape[1] if lengths is None else int(lengths.sum())
-        if steps < max(self.order, 2):
-            raise ValueError(
-                f"expected at least {max(self.order, 2)} steps to calibrate order {self.order}, got {steps}"
-            )
+        least = max(self.order, 2)
+        if steps < least:
+            raise ValueError(f"expected at least {least} steps to calibrate order {self.order}, got {steps}: give more")
         if lengths is not None:
             u = zero_padding(u, lengths)
         total = squares = torch.zeros((), dtype=torch.float64, device=u.device)

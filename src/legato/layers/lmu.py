@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
-from legato.layers.legendre_memory import LegendreMemory
+from legato.layers.legendre_memory import LegendreMemory, Theta
 from legato.ops.lti import apply
 
 # The memory of a segment of time: it stays in the cache, and glibc keeps blocks under 32 MiB for the next segment.
@@ -77,7 +77,7 @@ class LMU(RecurrentLayer):
         *,
         memory_size: int = 1,
         order: int,
-        theta: float | list[float] | tuple[float, ...] | Tensor,
+        theta: Theta,
         discretizer: str = "zoh",
         trainable_theta: bool = False,
         encoder_activation: str | Callable[[Tensor], Tensor] = "identity",

@@ -13,7 +13,7 @@ from torch import nn
 
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer, positive_int
-from legato.layers.legendre_memory import LegendreMemory
+from legato.layers.legendre_memory import LegendreMemory, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 
@@ -78,7 +78,7 @@ class RecurrentLMU(RecurrentLayer):
         *,
         memory_size: int = 1,
         order: int,
-        theta: float | list[float] | tuple[float, ...] | Tensor,
+        theta: Theta,
         discretizer: str = "zoh",
         trainable_theta: bool = False,
         hidden_cell: str = "tanh",

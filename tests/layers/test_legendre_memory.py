@@ -1,0 +1,174 @@
+"""What is particular to LegendreMemory: theta, the scale, what it keeps. The contract is in tests/test_contract.py."""
+
+import math
+
+import jaxtyping
+import pytest
+import torch
+
+from legato.layers import LegendreMemory
+from legato.legendre import delay_network, window_decoder
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def close(found, expected, terms):
+    """Each value is a sum of at most ``terms`` products: that many roundings of the largest."""
+    return torch.allclose(found, expected, rtol=0, atol=terms * EPS * max(1.0, expected.abs().max().item()))
+
+
+@pytest.fixture
+def unchecked():
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def test_the_memory_is_the_recurrence_of_the_delay_network():
+    layer = LegendreMemory(2, 5, [7.0, 11.0], dtype=torch.float64)
+    u = torch.randn(3, 40, 2, dtype=torch.float64)
+    A, B = delay_network(5, torch.tensor([7.0, 11.0]).double())
+    m, expected = torch.zeros(3, 2, 5, dtype=torch.float64), []
+    for t in range(40):
+        m = torch.einsum("cnk,bck->bcn", A, m) + B * u[:, t, :, None]
+        expected.append(m)
+    memory, state = layer(u)
+    assert close(memory, torch.stack(expected, dim=1), 40 * 5)
+    assert close(state.memory, m, 40 * 5)
+
+
+def test_the_decoder_reads_the_past_window_from_the_memory():
+    theta, order = 60, 24
+    t = torch.arange(300, dtype=torch.float64)
+    u = torch.sin(2 * math.pi * t / 80) + 0.5 * torch.cos(2 * math.pi * t / 37)
+    _, state = LegendreMemory(1, order, theta, dtype=torch.float64)(u.view(1, -1, 1))
+    window = window_decoder(order, 61) @ state.memory[0, 0]
+    # A held input jumps at each step, which the polynomials smooth: the error is of the order of a step's change.
+    assert (window[3:-3] - u.flip(0)[3:58]).abs().max() < 2 * u.diff().abs().max()
+
+
+def test_calibrated_orders_vary_by_one_and_the_state_is_not_scaled():
+    layer = LegendreMemory(2, 6, 20, dtype=torch.float64)
+    u = torch.randn(4, 1500, 2, dtype=torch.float64)  # longer than the pieces that calibrate works in
+    plain, before = layer(u)
+    layer.calibrate(u)
+    scaled, after = layer(u)
+    assert torch.allclose(scaled.std((0, 1), correction=0), torch.ones(2, 6, dtype=torch.float64))
+    assert torch.equal(before.memory, after.memory)
+    assert torch.allclose(scaled, plain / plain.std((0, 1), correction=0))
+
+
+def test_calibration_does_not_look_at_padding():
+    u = torch.randn(3, 30, 1)
+    lengths = torch.tensor([30, 12, 25])
+    one, other = LegendreMemory(1, 4, 10), LegendreMemory(1, 4, 10)
+    one.calibrate(u, lengths=lengths)
+    u[torch.arange(30) >= lengths[:, None]] = torch.nan
+    other.calibrate(u, lengths=lengths)
+    assert torch.equal(one.scale, other.scale)
+    memory = torch.cat([one(u[i : i + 1, :n])[0][0] for i, n in enumerate(lengths.tolist())])
+    assert torch.allclose(memory.std(0, correction=0), torch.ones(1, 4), rtol=1e-5)
+
+
+def test_the_scale_is_saved_with_the_weights():
+    layer, other = (LegendreMemory(1, 4, theta, dtype=torch.float64) for theta in (10, 25))
+    u = torch.randn(2, 50, 1, dtype=torch.float64)
+    layer.calibrate(u)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(u)[0], layer(u)[0])
+
+
+def test_calibration_refuses_what_does_not_vary():
+    layer = LegendreMemory(2, 4, 10)
+    u = torch.randn(2, 50, 2)
+    with pytest.raises(ValueError, match=r"expected at least 4 steps to calibrate order 4, got 2: give more"):
+        layer.calibrate(u[:1, :2])
+    with pytest.raises(ValueError, match=r"standard deviation of 0 in channel 1, order 0: give finite input"):
+        layer.calibrate(torch.stack([u[..., 0], torch.zeros(2, 50)], dim=-1))
+    with pytest.raises(ValueError, match="give finite input"):
+        layer.calibrate(u.fill_(torch.nan))
+    assert torch.equal(layer.scale, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("theta", [12.0, [5.0, 12.0]])
+def test_theta_learns_the_length_of_a_window(theta):
+    """Gradient descent moves theta towards the one that made the target."""
+    layer = LegendreMemory(2, 3, theta, trainable_theta=True)
+    u = torch.randn(4, 60, 2)
+    target = LegendreMemory(2, 3, 8.0)(u)[0]
+    before = (layer.window() - 8).abs()
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(40):
+        optimiser.zero_grad()
+        (layer(u)[0] - target).square().mean().backward()
+        optimiser.step()
+    assert ((layer.window() - 8).abs() < before / 2).all()
+
+
+def test_a_trained_theta_stays_above_one_step():
+    layer = LegendreMemory(1, 3, 1.5, trainable_theta=True)
+    with torch.no_grad():
+        layer.log_theta.fill_(-40)
+    assert layer.window() >= 1
+    assert layer(torch.randn(1, 5, 1))[0].isfinite().all()
+
+
+def test_a_theta_that_is_written_to_is_noticed():
+    u = torch.randn(2, 30, 1)
+    expected = LegendreMemory(1, 4, 25.0)(u)[0]
+    frozen = LegendreMemory(1, 4, 10.0)
+    frozen(u)
+    frozen.theta.fill_(25.0)
+    assert torch.equal(frozen(u)[0], expected)
+    swapped = LegendreMemory(1, 4, 10.0)
+    swapped(u)
+    found, _ = torch.func.functional_call(swapped, {"theta": torch.tensor(25.0)}, (u,))
+    assert torch.equal(found, expected)
+    trained = LegendreMemory(1, 4, 10.0, trainable_theta=True).eval()
+    with torch.no_grad():
+        trained(u)
+        trained.log_theta.fill_(math.log(24.0))
+        assert torch.allclose(trained(u)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_prepared_is_kept_and_grows():
+    layer = LegendreMemory(1, 4, 10.0)
+    assert layer.kernels(40) is layer.kernels(30)
+    assert layer.kernels(41).steps == 80
+    assert layer.kernels(70) is layer.kernels(80)
+    layer.double()
+    assert layer.kernels(30).powers.dtype == torch.float64
+
+
+def test_a_layer_first_used_under_inference_mode_can_be_trained():
+    layer = LegendreMemory(1, 4, 10.0)
+    with torch.inference_mode():
+        layer(torch.randn(1, 9, 1))
+    u = torch.randn(1, 9, 1, requires_grad=True)
+    layer(u)[0].sum().backward()
+    assert u.grad is not None
+
+
+def test_sixteen_bit_weights_keep_the_window():
+    layer = LegendreMemory(1, 4, 999.0).to(torch.bfloat16)
+    assert layer.window() == 999
+    assert layer.scale.dtype == torch.bfloat16
+
+
+def test_bad_arguments_raise(unchecked):
+    for arguments, options, message in [
+        ((0, 4, 10), {}, "expected channels to be an int of at least 1, got 0"),
+        ((1, 0, 10), {}, "expected order to be an int of at least 1, got 0"),
+        ((1, 2.5, 10), {}, "expected order to be an int of at least 1, got 2.5"),
+        ((1, 4, 0.5), {}, "1 step or more, got 0.5"),
+        ((1, 4, -3), {}, "1 step or more, got -3"),
+        ((1, 4, math.nan), {}, "theta must be finite"),
+        ((2, 4, [1.0, 2.0, 3.0]), {}, "expected theta as one number or 2, one per channel, got shape"),
+        ((1, 4, 1.0), {"trainable_theta": True}, "expected a trainable theta to start above 1 step, got 1.0"),
+        ((1, 4, 10), {"discretizer": "zog"}, "did you mean 'zoh'"),
+        ((1, 4, 10), {"method": "chunk"}, "expected method to be None or one of sequential, toeplitz, fft, chunked"),
+        ((1, 40, 10), {"discretizer": "euler"}, "stable from theta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LegendreMemory(*arguments, **options)

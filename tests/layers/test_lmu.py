@@ -1,0 +1,207 @@
+"""What is particular to LMU: its equations, its two forms, its memory in training; the rest is in test_contract.py."""
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+
+from legato.layers import LMU, lmu
+from legato.legendre import delay_network
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def close(found, expected, terms):
+    """Each value is a sum of at most ``terms`` products: that many roundings of the largest."""
+    return torch.allclose(found, expected, rtol=0, atol=terms * EPS * max(1.0, expected.abs().max().item()))
+
+
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Segments of the least length, 32 steps, so that short inputs have several."""
+    monkeypatch.setattr(lmu, "SEGMENT_BYTES", 1)
+
+
+def equations(layer, x):
+    """(18), (19) and (20), a step and a channel at a time."""
+    A, B = delay_network(layer.memory.order, layer.memory.window().detach())
+    A, B = A.expand(layer.memory.channels, -1, -1), B.expand(layer.memory.channels, -1)
+    m, outputs = [torch.zeros(len(x), layer.memory.order, dtype=x.dtype)] * layer.memory.channels, []
+    for t in range(x.shape[1]):
+        u = torch.tanh(x[:, t] @ layer.encoder.weight.T + layer.encoder.bias)
+        m = [m[c] @ A[c].T + u[:, c, None] * B[c] for c in range(len(m))]
+        scaled = torch.cat([m[c] * layer.memory.scale[c] for c in range(len(m))], dim=1)
+        z = scaled @ layer.memory_to_output.weight.T + x[:, t] @ layer.input_to_output.weight.T
+        outputs.append(torch.relu(z + layer.memory_to_output.bias))
+    return torch.stack(outputs, dim=1)
+
+
+@pytest.mark.parametrize("theta", [9.0, [5.0, 9.0]])
+def test_the_output_is_that_of_the_equations(theta):
+    layer = LMU(3, 6, memory_size=2, order=5, theta=theta, encoder_activation="tanh", dtype=torch.float64)
+    x = torch.randn(2, 50, 3, dtype=torch.float64)
+    torch.nn.init.normal_(layer.encoder.bias)
+    torch.nn.init.normal_(layer.memory_to_output.bias)
+    layer.calibrate(x)
+    output, _ = layer(x)
+    assert close(output, equations(layer, x), 50 * 16)
+
+
+def test_the_paper_s_network_has_its_parameters():
+    layer = LMU(1, 346, order=468, theta=784, return_sequences=False)
+    assert sum(p.numel() for p in layer.parameters()) + 346 * 10 + 10 == 166_092
+    layer = LMU(1, 346, order=468, theta=784, input_to_output=False, bias=False)
+    assert sum(p.numel() for p in layer.parameters()) == 1 + 468 * 346
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"memory_size": 3}, {"theta": [4.0, 6.0], "memory_size": 2}])
+def test_the_last_output_alone_is_the_last_of_all(options):
+    every = LMU(2, 6, **{"order": 5, "theta": 7.0, "dtype": torch.float64} | options)
+    last = LMU(2, 6, **{"order": 5, "theta": 7.0, "dtype": torch.float64, "return_sequences": False} | options)
+    last.load_state_dict(every.state_dict())
+    data = torch.randn(3, 45, 2, dtype=torch.float64)
+    for x in (data, data.clone().requires_grad_()):  # with and without the shortcut for data
+        found, expected = last(x)[0], every(x)[0][:, -1]
+        assert close(found, expected, 45 * 16)
+        gradients = [
+            torch.autograd.grad(o.square().sum(), list(m.parameters())) for o, m in ((found, last), (expected, every))
+        ]
+        for a, b in zip(*gradients, strict=True):
+            assert close(a, b, 45 * 16)
+
+
+def test_the_last_output_never_builds_the_sequence_of_memories():
+    layer = LMU(1, 4, order=16, theta=100, return_sequences=False)
+    x = torch.randn(8, 300, 1)
+    layer(x)
+    largest = largest_tensor(lambda: layer(x)[0].sum().backward())
+    assert largest <= 300 * 16 + 8 * 300  # the impulse response
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+def largest_tensor(run):
+    with Largest() as mode:
+        run()
+    return mode.numbers
+
+
+def bytes_kept(layer, x):
+    """Bytes of the distinct storages that the graph holds for the backward, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in layer.state_dict().values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = layer(x)
+    assert output.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def test_training_memory_does_not_grow_with_the_order_times_time(small_segments):
+    def growth(order, recompute):
+        """Bytes that 4,096 more steps of two rows add."""
+        layer = LMU(1, 3, order=order, theta=50, recompute=recompute)
+        return bytes_kept(layer, torch.randn(2, 8192, 1)) - bytes_kept(layer, torch.randn(2, 4096, 1))
+
+    memories = 2 * 4096 * 4  # bytes, for each order
+    assert growth(32, False) - growth(8, False) >= (32 - 8) * memories
+    # The states between segments remain, one in sqrt(T) steps.
+    assert growth(32, True) - growth(8, True) <= (32 - 8) * memories / 4096**0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable_theta": True}, {"input_to_output": False, "bias": False}])
+@pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
+def test_recomputing_segments_changes_nothing(small_segments, options, condition):
+    torch.manual_seed(3)
+    once = LMU(2, 6, order=5, theta=7.0, dtype=torch.float64, recompute=False, **options)
+    again = LMU(2, 6, order=5, theta=7.0, dtype=torch.float64, **options)
+    again.load_state_dict(once.state_dict())
+    x = torch.randn(3, 111, 2, dtype=torch.float64)
+    arguments = {}
+    if condition != "plain":
+        arguments = {"lengths": torch.tensor([32, 0, 90]), "reset": torch.rand(3, 111) < 0.05}
+    sums = []
+    for layer in (once, again):
+        output, state = layer(x, **arguments)
+        loss = output.square().sum() + state.memory.square().sum()
+        sums.append([output, state.memory, *torch.autograd.grad(loss, list(layer.parameters()))])
+    for a, b in zip(*sums, strict=True):
+        assert close(a, b, 111 * 16)
+    with torch.no_grad():
+        assert close(again(x, **arguments)[0], sums[0][0], 111 * 16)
+
+
+def test_a_recomputed_segment_drops_the_same_memories(small_segments):
+    layer = LMU(1, 3, order=4, theta=10, memory_dropout=0.5, activation="identity", dtype=torch.float64)
+    x = torch.randn(2, 100, 1, dtype=torch.float64)
+    torch.manual_seed(7)
+    output, _ = layer(x)
+    torch.manual_seed(8)  # what happens in between draws other numbers
+    (gradient,) = torch.autograd.grad(output.sum(), layer.memory_to_output.weight)
+    # The output is linear in W_m: sum(o) = <W_m, dsum(o)/dW_m> + the rest, for the very mask of the forward.
+    rest = F.linear(x, layer.input_to_output.weight, layer.memory_to_output.bias)
+    expected = (output - rest).sum()
+    found = (gradient * layer.memory_to_output.weight).sum()
+    assert torch.allclose(found, expected, rtol=1e-10)
+
+
+def test_dropout_acts_in_training_only():
+    layer = LMU(1, 3, order=4, theta=10, memory_dropout=0.9, return_sequences=False)
+    x = torch.randn(2, 100, 1)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+def test_no_row_of_the_encoder_starts_near_zero():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        weight = LMU(3, 4, memory_size=5, order=2, theta=4).encoder.weight
+        assert torch.allclose(torch.linalg.vector_norm(weight, dim=1), torch.ones(5))
+
+
+def test_bad_arguments_raise():
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    for options, message in [
+        ({"hidden_size": 0}, "expected hidden_size to be an int of at least 1, got 0"),
+        ({"memory_size": 0}, "expected channels to be an int of at least 1, got 0"),
+        ({"memory_dropout": 1.0}, "expected memory_dropout from 0 to below 1, got 1.0"),
+        ({"activation": "rely"}, "expected an activation among identity, gelu, relu.* or a callable, got 'rely'"),
+        ({"return_sequences": False, "method": "fft"}, "expected method=None with return_sequences=False, got 'fft'"),
+        ({"theta": 0.0}, "1 step or more, got 0.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LMU(**{"input_size": 1, "hidden_size": 2, "order": 3, "theta": 5.0} | options)
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.compiled
+def test_recomputed_segments_compile(small_segments):
+    torch._dynamo.reset()
+    layer = LMU(1, 3, order=4, theta=10, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 70, 1, dtype=torch.float64)
+    sums = []
+    for model in (layer, compiled):
+        output, _ = model(x)
+        sums.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
+    for a, b in zip(*sums, strict=True):
+        assert close(a, b, 70 * 16)
