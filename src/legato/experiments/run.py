@@ -10,7 +10,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -79,7 +78,7 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
         device = Device(options.accelerator, _devices(options), options.precision)
         outcome = fit(task, config.training, seed, home, device, about)
         result = {"recipe": which.name, "seed": seed, "parameters": parameters} | outcome | environment()
-        result |= {"config": about["config"], "command": _command(which.name, seed)}
+        result |= {"config": about["config"], "command": _command(which, config, options, seed)}
         if first:
             checkpoints.write_atomically(finished, lambda file, r=result: file.write(json.dumps(r, indent=1).encode()))
             draw_curves(home / "metrics.jsonl", home / "training.png")
@@ -219,15 +218,15 @@ def _devices(options: Options) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", options.devices))
 
 
-def _command(name: str, seed: int) -> str:
-    """The command that makes this result again, without what only placed it."""
-    words, kept, skip = sys.argv[1:], [], False
-    for word in words[words.index(name) + 1 :] if name in words else []:
-        if word.startswith("--"):
-            skip = word.split("=")[0] in ("--seed", "--seeds", "--run-dir", "--resume", "--overwrite", "--data-dir")
-        if not skip:
-            kept.append(word)
-    return shlex.join(["legato", "train", name, *kept, "--seed", str(seed)])
+def _command(which: Recipe, config: Any, options: Options, seed: int) -> str:
+    """The command that makes this result again: the recipe and all that differs from its defaults."""
+    usual = _flat(asdict(which.config())) | {"accelerator": "auto", "devices": 1, "precision": "32-true"}
+    words = ["legato", "train", which.name]
+    for key, value in (_flat(asdict(config)) | _arithmetic(options)).items():
+        if value != usual[key]:
+            text = f"{value:.15g}" if isinstance(value, float) else json.dumps(value).strip('"')
+            words += [f"--{key}", text]
+    return shlex.join([*words, "--seed", str(seed)])
 
 
 def _processor() -> str:

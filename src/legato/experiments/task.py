@@ -129,15 +129,14 @@ class Task(ABC):
         """The figures, by name, that follow from the sums."""
 
     def total(self, model: nn.Module, examples: Examples, rank: int = 0, world: int = 1) -> Tensor:
-        """``totals`` added over every world-th batch of the examples, in float64."""
+        """``totals`` added over all batches, of each every world-th example from ``rank`` on, in float64."""
         device = next(model.parameters()).device
-        sums = [torch.zeros((), dtype=torch.float64)]
+        sums: list[Tensor] = []
         with torch.no_grad():
-            for number, indices in enumerate(examples.in_order()):
-                if number % world == rank:
-                    batch = tuple(part.to(device) for part in examples.take(indices))
-                    sums.append(self.totals(model, batch).double().cpu())
-        return torch.stack(torch.broadcast_tensors(*sums)).sum(0)
+            for indices in examples.in_order():
+                batch = tuple(part.to(device) for part in examples.take(indices[rank::world]))
+                sums.append(self.totals(model, batch).double().cpu())
+        return torch.stack(sums).sum(0)
 
     def plot(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - an experiment may have nothing to draw
         """Draw the trained network's work into files in ``folder``."""

@@ -82,11 +82,11 @@ class Crops(Training):
 
     epochs: int = 40
     updates_per_epoch: int | None = 250
-    batch_size: int = 8
+    batch_size: int = 16
     learning_rate: float = 0.01
-    crop: int = 512
-    lead_in: int = 100
-    lead_in_weight: float = 0.1
+    crop: int = 256
+    lead_in: int = 50
+    lead_in_weight: float = 0.3
 
 
 @dataclass
