@@ -239,7 +239,7 @@ def test_padding_changes_nothing_even_when_it_is_nan(case, start):
 def test_gradients_are_those_of_finite_differences(case):
     layer = build(case)
     x, state, _, reset = inputs(layer, "resets", batch=2, steps=5)
-    names = list(layer.state_dict(keep_vars=True)) and [name for name, _ in layer.named_parameters()]
+    names = [name for name, _ in layer.named_parameters()]
 
     def run(x, *rest):
         state, weights = layer.State(*rest[: len(layer.State._fields)]), rest[len(layer.State._fields) :]
@@ -253,7 +253,10 @@ def test_gradients_are_those_of_finite_differences(case):
 @every_layer
 def test_loaded_weights_restore_the_layer(case):
     layer = build(case)
-    other = build(case, seed=5, **({"theta": 2.5} if isinstance(getattr(layer, "theta", None), float) else {}))
+    changes = {}
+    if "theta" in inspect.signature(case[0].__init__).parameters:
+        changes["theta"] = [2.5] * len(case[1]["theta"]) if "theta" in case[1] else 2.5
+    other = build(case, seed=5, **changes)
     x, state, _, _ = inputs(layer)
     other(x, state)  # what it has prepared by now belongs to its old weights
     buffer = io.BytesIO()
@@ -262,6 +265,7 @@ def test_loaded_weights_restore_the_layer(case):
     other.load_state_dict(torch.load(buffer, weights_only=True))
     for a, b in zip(flat(other(x, state)), flat(layer(x, state)), strict=True):
         assert torch.equal(a, b)
+    assert not torch.equal(build(case, seed=5, **changes)(x, state)[0], layer(x, state)[0])
 
 
 @every_layer

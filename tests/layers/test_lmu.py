@@ -19,6 +19,7 @@ def close(found, expected, terms):
 @pytest.fixture
 def small_segments(monkeypatch):
     """Segments of the least length, 32 steps, so that short inputs have several."""
+    monkeypatch.setattr(lmu, "WHOLE_BYTES", 1)
     monkeypatch.setattr(lmu, "SEGMENT_BYTES", 1)
 
 

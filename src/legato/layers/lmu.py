@@ -17,7 +17,9 @@ from legato.layers._base import RecurrentLayer, activation_function, at_length, 
 from legato.layers.legendre_memory import LegendreMemory, Theta
 from legato.ops.lti import apply
 
-# The memory of a segment of time: it stays in the cache, and glibc keeps blocks under 32 MiB for the next segment.
+# Memories of all steps up to this size are simply kept: computing them again costs up to 1.7 times the time.
+WHOLE_BYTES = 64 * 2**20
+# Beyond it, the memories of one segment of time: glibc keeps blocks under 32 MiB at hand for the next segment.
 SEGMENT_BYTES = 16 * 2**20
 
 
@@ -50,7 +52,7 @@ class LMU(RecurrentLayer):
         memory_dropout: share of m_t dropped in training before W_m reads it.
         return_sequences: True gives o_t at every step. False gives o at the last step that counts, by form (25).
         recompute: in training, hold the memory of one segment of time only, and compute it again in the backward; it
-            takes effect when the whole memory passes 16 MiB. False holds everything, B * T * C * N numbers.
+            takes effect when the whole memory, B * T * C * N numbers, passes 64 MiB. False holds all of it.
         method: how memories are computed, see ``LegendreMemory``; None chooses.
         device, dtype: of the weights.
 
@@ -246,7 +248,7 @@ class LMU(RecurrentLayer):
         memories are, but never under sqrt(T), where the states between segments outgrow them."""
         batch, steps, _ = x.shape
         a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
-        if a_step * steps <= SEGMENT_BYTES or (torch.is_grad_enabled() and not self.recompute):
+        if a_step * steps <= WHOLE_BYTES or (torch.is_grad_enabled() and not self.recompute):
             return steps
         length = max(SEGMENT_BYTES // a_step, 32)
         while length**2 < steps:
