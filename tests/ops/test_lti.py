@@ -4,6 +4,7 @@ import jaxtyping
 import pytest
 import torch
 
+import legato
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, apply, chunk_length, lti, prepare
 
@@ -414,3 +415,13 @@ def test_the_default_compiler_agrees():
         assert_close(g, w, 64)
     for g, w in zip(gradients(got, (u, state)), gradients(want, (u, state)), strict=True):
         assert_close(g, w, 64)
+
+
+def test_explain_names_the_method_and_the_reason():
+    A, B = delay_network(4, 10.0)
+    lti(torch.randn(1, 20, 1), A, B, method="fft")
+    assert "lti: fft (named by the caller)" in legato.explain()
+    lti(torch.randn(1, 20, 1), A, B)
+    assert "lti: chunked (the fastest measured for sequences)" in legato.explain()
+    lti(torch.randn(1, 20, 1), A, B, last_only=True)
+    assert "lti: last (only the last state is asked for)" in legato.explain()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from legato import _choices
 from legato._shapes import Bool, Float, Inexact, Tensor
 
 METHODS = ("sequential", "toeplitz", "fft", "chunked")
@@ -37,6 +38,7 @@ class Kernels(NamedTuple):
     """
 
     method: str
+    why: str
     steps: int
     inputs: Tensor
     powers: Tensor
@@ -124,15 +126,17 @@ def prepare(
         raise ValueError(
             f"method must be one of {', '.join(METHODS)} or None, got {method!r}: did you mean {nearest[0]!r}?"
         )
+    why = "named by the caller"
     if last_only:
-        method = "last"
+        method, why = "last", "only the last state is asked for"
     elif method is None:
         method = choose_method(steps)
+        why = "one step" if method == "sequential" else "the fastest measured for sequences"
     with torch.autocast(A.device.type, enabled=False):
         inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1))
         carry = _carry_dtype(dtype)
         spectrum = torch.complex64 if carry == torch.float32 else torch.complex128
-        return Kernels(method, steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
+        return Kernels(method, why, steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
 
 
 def apply(
@@ -145,6 +149,8 @@ def apply(
     """``lti`` with its ``A``, ``B``, ``method`` and ``last_only`` in kernels: same arguments, results and errors."""
     _check_input(u)
     _check_fit(u, kernels, initial_state, reset)
+    if not torch.compiler.is_compiling():
+        _choices.record("lti", kernels.method, kernels.why)
     if u.is_complex():
         return _apply_to_parts(u, kernels, initial_state, reset)
     with torch.autocast(u.device.type, enabled=False):
@@ -317,7 +323,7 @@ def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset
     count = reset.cumsum(-1)  # resets since the start of the chunk
     ends = _times(torch.where(count == count[..., -1:], u, 0), W[..., :length, -order:])
     before = _before_chunks(ends, kernels, state, count[..., -1:] == 0)
-    one_step = Kernels("sequential", length, W[..., :1, :order], W[..., None, length:, :order])
+    one_step = Kernels("sequential", kernels.why, length, W[..., :1, :order], W[..., None, length:, :order])
     memory, _ = _sequential(u.flatten(1, 2), one_step, before.flatten(1, 2), reset.flatten(0, 1))
     return memory.reshape(channels, batch, chunks * length, order)
 
