@@ -136,7 +136,7 @@ def _parsers() -> dict[str, Any]:
     parsers: dict[str, Any] = {"": root}
     for name in names():
         which = recipe(name)
-        # This one is for the list of recipes only: a parser that hangs below another loses --print_config when used alone.
+        # For the list of recipes only: a parser that hangs below another loses --print_config when it is used alone.
         recipes.add_subcommand(name, parser(f"legato train {name}", which.description), help=which.description)
         one = parser(f"legato train {name} [--config FILE] [--FIELD VALUE ...] [options]", which.description)
         _add_options(one)

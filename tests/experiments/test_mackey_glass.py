@@ -88,7 +88,7 @@ def first_raw_value():
     """The first sample by the definition, one step after another."""
     import numpy as np
 
-    history = list(1.2 + 0.2 * (np.random.RandomState(0).rand(170) - 0.5))  # noqa: NPY002
+    history = list(1.2 + 0.2 * (np.random.RandomState(0).rand(170) - 0.5))
     x = 1.2
     for _ in range(10):
         past = history.pop(0)

@@ -72,17 +72,17 @@ def test_a_damaged_file_is_named(small, damage):
     folder, _ = small
     path = folder / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ExperimentError, match="t10k-labels-idx1-ubyte.gz"):
+    with pytest.raises(ExperimentError, match=r"t10k-labels-idx1-ubyte\.gz"):
         mnist(folder)
 
 
 def test_a_missing_file_and_a_missing_folder_are_named(small, tmp_path_factory):
     folder, _ = small
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ExperimentError, match="there is no .*t10k-labels-idx1-ubyte"):
+    with pytest.raises(ExperimentError, match=r"there is no .*t10k-labels-idx1-ubyte"):
         mnist(folder)
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(ExperimentError, match=f"expected train-images-idx3-ubyte.gz .* in {empty}"):
+    with pytest.raises(ExperimentError, match=rf"expected train-images-idx3-ubyte\.gz .* in {empty}"):
         mnist(empty)
 
 

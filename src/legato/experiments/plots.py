@@ -15,7 +15,7 @@ _TARGET, _OURS, _ERROR = "#8a8f98", "#1f5fbf", "#c0392b"
 
 
 def draw_prediction(model: nn.Module, wave: Tensor, targets: Tensor, state: Any, ahead: int, path: Path) -> None:
-    """Prediction, error and, for a parallel LMU, the window that its memory remembers, of the first 400 steps of a series.
+    """Prediction, error and, for a parallel LMU, the window that its memory remembers: 400 steps of a series.
 
     Args:
         model: a trained ``SequenceRegressor``.
@@ -34,20 +34,22 @@ def draw_prediction(model: nn.Module, wave: Tensor, targets: Tensor, state: Any,
     figure, axes = _figure(3 if isinstance(layer, LMU) else 2)
     time = torch.arange(steps)
     share = error.square().mean().sqrt() / targets.square().mean().sqrt()
-    axes[0].plot(time, targets[0, :, 0], color=_TARGET, linewidth=3, label=f"series, {ahead} steps later")
+    axes[0].plot(time, targets[0, :, 0], color=_TARGET, linewidth=3, label="series")
     axes[0].plot(time, predictions[0, :, 0], color=_OURS, linewidth=1.2, label="prediction")
-    axes[0].set(
-        ylabel="value", title=f"Mackey-Glass, a test series: what comes {ahead} steps later, predicted at every step"
-    )
+    axes[0].set(ylabel="value", title=f"Mackey-Glass, a test series {ahead} steps ahead")
     axes[1].axhline(0, color=_TARGET, linewidth=0.8)
     axes[1].plot(time, error, color=_ERROR, linewidth=1, label=f"prediction - series, NRMSE {share:.4f} here")
-    axes[1].set(ylabel="error", xlabel="step", title="Error, in the units of the series")
+    axes[1].set(ylabel="error", xlabel="step", title="Error")
     axes[1].sharex(axes[0])
     axes[0].margins(x=0)
     if isinstance(layer, LMU):
         _draw_window(axes[2], layer, wave, state)
     for axis in axes:
-        axis.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", ncols=2)
+        title = axis.get_title()
+        axis.set_title("")
+        axis.set_title(title, loc="left", fontweight="bold")
+        legend = axis.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=2, borderaxespad=0)
+        legend.set_in_layout(False)  # it stands on the axes, beside the title
     _save(figure, path)
 
 
@@ -73,13 +75,14 @@ def _draw_window(axis: Any, layer: LMU, wave: Tensor, state: Any) -> None:
         bias = 0.0 if layer.encoder.bias is None else layer.encoder.bias.item()
         decoded = (decoded - bias) / layer.encoder.weight.item()
     past = torch.arange(int(theta) + 1)
-    ago = torch.linspace(0, theta, 200)
+    # An input is held for the step that ends when it is read: its middle is half a step ago.
+    ago = torch.linspace(0, theta, 200) - 0.5
     axis.plot(-past, wave[0, :, 0].flip(0)[: len(past)], "o", color=_TARGET, markersize=5, label="inputs")
     axis.plot(-ago, decoded, color=_OURS, linewidth=1.4, label=f"read from the {layer.memory.order} numbers in memory")
     axis.set(
         ylabel="value",
         xlabel="steps before the last one shown above",
-        title=f"The window of {theta:g} steps that the memory remembers",
+        title=f"What the memory holds of the last {theta:g} steps",
     )
     axis.margins(x=0.01)
 
@@ -90,7 +93,7 @@ def _figure(rows: int) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    style = {
+    style: dict[Any, Any] = {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,

@@ -94,9 +94,7 @@ def paper_and_measured(name: str, results: list[dict[str, Any]]) -> Table:
         table.add_row(f"{network}, paper", _figure(value, paper), "")
     table.add_row("parallel LMU, paper", _figure(paper.value, paper), paper.parameters)
     for metric in results[0]["test"]:
-        label = "parallel LMU, here" + (
-            "" if metric == paper.metric else f" ({metric.removeprefix(paper.metric + '_').replace('_', ' ')})"
-        )
+        label = paper.labels.get(metric, metric)
         table.add_row(
             f"[bold]{label}[/]",
             f"[bold]{_spread([r['test'][metric] for r in results], paper)}[/]",
@@ -139,7 +137,7 @@ def _row(results: list[dict[str, Any]]) -> dict[str, str]:
         "seeds": str(len(seeds)),
         "parameters": f"{first['parameters']:,}",
         "seconds a seed": f"{mean(r['seconds'] for r in results):.0f}",
-        "machine": f"{first['machine']['processor']}, {first['machine']['threads']} threads, torch {first['machine']['torch']}",
+        "machine": "{processor}, {threads} threads, torch {torch}".format(**first["machine"]),
         "commit": str(first["commit"]),
         "command": first["command"].rsplit(" --seed ", 1)[0] + f" {count}" if len(seeds) > 1 else first["command"],
     }

@@ -23,7 +23,7 @@ class Training:
         updates_per_epoch: updates of the weights in an epoch; null is one pass over the training data.
         batch_size: examples in an update.
         learning_rate: the peak of the schedule.
-        schedule: one-cycle (a rise over ``warmup``, then half a cosine to zero), linear (then a straight line) or constant.
+        schedule: one-cycle (a rise over ``warmup``, then half a cosine to zero), linear (a straight line) or constant.
         warmup: share of all updates in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
         max_norm: gradients longer than this are cut to it; null leaves them.
@@ -49,11 +49,12 @@ class Paper:
         source: where the figure stands.
         metric: the figure of ours that is comparable.
         value: the paper's.
-        unit: printed behind both.
         parameters: of the paper's network.
-        baselines: other figures from the same table.
-        target: what we set out to reach.
+        unit: printed behind every figure.
         scale: factor from our figure to the printed one, such as 100 for percent.
+        digits: after the point, in the printed one.
+        baselines: other figures from the same table.
+        labels: what each figure of ours is called in that table.
     """
 
     source: str
@@ -63,8 +64,8 @@ class Paper:
     unit: str = ""
     scale: float = 1.0
     digits: int = 4
-    higher_is_better: bool = False
     baselines: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 class ExperimentError(Exception):
@@ -84,7 +85,7 @@ class Examples:
         yield from torch.arange(self.size).split(self.batch_size)
 
     def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
-        """The indices of ``updates`` batches: a pure function of seed and epoch, so a resumed run sees the same data."""
+        """The indices of ``updates`` batches: a pure function of seed and epoch, so resumed runs see the same."""
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         batches: list[Tensor] = []
         for _ in range(updates):

@@ -1,8 +1,8 @@
 """How an experiment is trained: Lightning's Trainer, and around it the data order, the log and the checkpoints.
 
 The epoch is the unit: its batches and its random numbers are a pure function of (seed, epoch), and after each one the
-network is validated, a line goes to ``metrics.jsonl`` and a checkpoint is kept. A run that was killed repeats at most one
-epoch, to the bit. Next: ``run.py`` calls ``fit`` for every seed.
+network is validated, a line goes to ``metrics.jsonl`` and a checkpoint is kept. A killed run repeats at most one epoch,
+to the bit. Next: ``run.py`` calls ``fit`` for every seed.
 """
 
 import copy
@@ -178,7 +178,7 @@ class Stream:
 
 
 class RunFolder(Callback):
-    """After every epoch: a line in ``metrics.jsonl``, a point in TensorBoard, ``last.ckpt``; ``best.ckpt`` of the best."""
+    """After every epoch: a line in ``metrics.jsonl``, points in TensorBoard, ``last.ckpt``; a ``best.ckpt``."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about
@@ -270,7 +270,7 @@ def _nodes() -> int:
 
 
 def _forget_kernels(model: nn.Module) -> None:
-    """Layers keep kernels for the longest sequence seen and round by them; an epoch must not depend on what ran before."""
+    """Layers keep kernels for the longest sequence seen and round by them; an epoch must not depend on earlier ones."""
     model.to(next(model.parameters()).device)  # moving a layer, even to where it is, drops them
 
 

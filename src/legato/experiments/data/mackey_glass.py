@@ -58,7 +58,7 @@ def mackey_glass(series: int = 128, steps: int = 5000, *, ahead: int = 15, tau: 
 
 
 def _integrate(series: int, samples: int, tau: int, seed: int) -> np.ndarray:
-    """The raw series (series, samples) by Euler's method. Each waits for the one before, so they cannot run side by side."""
+    """The raw series (series, samples) by Euler's method. Each begins where the one before ended."""
     random = np.random.RandomState(seed)
     delay = tau * _STEPS_PER_UNIT
     end = delay + samples * _STEPS_PER_UNIT

@@ -1,4 +1,9 @@
-"""Mackey-Glass: predict a chaotic series 15 steps ahead (Chilkuri & Eliasmith 2021, Table 2)."""
+"""Mackey-Glass: predict a chaotic series 15 steps ahead (Chilkuri & Eliasmith 2021, table 2).
+
+Two figures over the same points, all of the test series. ``nrmse``: the network has seen the 100 points before each
+series, which the protocol drops. ``nrmse_from_zero``: it has not. That one cannot fall below about 0.015 for any
+network: the first value alone says next to nothing about the value 15 steps on, an error of 1 in one step of 5,000.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +28,7 @@ PAPER = Paper(
     value=0.044,
     parameters="18k",
     baselines={"LSTM": 0.059, "LMU 2019": 0.049, "LMU-LSTM hybrid": 0.045},
+    labels={"nrmse": "parallel LMU, here", "nrmse_from_zero": "parallel LMU, here, from a zero state"},
 )
 
 

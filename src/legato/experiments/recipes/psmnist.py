@@ -24,6 +24,7 @@ PAPER = Paper(
     scale=100.0,
     digits=2,
     baselines={"LSTM": 89.86, "NRU": 95.38, "LMU 2019": 97.15, "HiPPO-LegS": 98.3},
+    labels={"accuracy": "parallel LMU, here"},
 )
 
 
@@ -166,7 +167,7 @@ def network(config: Model) -> SequenceClassifier:
 
 @torch.no_grad()
 def calibrate(layer: LMU, train: Examples) -> None:
-    """Scale each order of the memory to a standard deviation of one after the last pixel, the only moment it is read."""
+    """Scale each order of the memory to a standard deviation of one after the last pixel, when it is read."""
     finals = [layer(train.take(indices)[0])[1].memory for indices in torch.arange(train.size).split(1000)]
     layer.memory.scale.copy_(1 / torch.cat(finals).std(dim=0))
 
