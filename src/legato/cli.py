@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _train(level, chosen) if level else _run(chosen)
-    except ExperimentError as error:
+    except (ExperimentError, OSError) as error:
         print(f"legato: error: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent: tensors and plain types, written aside and then put in the old one's place."""
 
+import io
 import os
 import tempfile
 import zipfile
@@ -34,8 +35,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    # torch reports a write that fails inside its zip writer as a RuntimeError.
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
         kept = "the previous one is whole" if path.exists() else "there was none before"
@@ -44,7 +44,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint to ``path``, whole or not at all."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    # In memory first: a disk that fills up under torch's own writer is reported without its reason.
+    whole = io.BytesIO()
+    torch.save(checkpoint, whole)
+    write_atomically(path, lambda file: file.write(whole.getbuffer()))
 
 
 def load(path: Path, *, device: Any = "cpu") -> dict[str, Any]:

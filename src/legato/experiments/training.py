@@ -77,7 +77,12 @@ def fit(
         use_distributed_sampler=False,
     )
     last = folder / "last.ckpt"
-    trainer.fit(learner, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    try:
+        trainer.fit(learner, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    except SystemExit:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into an exit without a word
+            raise KeyboardInterrupt from None
+        raise
     # Every process reads what the first one wrote; only that one knows a folder named after the time.
     best = checkpoints.load(Path(trainer.strategy.broadcast(str(folder))) / "best.ckpt")
     learner.tested_model.load_state_dict(best["model"])
