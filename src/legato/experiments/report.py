@@ -13,12 +13,12 @@ from .task import ExperimentError, Paper
 
 _COLUMNS = [
     "experiment",
-    "figure",
+    "test figure",
     "paper",
     "measured",
     "seeds",
     "parameters",
-    "seconds a seed",
+    "s a seed",
     "machine",
     "commit",
     "command",
@@ -61,16 +61,18 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
     Raises:
         ExperimentError: there is no finished run below the folders.
     """
-    rows = [_row(group) for group in _groups(folders)]
-    table = Table(*_COLUMNS[:-3], title="paper and measured")
+    rows = [row for group in _groups(folders) for row in _rows(group)]
+    table = Table(*_COLUMNS[:-3], box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = True
     for row in rows:
         table.add_row(*[row[column] for column in _COLUMNS[:-3]])
     console = _console()
     console.print(table)
-    for row in rows:
-        console.print(
-            f"{row['experiment']}: {row['command']}  [dim]({row['machine']}, commit {row['commit']})[/]", soft_wrap=True
-        )
+    for experiment, command, machine, commit in dict.fromkeys(
+        (row["experiment"], row["command"], row["machine"], row["commit"]) for row in rows
+    ):
+        console.print(f"{experiment}: {command}  [dim]({machine}, commit {commit})[/]", soft_wrap=True)
     if markdown:
         lines = [_COLUMNS, ["---"] * len(_COLUMNS), *[[row[column] for column in _COLUMNS] for row in rows]]
         markdown.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
@@ -109,9 +111,7 @@ def _groups(folders: list[Path]) -> list[list[dict[str, Any]]]:
     for folder in folders:
         for path in sorted(folder.rglob("result.json")):
             result = json.loads(path.read_text())
-            key = json.dumps(
-                [result["recipe"], result["config"], result["commit"], result["machine"], str(path.parent.parent)]
-            )
+            key = json.dumps([result["recipe"], result["config"], result["machine"], str(path.parent.parent)])
             found.setdefault(key, []).append(result)
     if not found:
         places = ", ".join(map(str, folders))
@@ -121,26 +121,39 @@ def _groups(folders: list[Path]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def _row(results: list[dict[str, Any]]) -> dict[str, str]:
+def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """One row for each test figure, the one that the paper has first."""
     first = results[0]
     paper = recipe(first["recipe"]).paper
+    kind = first["config"]["model"].get("kind", "")
+    baseline = paper.kinds.get(kind)
+    value = paper.baselines[baseline] if baseline else paper.value
     seeds = [r["seed"] for r in results]
-    count = (
-        f"--seeds {len(seeds)}" if sorted(seeds) == list(range(len(seeds))) else f"--seeds {' '.join(map(str, seeds))}"
-    )
-    kind = first["config"]["model"].get("kind", "lmu")
-    return {
-        "experiment": first["recipe"] + ("" if kind == "lmu" else f" {kind}"),
-        "figure": f"test {paper.metric}",
-        "paper": _figure(paper.baselines.get(kind, paper.value) if kind != "lmu" else paper.value, paper),
-        "measured": _spread([r["test"][paper.metric] for r in results], paper),
+    row = {
+        "experiment": first["recipe"] + (f" {kind}" if baseline else ""),
         "seeds": str(len(seeds)),
         "parameters": f"{first['parameters']:,}",
-        "seconds a seed": f"{mean(r['seconds'] for r in results):.0f}",
+        "s a seed": f"{mean(r['seconds'] for r in results):.0f}",
         "machine": "{processor}, {threads} threads, torch {torch}".format(**first["machine"]),
-        "commit": str(first["commit"]),
-        "command": first["command"].rsplit(" --seed ", 1)[0] + f" {count}" if len(seeds) > 1 else first["command"],
+        "commit": ", ".join(sorted({str(r["commit"]) for r in results})),
+        "command": first["command"].rsplit(" --seed ", 1)[0] + _seeds(seeds) if len(seeds) > 1 else first["command"],
     }
+    return [
+        row
+        | {
+            "test figure": metric,
+            "paper": _figure(value, paper) if metric == paper.metric else "",
+            "measured": _spread([r["test"][metric] for r in results], paper),
+        }
+        for metric in sorted(first["test"], key=lambda metric: metric != paper.metric)
+    ]
+
+
+def _seeds(seeds: list[int]) -> str:
+    """The option that runs these again."""
+    if sorted(seeds) == list(range(len(seeds))):
+        return f" --seeds {len(seeds)}"
+    return f" --seeds {' '.join(map(str, seeds))}"
 
 
 def _spread(values: list[float], paper: Paper) -> str:
@@ -154,7 +167,7 @@ def _scaled(value: float, paper: Paper) -> str:
 
 def _figure(value: float, paper: Paper) -> str:
     """A figure as the paper prints it."""
-    return f"{value}{paper.unit}"
+    return f"{value}{paper.unit}" + (" (remembered)" if paper.remembered and value == paper.value else "")
 
 
 def _console() -> Console:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
     folder = _folder(which.name, options, first)
     console = Console(highlight=False, quiet=not first)
     results = []
+    _commit()  # of the code that is running, whatever the source tree is changed to meanwhile
     for seed in seeds:
         home = folder / f"seed-{seed}"
         finished = home / "result.json"
@@ -236,6 +238,7 @@ def _processor() -> str:
     return found[0] if found else platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str | None:
     """The commit of this source tree; None where the package is installed without one."""
     here = Path(__file__)

@@ -53,7 +53,9 @@ class Paper:
         unit: printed behind every figure.
         scale: factor from our figure to the printed one, such as 100 for percent.
         digits: after the point, in the printed one.
+        remembered: nobody has seen the value in print here: it is quoted as a hypothesis.
         baselines: other figures from the same table.
+        kinds: which baseline a network of ours of that kind, ``model.kind``, is to be held against.
         labels: what each figure of ours is called in that table.
     """
 
@@ -64,7 +66,9 @@ class Paper:
     unit: str = ""
     scale: float = 1.0
     digits: int = 4
+    remembered: bool = False
     baselines: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,8 +1,9 @@
 """Mackey-Glass: predict a chaotic series 15 steps ahead (Chilkuri & Eliasmith 2021, table 2).
 
 Two figures over the same points, all of the test series. ``nrmse``: the network has seen the 100 points before each
-series, which the protocol drops. ``nrmse_from_zero``: it has not. That one cannot fall below about 0.015 for any
-network: the first value alone says next to nothing about the value 15 steps on, an error of 1 in one step of 5,000.
+series, which the protocol drops; it chooses the weights. ``nrmse_from_zero``: it has not, as in the paper. That one
+cannot fall below about 0.015 for any network: the first value alone says next to nothing about the value 15 steps on,
+an error of 1 in one step of 5,000.
 """
 
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ from ..task import Batch, Examples, Paper, Task, Training
 
 PAPER = Paper(
     source="Chilkuri & Eliasmith 2021, table 2",
-    metric="nrmse",
+    metric="nrmse_from_zero",
     value=0.044,
     parameters="18k",
+    remembered=True,
     baselines={"LSTM": 0.059, "LMU 2019": 0.049, "LMU-LSTM hybrid": 0.045},
-    labels={"nrmse": "parallel LMU, here", "nrmse_from_zero": "parallel LMU, here, from a zero state"},
+    kinds={"lstm": "LSTM", "recurrent-lmu": "LMU 2019", "hybrid": "LMU-LSTM hybrid"},
+    labels={"nrmse": "parallel LMU, here, after 100 points", "nrmse_from_zero": "parallel LMU, here"},
 )
 
 
