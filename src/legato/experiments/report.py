@@ -62,17 +62,19 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
         ExperimentError: there is no finished run below the folders.
     """
     rows = [row for group in _groups(folders) for row in _rows(group)]
-    table = Table(*_COLUMNS[:-3], box=None, pad_edge=False)
+    table = Table(*_COLUMNS[:-4], box=None, pad_edge=False)
     for column in table.columns:
         column.no_wrap = True
     for row in rows:
-        table.add_row(*[row[column] for column in _COLUMNS[:-3]])
+        table.add_row(*[row[column] for column in _COLUMNS[:-4]])
     console = _console()
     console.print(table)
-    for experiment, command, machine, commit in dict.fromkeys(
-        (row["experiment"], row["command"], row["machine"], row["commit"]) for row in rows
+    if any("*" in row["paper"] for row in rows):
+        console.print("* remembered: not seen in print by those who wrote it down")
+    for command, seconds, machine, commit in dict.fromkeys(
+        (row["command"], row["s a seed"], row["machine"], row["commit"]) for row in rows
     ):
-        console.print(f"{experiment}: {command}  [dim]({machine}, commit {commit})[/]", soft_wrap=True)
+        console.print(f"{command}  [dim]({seconds} s a seed, {machine}, commit {commit})[/]", soft_wrap=True)
     if markdown:
         lines = [_COLUMNS, ["---"] * len(_COLUMNS), *[[row[column] for column in _COLUMNS] for row in rows]]
         markdown.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
@@ -167,7 +169,7 @@ def _scaled(value: float, paper: Paper) -> str:
 
 def _figure(value: float, paper: Paper) -> str:
     """A figure as the paper prints it."""
-    return f"{value}{paper.unit}" + (" (remembered)" if paper.remembered and value == paper.value else "")
+    return f"{value}{paper.unit}" + (" *" if paper.remembered and value == paper.value else "")
 
 
 def _console() -> Console:
