@@ -63,6 +63,8 @@ def demo(out: Path, epochs: int = _EPOCHS) -> None:
 
     console.rule("4  paper and measured", align="left")
     console.print(paper_and_measured("mackey-glass", results))
+    console.print("* remembered: not seen in print by those who wrote it down")
+    console.print("after 100 points: fed the 100 points before each series, which the protocol drops, so not from zero")
 
     shutil.copy(out / "seed-0" / "prediction.png", out / "demo.png")
     console.print(f"\nprediction, error and remembered window: [bold]{out / 'demo.png'}[/]")
