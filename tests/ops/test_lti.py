@@ -329,6 +329,10 @@ def test_the_chunk_divides_the_length_where_it_can():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"u": [1.0]}, r"u must be a tensor, got list: wrap it with torch.as_tensor\(\)"),
+        ({"A": 0.5}, "A must be a tensor, got float"),
+        ({"initial_state": [0.0]}, "initial_state must be a tensor, got list"),
+        ({"reset": [True]}, "reset must be a tensor, got list"),
         ({"u": torch.randn(4, 3)}, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
         ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, "u must be floating point or complex, got torch.int64"),
         ({"u": torch.randn(3, 10, 2, device="meta")}, "u and A must share a device, got meta and cpu"),

@@ -383,6 +383,7 @@ def test_without_numba_the_plain_torch_scan_is_chosen(monkeypatch):
         ({"initial_state": torch.rand(2, 3).cfloat()}, TypeError, "initial_state is complex"),
         ({"reset": torch.zeros(2, 4)}, TypeError, "reset must be a boolean tensor, got torch.float32"),
         ({"reset": torch.zeros(4, 2).bool()}, ValueError, r"reset must be \(batch, time\) = \(2, 4\), got \(4, 2\)"),
+        ({"backend": 3}, ValueError, "backend must be one of .*, got 3"),
         ({"backend": "nubma"}, ValueError, "got 'nubma': did you mean 'numba'"),
     ],
 )  # fmt: skip

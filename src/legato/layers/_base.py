@@ -160,6 +160,7 @@ class RecurrentLayer(nn.Module):
 
     def _check_input(self, x: Tensor, axes: str, ndim: int) -> None:
         weight, name = self._weight(), "x" if ndim == 3 else "x_t"
+        _check_tensor(name, x)
         if x.ndim != ndim or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"expected {name} of shape {axes} with input_size {self.input_size}, got {tuple(x.shape)}: "
@@ -178,6 +179,7 @@ class RecurrentLayer(nn.Module):
             )
         dtype, device = self._carry_dtype(), self._weight().device
         for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
+            _check_tensor(f"state.{name}", tensor)
             if tuple(tensor.shape) != (batch, *shape):
                 raise ValueError(
                     f"expected state.{name} of shape {(batch, *shape)}, got {tuple(tensor.shape)}: "
@@ -231,7 +233,13 @@ def positive_int(value: int, name: str) -> int:
     return value
 
 
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}: wrap it with torch.as_tensor()")
+
+
 def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+    _check_tensor("lengths", lengths)
     batch, steps = x.shape[:2]
     if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(
@@ -251,6 +259,7 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
 
 
 def _check_reset(reset: Tensor, x: Tensor) -> None:
+    _check_tensor("reset", reset)
     if reset.shape != x.shape[:2] or reset.dtype != torch.bool:
         raise ValueError(
             f"expected reset of shape {tuple(x.shape[:2])} in torch.bool, got {tuple(reset.shape)} in {reset.dtype}: "

@@ -432,7 +432,14 @@ def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
 # Checks, at the public edge.
 
 
+def _check_tensors(**given: Any) -> None:
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+
+
 def _check_input(u: Any) -> None:
+    _check_tensors(u=u)
     if u.ndim != 3:
         raise ValueError(f"u must be (batch, time, channels), got shape {tuple(u.shape)}: add the missing axes")
     if not (u.is_floating_point() or u.is_complex()):
@@ -440,6 +447,7 @@ def _check_input(u: Any) -> None:
 
 
 def _check_system(A: Any, B: Any) -> None:
+    _check_tensors(A=A, B=B)
     if A.ndim not in (2, 3) or A.shape[-1] != A.shape[-2] or B.shape != A.shape[:-1]:
         raise ValueError(
             f"A must be (N, N) and B (N,), or (C, N, N) and (C, N), got {tuple(A.shape)} and {tuple(B.shape)}"
@@ -451,6 +459,8 @@ def _check_system(A: Any, B: Any) -> None:
 
 
 def _check_fit(u: Any, kernels: Kernels, initial_state: Any, reset: Any) -> None:
+    given = {"initial_state": initial_state, "reset": reset}
+    _check_tensors(**{name: x for name, x in given.items() if x is not None})
     batch, steps, channels = u.shape
     method, longest, powers = kernels.method, kernels.steps, kernels.powers
     order = powers.shape[-1]

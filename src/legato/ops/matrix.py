@@ -73,6 +73,10 @@ def matrix_recurrence(
 
 
 def _check(transition: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
+    given = {"transition": transition, "impulse": impulse, "initial_state": initial_state, "reset": reset}
+    for name, x in given.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
     for name, x in {"transition": transition, "impulse": impulse, "initial_state": initial_state}.items():
         if x is not None and not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")

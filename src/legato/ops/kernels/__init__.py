@@ -40,7 +40,7 @@ def choose(device: torch.device, name: str | None = None) -> tuple[ModuleType, s
 def check(name: str, device: torch.device) -> None:
     """Raise what ``choose`` documents if the backend cannot run here."""
     if name not in BACKENDS:
-        nearest = difflib.get_close_matches(name, BACKENDS, n=1, cutoff=0) or ["numba"]
+        nearest = difflib.get_close_matches(str(name), BACKENDS, n=1, cutoff=0) or ["numba"]
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}: did you mean {nearest[0]!r}?")
     _, needs_device, package = BACKENDS[name]
     if not _installed(package):
