@@ -114,22 +114,39 @@ def test_a_trained_theta_stays_above_one_step():
     assert layer(torch.randn(1, 5, 1))[0].isfinite().all()
 
 
-def test_a_theta_that_is_written_to_is_noticed():
+def test_a_theta_that_is_loaded_or_written_to_is_noticed():
     u = torch.randn(2, 30, 1)
-    expected = LegendreMemory(1, 4, 25.0)(u)[0]
+    other = LegendreMemory(1, 4, 25.0)
+    expected = other(u)[0]
     frozen = LegendreMemory(1, 4, 10.0)
     frozen(u)
-    frozen.theta.fill_(25.0)
+    frozen.load_state_dict(other.state_dict())
     assert torch.equal(frozen(u)[0], expected)
-    swapped = LegendreMemory(1, 4, 10.0)
-    swapped(u)
-    found, _ = torch.func.functional_call(swapped, {"theta": torch.tensor(25.0)}, (u,))
-    assert torch.equal(found, expected)
     trained = LegendreMemory(1, 4, 10.0, trainable_theta=True).eval()
     with torch.no_grad():
         trained(u)
         trained.log_theta.fill_(math.log(24.0))
         assert torch.allclose(trained(u)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_compiled_layer_follows_its_theta(trainable):
+    u = torch.randn(2, 30, 1)
+    other = LegendreMemory(1, 4, 25.0, trainable_theta=trainable)
+    layer = LegendreMemory(1, 4, 10.0, trainable_theta=trainable)
+    layer(u)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for source in (LegendreMemory(1, 4, 12.0, trainable_theta=trainable), other):
+        layer.load_state_dict(source.state_dict())
+        torch.testing.assert_close(compiled(u)[0], source(u)[0])
+
+
+@pytest.mark.bad_input
+def test_weights_of_another_number_of_windows_are_refused():
+    saved = LegendreMemory(2, 4, [5.0, 10.0]).state_dict()
+    with pytest.raises((ValueError, RuntimeError), match=r"theta of shape \(\) in the state_dict, got \(2,\)"):
+        LegendreMemory(2, 4, 10.0).load_state_dict(saved)
 
 
 def test_what_is_prepared_is_kept_and_grows():

@@ -41,7 +41,7 @@ class LegendreMemory(RecurrentLayer):
         trainable_theta: learn theta, as theta = 1 + exp(log_theta), so that an optimiser changes it in proportion and
             it stays above one step. A and B are then made again at every call.
         method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
-        device, dtype: of the scale, hence of the input; theta itself stays in float32 or wider.
+        device, dtype: of the scale, hence of the input; theta itself is kept in float32 or wider.
 
     Shapes: input (B, T, channels), output (B, T, channels, order), state.memory (B, channels, order).
 
@@ -57,8 +57,7 @@ class LegendreMemory(RecurrentLayer):
     State = LegendreMemoryState
 
     scale: Tensor  # (C, N)
-    theta: Tensor  # () or (C,), when frozen
-    log_theta: nn.Parameter  # the same, when trained
+    log_theta: nn.Parameter  # () or (C,), when trained
 
     def __init__(
         self,
@@ -89,19 +88,39 @@ class LegendreMemory(RecurrentLayer):
         if trainable_theta and window.min() <= 1:
             raise ValueError(f"expected a trainable theta to start above 1 step, got {window.min().item()}")
         self.register_buffer("scale", torch.ones(channels, order, device=device, dtype=dtype))
+        # A frozen theta is a plain number: no buffer, so nobody can write to it behind the kept kernels' back.
+        self._frozen_theta = window.tolist()
         if trainable_theta:
             self.log_theta = nn.Parameter((window - 1).log().to(self.scale.device, self._carry_dtype()))
-        else:
-            self.register_buffer("theta", window.to(self.scale.device, self._carry_dtype(), copy=True))
-        self._kept: dict[str, tuple[Kernels, Tensor, int]] = {}
+        self._kept: dict[str, Kernels] = {}
+        self._kept_version: tuple[Any, int] | None = None
 
     def extra_repr(self) -> str:
-        window = "trainable" if self.trainable_theta else self.theta.tolist()
+        window = "trainable" if self.trainable_theta else self._frozen_theta
         return f"{self.channels}, order={self.order}, theta={window}, discretizer={self.discretizer!r}"
 
     def window(self) -> Float[Tensor, "*channels"]:
         """theta in steps, float64, of shape () or (C,); differentiable when it is trained."""
-        return 1 + self.log_theta.double().exp() if self.trainable_theta else self.theta.double()
+        if self.trainable_theta:
+            return 1 + self.log_theta.double().exp()
+        return torch.tensor(self._frozen_theta, dtype=torch.float64, device=self.scale.device)
+
+    def get_extra_state(self) -> Tensor:
+        """A frozen theta, for state_dict: weights were trained with it. Empty when theta is trained."""
+        return torch.tensor([] if self.trainable_theta else self._frozen_theta, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the frozen theta of a state_dict."""
+        expected = self.get_extra_state().shape
+        if not isinstance(state, Tensor) or state.shape != expected:
+            got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(
+                f"expected a theta of shape {tuple(expected)} in the state_dict, got {got}: build the layer with as "
+                "many windows, and as trainable, as the one that was saved"
+            )
+        if not self.trainable_theta:
+            self._frozen_theta = state.tolist()
+        self._kept.clear()
 
     @torch.no_grad()
     def calibrate(self, u: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
@@ -211,37 +230,44 @@ class LegendreMemory(RecurrentLayer):
     # Kept kernels. They follow from theta, so they are never saved, copied or moved, only made again.
 
     def _keep(self, use: str, steps: int, **options) -> Kernels:
-        source = self.log_theta if self.trainable_theta else self.theta
-        if self.trainable_theta and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if self.trainable_theta and not self._kept_are_of_this_theta():
             return self._prepare(steps, options)
-        # In eager mode a theta that was written to, or replaced for one call by functional_call, is noticed.
-        version = -1 if torch.compiler.is_compiling() or source.is_inference() else source._version
         kept = self._kept.get(use)
         if kept is not None:
-            kernels, kept_source, kept_version = kept
-            unchanged = torch.compiler.is_compiling() or (kept_source is source and kept_version == version)
-            if unchanged and steps <= kernels.steps:
-                return kernels
-            steps = max(steps, 2 * kernels.steps) if unchanged else steps
+            if steps <= kept.steps:
+                return kept
+            steps = max(steps, 2 * kept.steps)
         # Kernels made under inference_mode could not be used for training afterwards.
         with torch.inference_mode(False), torch.no_grad():
             kernels = self._prepare(steps, options)
         if type(kernels.inputs) is Tensor:  # not fake, not meta
-            self._kept[use] = (kernels, source, version)
+            self._kept[use] = kernels
         return kernels
+
+    def _kept_are_of_this_theta(self) -> bool:
+        """Whether kernels may be kept for a trained theta, after those of an earlier theta are dropped.
+
+        They may not where theta gets a gradient, nor where a change of theta could not be noticed.
+        """
+        theta = self.log_theta
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or theta.is_inference():
+            return False
+        version = (theta, theta._version)
+        if self._kept_version is None or self._kept_version[0] is not theta or self._kept_version[1] != version[1]:
+            self._kept.clear()
+            self._kept_version = version
+        return True
 
     def _prepare(self, steps: int, options: dict[str, Any]) -> Kernels:
         A, B = delay_network(self.order, self.window(), discretizer=self.discretizer)
         return prepare(A, B, steps, dtype=self._carry_dtype(), **options)
 
     def _apply(self, fn, recurse=True):
-        name = "log_theta" if self.trainable_theta else "theta"
-        before = getattr(self, name).detach()
+        before = self.log_theta.detach() if self.trainable_theta else None
         super()._apply(fn, recurse)
-        after = getattr(self, name)
-        # A window of 784 steps does not fit into 16 bits: theta moves with the layer but is never narrowed.
-        if after.dtype.itemsize < 4:
-            after.data = before.to(after.device)
+        # A window of 784 steps does not fit into 16 bits: a trained theta moves with the layer but is never narrowed.
+        if before is not None and self.log_theta.dtype.itemsize < 4:
+            self.log_theta.data = before.to(self.log_theta.device)
         self._kept.clear()
         return self
 
@@ -250,4 +276,4 @@ class LegendreMemory(RecurrentLayer):
         self._kept.clear()
 
     def __getstate__(self):
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "_kept_version": None}
