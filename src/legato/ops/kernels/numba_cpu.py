@@ -354,7 +354,7 @@ def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: 
 
 def _width(B: int, H: int, D: int, item: int, threads: int) -> int:
     """Channels a task: as wide as the L1 cache allows, narrower only where the batch is too small for the threads."""
-    width = max(1, min(D, _BLOCK_BYTES // (item * H)))
+    width = min(D, max(_BLOCK_BYTES // H, _NARROWEST_BYTES) // item)
     if threads > B:
         parts = -(-threads // B)
         width = min(width, max(_NARROWEST_BYTES // item, -(-D // parts)))
