@@ -4,9 +4,11 @@ import re
 import textwrap
 from typing import NamedTuple
 
+import pytest
 import torch
 
 import legato.layers._base as base
+from legato.layers import LMU
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -31,3 +33,18 @@ def test_the_layer_in_the_docstring_works():
 def test_an_activation_can_be_a_function():
     assert base.activation_function(torch.sin) is torch.sin
     assert base.activation_function("identity") is None
+
+
+def test_lengths_may_be_mapped_by_vmap():
+    layer = LMU(2, 3, order=4, theta=6.0)
+    x, lengths = torch.randn(5, 2, 9, 2), torch.randint(0, 10, (5, 2))
+    mapped = torch.vmap(lambda x, lengths: layer(x, lengths=lengths)[0])(x, lengths)
+    for i in range(5):
+        torch.testing.assert_close(mapped[i], layer(x[i], lengths=lengths[i])[0])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("theta", ["10", None, True])
+def test_a_theta_that_is_no_number_is_refused(theta):
+    with pytest.raises(ValueError, match="expected theta as a number of steps, or one per channel, got"):
+        LMU(2, 3, order=4, theta=theta)

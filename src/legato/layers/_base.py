@@ -251,7 +251,7 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> None:
     # Compiled and fake tensors have no values to look at; lengths beyond T then count as T.
     if torch.compiler.is_compiling() or type(lengths) is not torch.Tensor or lengths.numel() == 0:
         return
-    low, high = (int(v) for v in torch.aminmax(lengths))
+    low, high = (int(v) for v in torch.aminmax(torch.func.debug_unwrap(lengths)))  # the plain tensor under vmap
     if low < 0 or high > steps:
         raise ValueError(
             f"expected lengths from 0 to T = {steps}, got {low} to {high}: clip them or pad x to the longest"

@@ -79,6 +79,8 @@ class LegendreMemory(RecurrentLayer):
         if method is not None and method not in METHODS:
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
         self.method = method
+        if isinstance(theta, str | bool) or not isinstance(theta, Tensor | Sequence | float | int):
+            raise ValueError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
         window = torch.as_tensor(theta, dtype=torch.float64, device="cpu").detach()
         if window.shape not in ((), (channels,)):
             raise ValueError(
