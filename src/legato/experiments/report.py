@@ -63,7 +63,7 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
     """
     rows = [row for group in _groups(folders) for row in _rows(group)]
     table = Table(*_COLUMNS[:-4], box=None, pad_edge=False)
-    for column in table.columns:
+    for column in table.columns[1:]:  # the experiment's name may wrap, the figures may not
         column.no_wrap = True
     for row in rows:
         table.add_row(*[row[column] for column in _COLUMNS[:-4]])

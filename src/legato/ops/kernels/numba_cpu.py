@@ -246,7 +246,7 @@ def _backward_task(b, d0, d1, decay, reset, reverse, states, grad_states, h0, gr
 
 # --- launching: a C function that takes tasks until none is left, called in each of torch's threads ---
 
-# The words of a launch: a ticket counter, then the sizes, flags and addresses that both C functions begin with.
+# The words of a launch, all of 64 bits: a ticket counter, sizes, flags, and addresses; those of the arrays come last.
 _TICKET, _TASKS, _BLOCKS, _WIDTH, _REVERSE, _SIZES, _DECAY_SIZES, _HAS_RESET, _RESET, _DECAY, _ARRAYS = (
     0, 1, 2, 3, 4, 5, 9, 13, 14, 15, 16,
 )  # fmt: skip
@@ -332,7 +332,11 @@ def _c_function(run: Callable) -> Any:
 
 
 def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: Tensor | None, reverse: bool) -> None:
-    """Run ``kernel`` on all (batch row, block of channels) tasks, in as many threads as torch uses."""
+    """Run ``kernel`` on all (batch row, block of channels) tasks, in as many threads as torch uses.
+
+    ``arrays`` are (impulse, states, carry) forward, (states, grad_states, h0, grad_decay, grad_impulse, carry) backward:
+    the order in which the C functions above unpack them. All are contiguous, of one dtype, and outlive the call.
+    """
     like = arrays[0]
     B, T, H, D = like.shape
     if B * H * D == 0:
