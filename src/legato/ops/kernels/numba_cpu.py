@@ -334,8 +334,8 @@ def _c_function(run: Callable) -> Any:
 def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: Tensor | None, reverse: bool) -> None:
     """Run ``kernel`` on all (batch row, block of channels) tasks, in as many threads as torch uses.
 
-    ``arrays`` are (impulse, states, carry) forward, (states, grad_states, h0, grad_decay, grad_impulse, carry) backward:
-    the order in which the C functions above unpack them. All are contiguous, of one dtype, and outlive the call.
+    ``arrays``, in the order in which the C functions above unpack them: (impulse, states, carry) forward, (states,
+    grad_states, h0, grad_decay, grad_impulse, carry) backward; contiguous, of one dtype, and alive during the call.
     """
     like = arrays[0]
     B, T, H, D = like.shape
