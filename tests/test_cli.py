@@ -60,6 +60,7 @@ def test_version_and_help(capsys):
         ("train mackey-glas", "there is no recipe mackey-glas (did you mean mackey-glass?)"),
         ("trian mackey-glass", "there is no command trian (did you mean train?)"),
         ("train mackey-glass --model.ordr 3", "there is no option --model.ordr (did you mean --model.order?)"),
+        ("train mackey-glass --model.orde 3", "there is no option --model.orde (did you mean --model.order?)"),
         ("train mackey-glass --run_dir x", "there is no option --run_dir (did you mean --run-dir?)"),
         ("train mackey-glass --model.order many", "--model.order: expected int or null, got 'many'"),
         ("train mackey-glass --model.kind gru", "--model.kind: expected one of"),

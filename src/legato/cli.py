@@ -92,7 +92,7 @@ def _parsers() -> dict[str, Any]:
     from legato.experiments.recipes import names, recipe
 
     def parser(usage: str, description: str) -> ArgumentParser:
-        return ArgumentParser(usage=usage, description=description, exit_on_error=False)
+        return ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
 
     root = ArgumentParser(
         prog="legato",
@@ -100,6 +100,7 @@ def _parsers() -> dict[str, Any]:
         description="Linear recurrent networks: the papers' experiments.",
         version=__version__,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     commands = root.add_subcommands(dest="command", title="commands")
     commands.add_subcommand(

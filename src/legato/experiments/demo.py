@@ -18,7 +18,7 @@ from legato.models import SequenceRegressor
 
 from .recipes import recipe
 from .recipes.mackey_glass import Config, MackeyGlass, Model, network
-from .report import paper_and_measured
+from .report import REMEMBERED, paper_and_measured
 from .run import Options, open_checkpoint, train
 from .task import ExperimentError
 
@@ -63,7 +63,7 @@ def demo(out: Path, epochs: int = _EPOCHS) -> None:
 
     console.rule("4  paper and measured", align="left")
     console.print(paper_and_measured("mackey-glass", results))
-    console.print("* remembered: not seen in print by those who wrote it down")
+    console.print(REMEMBERED)
     console.print("after 100 points: fed the 100 points before each series, which the protocol drops, so not from zero")
 
     shutil.copy(out / "seed-0" / "prediction.png", out / "demo.png")

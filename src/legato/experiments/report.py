@@ -11,6 +11,9 @@ from rich.table import Table
 from .recipes import names, recipe
 from .task import ExperimentError, Paper
 
+#: What the star behind a paper's figure means.
+REMEMBERED = "* remembered: not seen in print by those who wrote it down"
+
 _COLUMNS = [
     "experiment",
     "test figure",
@@ -52,7 +55,10 @@ def show(results: list[dict[str, Any]]) -> None:
     if len(results) > 1:
         table.add_row("mean", *[_spread([r["test"][name] for r in results], paper) for name in metrics], "")
     table.add_row("paper", *[_figure(paper.value, paper) if name == paper.metric else "" for name in metrics], "")
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    if paper.remembered:
+        console.print(REMEMBERED)
 
 
 def report(folders: list[Path], markdown: Path | None = None, json_file: Path | None = None) -> None:
@@ -70,7 +76,7 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
     console = _console()
     console.print(table)
     if any("*" in row["paper"] for row in rows):
-        console.print("* remembered: not seen in print by those who wrote it down")
+        console.print(REMEMBERED)
     for command, seconds, machine, commit in dict.fromkeys(
         (row["command"], row["s a seed"], row["machine"], row["commit"]) for row in rows
     ):
