@@ -429,3 +429,18 @@ def test_explain_names_the_method_and_the_reason():
     assert "lti: chunked (the fastest measured for sequences)" in legato.explain()
     lti(torch.randn(1, 20, 1), A, B, last_only=True)
     assert "lti: last (only the last state is asked for)" in legato.explain()
+
+
+@pytest.mark.parametrize("options", [{"method": m} for m in METHODS] + [{"last_only": True}], ids=str)
+@pytest.mark.parametrize(("steps", "resets"), [(0, False), (5, False), (70, False), (70, True)])
+def test_a_state_may_be_written_to_without_harm_to_what_it_came_from(options, steps, resets):
+    if resets and options.get("method") == "fft":
+        options = {"method": "toeplitz"}
+    A, B = delay_network(4, 10.0)
+    reset = torch.zeros(2, steps, dtype=torch.bool) if resets else None
+    initial = torch.randn(2, 1, 4)
+    memory, final = lti(torch.randn(2, steps, 1), A, B, initial, reset=reset, **options)
+    before = memory.clone(), initial.clone()
+    final.zero_()
+    assert torch.equal(memory, before[0])
+    assert torch.equal(initial, before[1])

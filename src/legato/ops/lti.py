@@ -164,7 +164,7 @@ def apply(
             memory, final_state = _APPLY[kernels.method](rows, kernels, state, reset)
         final_state = final_state.transpose(0, 1)
         if kernels.method == "last":
-            return final_state.to(u.dtype), final_state
+            return final_state.to(u.dtype, copy=True), final_state
         return memory.to(u.dtype).permute(1, 2, 0, 3), final_state
 
 
@@ -271,7 +271,7 @@ def _toeplitz(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor |
     memory = _times(windows, H)
     if state is not None:
         memory = memory + _free_response(state, kernels, steps, count)
-    return memory, memory[:, :, -1]
+    return memory, memory[:, :, -1].clone()
 
 
 def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -282,7 +282,7 @@ def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None
     memory = torch.fft.irfft(spectrum, n=padded)[..., :steps].mT
     if state is not None:
         memory = memory + _free_response(state, kernels, steps, None)
-    return memory, memory[:, :, -1]
+    return memory, memory[:, :, -1].clone()
 
 
 def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -304,7 +304,7 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     if reset is not None:
         reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
         memory = _chunked_with_reset(u, kernels, state, reset)[:, :, :steps]
-        return memory, memory[:, :, -1]
+        return memory, memory[:, :, -1].clone()
     before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
     rows = torch.cat([u, before], dim=-1)
     memory = _times(rows, W).reshape(channels, batch, chunks * length, order)[:, :, :steps]
@@ -410,7 +410,7 @@ def _nothing(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor,
     """No step, sequence or channel: an empty memory and the state as it was."""
     order = kernels.powers.shape[-1]
     empty = u.unsqueeze(-1).expand(*u.shape, order)
-    return empty, empty.sum(2) if state is None else state
+    return empty, empty.sum(2) if state is None else state.clone()
 
 
 def _apply_to_parts(
