@@ -11,11 +11,12 @@ ROOT = Path(legato.__file__).parent
 # Longest prefix first; each may import itself, unless it stands in ALONE, and what is listed.
 RULES = {
     "legato._shapes": (),
+    "legato._autocast": ("legato._shapes",),
     "legato._choices": (),
     "legato.legendre": ("legato._shapes",),
     "legato.ops.kernels": ("legato._shapes",),
-    "legato.ops": ("legato.ops.kernels", "legato._shapes", "legato._choices"),
-    "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes"),
+    "legato.ops": ("legato.ops.kernels", "legato._shapes", "legato._choices", "legato._autocast"),
+    "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes", "legato._autocast"),
     "legato.models": ("legato.layers", "legato._shapes"),
     "legato.experiments": ("legato",),
     "legato.cli": ("legato.experiments", "legato"),

@@ -48,3 +48,11 @@ def test_lengths_may_be_mapped_by_vmap():
 def test_a_theta_that_is_no_number_is_refused(theta):
     with pytest.raises(ValueError, match="expected theta as a number of steps, or one per channel, got"):
         LMU(2, 3, order=4, theta=theta)
+
+
+def test_shapes_can_be_had_on_the_meta_device():
+    x = torch.randn(2, 9, 2, device="meta")
+    for options in ({}, {"return_sequences": False}):
+        output, state = LMU(2, 3, order=4, theta=6.0, device="meta", **options)(x)
+        assert output.is_meta
+        assert state.memory.shape == (2, 1, 4)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from legato._autocast import without_autocast
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, at_length, positive_int, zero_padding
 from legato.legendre import delay_network
@@ -187,7 +188,7 @@ class LegendreMemory(RecurrentLayer):
 
     def _step(self, x_t, state):
         A, B = self.transition()
-        with torch.autocast(x_t.device.type, enabled=False):
+        with without_autocast(x_t):
             m = (state.memory.transpose(0, 1) @ A).transpose(0, 1) if A.ndim == 3 else state.memory @ A
             m = m + x_t.unsqueeze(-1) * B
         return m.to(x_t.dtype) * self.scale.to(x_t.dtype), LegendreMemoryState(m)
@@ -222,7 +223,7 @@ class LegendreMemory(RecurrentLayer):
         carried = initial.transpose(0, 1)  # (C, B, N)
         for digit in range(kernels.powers.shape[-3]):
             taken = (lengths >> digit) % 2 == 1
-            with torch.autocast(u.device.type, enabled=False):
+            with without_autocast(u):
                 carried = torch.where(taken[:, None], carried @ kernels.powers[..., digit, :, :], carried)
         return memory + carried.transpose(0, 1)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from legato._autocast import without_autocast
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
 from legato.layers.legendre_memory import LegendreMemory, Theta
@@ -214,7 +215,7 @@ class LMU(RecurrentLayer):
         """m = U_x (H x) + b_u (H 1): (25) on data needs no gradient, which leaves a third of the training step out."""
         kernels = self.memory.kernels(x.shape[1], last_only=True)
         of_x = apply(x, kernels)[1]  # (B, input_size, N)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             m = F.linear(of_x.mT, self.encoder.weight.to(of_x.dtype)).mT  # (B, C, N)
             if self.encoder.bias is None:
                 return m

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._autocast import without_autocast
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer, positive_int
 from legato.layers.legendre_memory import LegendreMemory, Theta
@@ -143,7 +144,7 @@ class RecurrentLMU(RecurrentLayer):
             return x.new_zeros(empty), self.State(m, *hidden)
         now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
         outputs = []
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             advance = self._one_step(m.dtype)
             for t, (u, z) in enumerate(self._input_terms(x.to(m.dtype))):
                 if reset is not None:

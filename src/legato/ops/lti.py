@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from legato import _choices
+from legato._autocast import without_autocast
 from legato._shapes import Bool, Float, Inexact, Tensor
 
 METHODS = ("sequential", "toeplitz", "fft", "chunked")
@@ -132,7 +133,7 @@ def prepare(
     elif method is None:
         method = choose_method(steps)
         why = "one step" if method == "sequential" else "the fastest measured for sequences"
-    with torch.autocast(A.device.type, enabled=False):
+    with without_autocast(A):
         inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1))
         carry = _carry_dtype(dtype)
         spectrum = torch.complex64 if carry == torch.float32 else torch.complex128
@@ -153,7 +154,7 @@ def apply(
         _choices.record("lti", kernels.method, kernels.why)
     if u.is_complex():
         return _apply_to_parts(u, kernels, initial_state, reset)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         carry = kernels.powers.dtype
         # One row a channel: (C, B, T). All methods keep channels first, which makes each a plain matrix product.
         rows = u.to(carry).permute(2, 0, 1)

@@ -8,6 +8,7 @@ Where A_t is diagonal use ``linear_recurrence``; where A is constant and x_t = B
 import torch
 import torch.nn.functional as F
 
+from legato._autocast import without_autocast
 from legato._shapes import Bool, Inexact, Tensor
 
 # Steps in a chunk. About 2 * 16 * log16(T) matrix products follow one another, and T / 16 of them run side by side.
@@ -65,7 +66,7 @@ def matrix_recurrence(
     if reverse:
         A, x = A.flip(1) if A.ndim == 4 else A, x.flip(1)
         reset = None if reset is None else reset.flip(1)
-    with torch.autocast(impulse.device.type, enabled=False):
+    with without_autocast(impulse):
         states = _scan(A, x, h, reset)
     final_state = states[:, -1].reshape(state_shape)
     states = states.flip(1) if reverse else states

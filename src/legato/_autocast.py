@@ -1,0 +1,12 @@
+"""Recurrences run in the precision that they are given: autocast would round what they carry."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from legato._shapes import Tensor
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """The context in which products of tensors like ``x`` keep their dtype; the meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
