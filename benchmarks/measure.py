@@ -2,9 +2,6 @@
 
 import gc
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -55,20 +52,10 @@ def save(subject: str, rows: list[dict]) -> Path:
 
 def machine() -> dict:
     """The facts a timing depends on."""
-    import legato
+    from legato.experiments.environment import environment
 
-    facts = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "legato": legato.__version__,
-        "commit": _commit(),
-    }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
+    facts = environment()
+    return {**facts["machine"], "legato": facts["legato"], "commit": facts["commit"]}
 
 
 def table(rows: list[dict]) -> str:
@@ -88,18 +75,3 @@ def _text(value: Any) -> str:
 def _wait_for_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    try:
-        run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip()

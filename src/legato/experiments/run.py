@@ -6,23 +6,18 @@
 
 import json
 import os
-import platform
 import shlex
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
-import legato
-
 from . import checkpoint as checkpoints
+from .environment import commit, environment
 from .plots import draw_curves
 from .recipes import Recipe, names, recipe
 from .task import ExperimentError, Task
@@ -61,7 +56,7 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
     folder = _folder(which.name, options, first)
     console = Console(highlight=False, quiet=not first)
     results = []
-    _commit()  # of the code that is running, whatever the source tree is changed to meanwhile
+    commit()  # of the code that is running, whatever the source tree is changed to meanwhile
     for seed in seeds:
         home = folder / f"seed-{seed}"
         finished = home / "result.json"
@@ -139,22 +134,6 @@ def count(task: Task) -> int:
     return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on beside its configuration."""
-    return {
-        "machine": {
-            "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "legato": legato.__version__,
-        "commit": _commit(),
-        "date": datetime.now().isoformat(timespec="seconds"),
-    }
-
-
 def _evaluate_file(path: Path, data_dir: Path | None) -> dict[str, Any]:
     task, about = open_checkpoint(path, data_dir)
     test = task.metrics(task.total(task.model, task.test))
@@ -229,25 +208,3 @@ def _command(which: Recipe, config: Any, options: Options, seed: int) -> str:
             text = f"{value:.15g}" if isinstance(value, float) else json.dumps(value).strip('"')
             words += [f"--{key}", text]
     return shlex.join([*words, "--seed", str(seed)])
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
-
-
-@cache
-def _commit() -> str | None:
-    """The commit of this source tree; None where the package is installed without one."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
-        found = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
