@@ -1,12 +1,14 @@
 """Linear recurrent networks: trained in parallel over time, run one step at a time."""
 
 from legato._choices import explain
-from legato.layers import LMU, LegendreMemory, RecurrentLMU
+from legato.layers import GILR, GILRLSTM, LMU, LegendreMemory, RecurrentLMU, spread_time_scales
 from legato.legendre import delay_network, window_decoder
 from legato.ops import linear_recurrence, lti, matrix_recurrence
 
 __version__ = "0.1.0"
 __all__ = [
+    "GILR",
+    "GILRLSTM",
     "LMU",
     "LegendreMemory",
     "RecurrentLMU",
@@ -15,5 +17,6 @@ __all__ = [
     "linear_recurrence",
     "lti",
     "matrix_recurrence",
+    "spread_time_scales",
     "window_decoder",
 ]

@@ -1,0 +1,191 @@
+"""The gated impulse linear recurrence, and the LSTM whose gates read it in place of the LSTM's own output."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Tensor
+from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato.ops.gated import gated_recurrence
+
+
+class GILRState(NamedTuple):
+    """h_t, in float32 or wider."""
+
+    memory: Float[Tensor, "B H"]
+
+
+class GILR(RecurrentLayer):
+    """g_t = sigmoid(U x_t + b_g); i_t = tanh(V x_t + b_z); h_t = g_t h_{t-1} + (1 - g_t) i_t.
+
+    A gated unit whose gates see the input alone, so that its state is linear in time: each unit is a running average of
+    tanh(V x + b_z) over a window that the input opens and closes. ``MinGRU`` is the same without the tanh.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: channels of the output and of the state.
+        forget_bias: b_g at first; 5 is a time scale of about 150 steps. ``spread_time_scales(layer.bias[:hidden_size],
+            ...)`` gives the units different ones.
+        device, dtype: of the weights.
+
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds U
+    above V, ``bias`` b_g before b_z.
+
+    Example:
+        >>> layer = GILR(4, 256)
+        >>> output, state = layer(torch.randn(2, 100, 4))
+        >>> output.shape, state.memory.shape
+        (torch.Size([2, 100, 256]), torch.Size([2, 256]))
+
+    Source: Martin & Cundy 2018, (7); the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
+    """
+
+    State = GILRState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        forget_bias: float = 5.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(input_size)
+        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self.forget_bias = forget_bias
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(2 * hidden_size, input_size, **where))
+        self.bias = nn.Parameter(torch.empty(2 * hidden_size, **where))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; see Source above."""
+        for matrix in self.weight.chunk(2):
+            nn.init.xavier_uniform_(matrix)
+        self.bias.zero_()
+        self.bias[: self.hidden_size] = self.forget_bias
+
+    def _state_shapes(self) -> GILRState:
+        return GILRState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
+
+    def _sequence(self, x, state, lengths, reset):
+        states, final = self.states(F.linear(x, self.weight, self.bias), state, lengths, reset)
+        return states.to(x.dtype), final
+
+    def states(self, z, state, lengths, reset):
+        """h_t in the carry's precision and the final state, from the products z = (U x + b_g, V x + b_z)."""
+        forget, candidate = z.chunk(2, dim=-1)
+        initial = None if state is None else state.memory
+        states, final = gated_recurrence(forget, candidate, None, initial, squash=True, reset=reset)
+        return states, GILRState(at_length(states, initial, final, lengths))
+
+
+class GILRLSTMState(NamedTuple):
+    """The cell c_t and the surrogate h~_t, in float32 or wider."""
+
+    memory: Float[Tensor, "B H"]
+    surrogate: Float[Tensor, "B H"]
+
+
+class GILRLSTM(RecurrentLayer):
+    """h~ = GILR(x); f, i, o = sigmoid(U h~_{t-1} + V x_t + b); z = tanh(U_z h~_{t-1} + V_z x_t + b_z);
+    c_t = f_t c_{t-1} + i_t z_t; h_t = o_t c_t.
+
+    An LSTM whose gates read h~_{t-1}, a GILR of the input, in place of its own output h_{t-1}. The cell is linear in
+    time as in any LSTM, so both recurrences are parallel over time. It is ``LinearSurrogate`` over an LSTM cell, with
+    the products of x in one matrix product.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: n, channels of the output, of the cell and of the surrogate.
+        activation: of the cell on its way out, h_t = o_t activation(c_t): "identity" is the paper's, "tanh" the LSTM's.
+        forget_bias: of f_t and of the surrogate's gate at first; see ``spread_time_scales`` and ``forget_biases``.
+        device, dtype: of the weights.
+
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory and state.surrogate (B, hidden_size).
+    ``weight`` (6 n, input_size) and ``bias`` are those of the GILR's gate and candidate, then of f, i, o and z;
+    ``weight_surrogate`` (4 n, n) is U of f, i, o and z.
+
+    Example:
+        >>> layer = GILRLSTM(4, 256)
+        >>> output, state = layer(torch.randn(2, 100, 4))
+        >>> output.shape, state.memory.shape
+        (torch.Size([2, 100, 256]), torch.Size([2, 256]))
+
+    Source: Martin & Cundy 2018, section 3.2; the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
+    """
+
+    State = GILRLSTMState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        activation: str | Callable[[Tensor], Tensor] = "identity",
+        forget_bias: float = 5.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(input_size)
+        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self.activation = activation
+        activation_function(activation)  # raises on an unknown name
+        self.forget_bias = forget_bias
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(6 * hidden_size, input_size, **where))
+        self.weight_surrogate = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, **where))
+        self.bias = nn.Parameter(torch.empty(6 * hidden_size, **where))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; see Source above."""
+        for matrix in (*self.weight.chunk(6), *self.weight_surrogate.chunk(4)):
+            nn.init.xavier_uniform_(matrix)
+        self.bias.zero_()
+        for bias in self.forget_biases():
+            bias.fill_(self.forget_bias)
+
+    def forget_biases(self) -> tuple[Tensor, Tensor]:
+        """Views of the biases of the two gates that hold a state: the surrogate's and the cell's."""
+        surrogate, _, cell, *_ = self.bias.detach().chunk(6)
+        return surrogate, cell
+
+    def _state_shapes(self) -> GILRLSTMState:
+        return GILRLSTMState((self.hidden_size,), (self.hidden_size,))  # pyright: ignore[reportArgumentType]
+
+    def _sequence(self, x, state, lengths, reset):
+        output, state = self.from_products(F.linear(x, self.weight, self.bias), state, lengths, reset)
+        return output.to(x.dtype), state
+
+    def from_products(
+        self, products: Float[Tensor, "B T C"], state: Any = None, lengths: Any = None, reset: Any = None
+    ) -> tuple[Tensor, GILRLSTMState]:
+        """The layer from weight x_t + bias, (B, T, 6 n), where the caller has a shorter way to those products than a
+        matrix product: for a one-hot x_t they are a row of a table."""
+        n = self.hidden_size
+        cell, surrogate = (None, None) if state is None else state
+        hold, candidate, of_x = products.split((n, n, 4 * n), dim=-1)
+        means, last = gated_recurrence(hold, candidate, None, surrogate, squash=True, reset=reset)  # h~_t
+        before = _one_step_later(means, surrogate, reset).to(products.dtype)
+        gates = torch.addmm(of_x.flatten(0, 1), before.flatten(0, 1), self.weight_surrogate.mT)
+        f, i, o, z = gates.unflatten(0, products.shape[:2]).chunk(4, dim=-1)
+        states, final = gated_recurrence(f, z, i, cell, squash=True, reset=reset)  # c_t
+        function = activation_function(self.activation)
+        output = o.sigmoid() * (states if function is None else function(states))
+        return output, GILRLSTMState(
+            at_length(states, cell, final, lengths), at_length(means, surrogate, last, lengths)
+        )
+
+
+def _one_step_later(states: Tensor, initial: Tensor | None, reset: Tensor | None) -> Tensor:
+    """h~_{t-1} in the place of h~_t, and zero where the state was dropped."""
+    first = torch.zeros_like(states[:, :1]) if initial is None else initial[:, None]
+    before = torch.cat([first, states[:, :-1]], dim=1) if states.shape[1] else states
+    return before if reset is None else before.masked_fill(reset[..., None], 0)

@@ -1,0 +1,43 @@
+"""Gate biases for long memories: time scales spread over a range of steps."""
+
+import torch
+
+from legato._shapes import Float, Tensor
+
+
+@torch.no_grad()
+def spread_time_scales(
+    bias: Float[Tensor, "C"], shortest: float, longest: float, *, shuffle: bool = False
+) -> Float[Tensor, "C"]:
+    """bias_i = log(f_i / (1 - f_i)), f_i = exp(-1 / tau_i), tau_i evenly spread in log from shortest to longest.
+
+    With this bias and no other input, a sigmoid forget gate is f_i: what unit i holds falls to 1/e in tau_i steps.
+
+    Args:
+        bias: of the forget gates, (channels,); changed in place. A view of a part of a layer's bias will do.
+        shortest, longest: the range of time constants, in steps, above zero. For a task whose longest dependency is
+            T steps, T is a good ``longest``.
+        shuffle: give the time scales to the units in random order, where neighbouring units should not be alike.
+
+    Returns:
+        The bias.
+
+    Raises:
+        ValueError: the range is not 0 < shortest <= longest.
+
+    Example:
+        >>> spread_time_scales(torch.empty(3), 1, 100).sigmoid().log().neg().reciprocal()
+        tensor([  1.0000,  10.0000, 100.0000])
+
+    Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?" (chrono initialisation), which draws tau
+    uniformly and takes f = 1 - 1 / tau. Ours: evenly in the logarithm, so that every scale has its units.
+    """
+    if not 0 < shortest <= longest < float("inf"):
+        raise ValueError(f"expected time scales with 0 < shortest <= longest, got {shortest} and {longest} steps")
+    taus = torch.logspace(
+        torch.tensor(shortest).log10().item(), torch.tensor(longest).log10().item(), bias.numel(), dtype=torch.float64
+    )
+    if shuffle:
+        taus = taus[torch.randperm(len(taus))]
+    # f / (1 - f) = 1 / (exp(1 / tau) - 1), with all digits where f is close to one.
+    return bias.copy_(-torch.expm1(1 / taus).log())
