@@ -37,13 +37,15 @@ OPTIONS = {
         {"hidden_to_memory": False, "memory_to_memory": False, "hidden_cell": "relu"},
     ],
 }
+MADE_OF_LAYERS = {"Bidirectional", "Stack"}
 BATCH, STEPS, SPLIT = 3, 37, 20
 CONDITIONS = ["plain", "lengths", "resets", "lengths and resets"]
 
 
 def layer_classes() -> list[type[RecurrentLayer]]:
     exported = [getattr(legato.layers, name) for name in legato.layers.__all__]
-    return [c for c in exported if inspect.isclass(c) and issubclass(c, RecurrentLayer)]
+    found = [c for c in exported if inspect.isclass(c) and issubclass(c, RecurrentLayer)]
+    return [c for c in found if c.__name__ not in MADE_OF_LAYERS]
 
 
 CASES = [(c, options) for c in layer_classes() for options in [{}, *OPTIONS.get(c.__name__, [])]]

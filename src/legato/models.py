@@ -8,74 +8,11 @@ from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer
 
 
-class Stack(nn.Module):
-    """o = layer_n(... layer_2(layer_1(x))): recurrent layers, one on top of the other; the state is a tuple of theirs.
-
-    Args:
-        layers: each takes what the one below gives.
-
-    Example:
-        >>> import torch
-        >>> from legato import LMU
-        >>> stack = Stack(LMU(1, 8, order=4, theta=10), LMU(8, 8, order=4, theta=10))
-        >>> output, state = stack(torch.randn(2, 20, 1))
-        >>> output.shape
-        torch.Size([2, 20, 8])
-    """
-
-    def __init__(self, *layers: nn.Module) -> None:
-        if not layers:
-            raise ValueError("expected at least one layer to stack, got none")
-        for number, layer in enumerate(layers[:-1]):
-            if not getattr(layer, "return_sequences", True):
-                raise ValueError(
-                    f"layer {number} of a stack returns its last output only, and the one above needs all: build it "
-                    "with return_sequences=True"
-                )
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    @property
-    def return_sequences(self) -> bool:
-        """Whether the last layer returns all outputs; those below must."""
-        return bool(getattr(self.layers[-1], "return_sequences", True))
-
-    def forward(self, x: Float[Tensor, "B T C"], state: Any = None, **options: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        """Output and state of the whole stack; ``lengths`` and ``reset`` are handed to every layer."""
-        states = []
-        for layer, old in zip(self.layers, self._states(state), strict=True):
-            x, new = layer(x, old, **options)
-            states.append(new)
-        return x, tuple(states)
-
-    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        """The next output of a stream and the state after it."""
-        states = []
-        for layer, old in zip(self.layers, self._states(state), strict=True):
-            x_t, new = layer.step(x_t, old)  # type: ignore[operator]
-            states.append(new)
-        return x_t, tuple(states)
-
-    def initial_state(self, batch_size: int, **options: Any) -> tuple[Any, ...]:
-        """Zeros for every layer."""
-        return tuple(layer.initial_state(batch_size, **options) for layer in self.layers)  # type: ignore[operator]
-
-    def _states(self, state: Any) -> tuple[Any, ...]:
-        if state is None:
-            return (None,) * len(self.layers)
-        if not isinstance(state, tuple) or hasattr(state, "_fields") or len(state) != len(self.layers):
-            raise ValueError(
-                f"expected a tuple of {len(self.layers)} states, one a layer, got {type(state).__name__}: "
-                "use initial_state() or what this stack returned"
-            )
-        return state
-
-
 class SequenceRegressor(nn.Module):
     """y_t = head(o_t), o = layer(x): a value at every step.
 
     Args:
-        layer: a recurrent layer, or a ``Stack``, with (B, T, channels) outputs.
+        layer: a recurrent layer, such as a ``Stack``, with (B, T, channels) outputs.
         head: any module that works on the last axis.
 
     Example:
@@ -88,7 +25,7 @@ class SequenceRegressor(nn.Module):
         >>> y_t, state = model.step(torch.randn(2, 1), state)
     """
 
-    def __init__(self, layer: RecurrentLayer | Stack, head: nn.Module) -> None:
+    def __init__(self, layer: RecurrentLayer, head: nn.Module) -> None:
         super().__init__()
         self.layer, self.head = layer, head
 
@@ -123,7 +60,7 @@ class SequenceClassifier(SequenceRegressor):
         torch.Size([2, 10])
     """
 
-    def __init__(self, layer: RecurrentLayer | Stack, head: nn.Module) -> None:
+    def __init__(self, layer: RecurrentLayer, head: nn.Module) -> None:
         if layer.return_sequences:
             raise ValueError(
                 "a SequenceClassifier reads the last output only, got a layer that returns all of them: "

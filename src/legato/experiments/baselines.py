@@ -22,6 +22,7 @@ class LSTM(RecurrentLayer):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size)
+        self.hidden_size = hidden_size
         self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
 
     def _state_shapes(self) -> LSTMState:

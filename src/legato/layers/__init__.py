@@ -1,16 +1,20 @@
 """Layers of one contract, ``layer(x, state) -> (output, state)``; ``_base.py`` states it and says how to add one."""
 
+from legato.layers.bidirectional import Bidirectional
 from legato.layers.gilr import GILR, GILRLSTM
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
 from legato.layers.recurrent_lmu import RecurrentLMU
+from legato.layers.stack import Stack
 from legato.layers.time_scales import spread_time_scales
 
 __all__ = [
     "GILR",
     "GILRLSTM",
     "LMU",
+    "Bidirectional",
     "LegendreMemory",
     "RecurrentLMU",
+    "Stack",
     "spread_time_scales",
 ]

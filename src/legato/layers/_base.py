@@ -12,11 +12,12 @@ A new layer is a state, its sizes and one method; the checks, the padding and a 
 
         def __init__(self, input_size: int, hidden_size: int):
             super().__init__(input_size)
+            self.hidden_size = hidden_size
             self.decay = nn.Parameter(torch.zeros(hidden_size))
             self.weight = nn.Parameter(torch.randn(hidden_size, input_size) / input_size**0.5)
 
         def _state_shapes(self):
-            return LeakyState((self.decay.numel(),))
+            return LeakyState((self.hidden_size,))
 
         def _sequence(self, x, state, lengths, reset):
             decay = self.decay.sigmoid()
@@ -48,18 +49,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class RecurrentLayer(nn.Module):
     """(output, state) = layer(x, state): the base of every layer here; see the module docstring for how to write one.
 
-    A subclass sets ``State`` and defines ``_state_shapes`` and ``_sequence``; ``_step`` when one step can be had for
-    less than a sequence of one; ``_weight`` when its first parameter does not have the dtype of its inputs.
+    A subclass sets ``State`` and ``hidden_size`` and defines ``_state_shapes`` and ``_sequence``; ``_step`` when one
+    step can be had for less than a sequence of one; ``_weight`` when its first parameter does not have the dtype of its
+    inputs; ``output_size`` when its output is not ``hidden_size`` wide.
     """
 
     #: The layer's own NamedTuple of tensors, memory first; each has shape (B, *what _state_shapes says).
     State: Any
     #: False where the output is that of the last step only: (B, channels) in place of (B, T, channels).
     return_sequences: bool = True
+    #: True where an output needs later steps, so that there is no ``step``.
+    bidirectional: bool = False
+    #: Channels of the output, unless the layer says otherwise.
+    hidden_size: int
 
     def __init__(self, input_size: int):
         super().__init__()
         self.input_size = positive_int(input_size, "input_size")
+
+    @property
+    def output_size(self) -> int | tuple[int, ...]:
+        """Channels of the output; a tuple where the output has more axes than (batch, time, channels)."""
+        return self.hidden_size
 
     def forward(
         self,

@@ -102,6 +102,11 @@ class LegendreMemory(RecurrentLayer):
         window = "trainable" if self.trainable_theta else self._frozen_theta
         return f"{self.channels}, order={self.order}, theta={window}, discretizer={self.discretizer!r}"
 
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(channels, order)."""
+        return self.channels, self.order
+
     def window(self) -> Float[Tensor, "*channels"]:
         """theta in steps, float64, of shape () or (C,); differentiable when it is trained."""
         if self.trainable_theta:

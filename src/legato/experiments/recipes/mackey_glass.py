@@ -16,7 +16,8 @@ from torch import nn
 from legato._shapes import Tensor
 from legato.layers.lmu import LMU
 from legato.layers.recurrent_lmu import RecurrentLMU
-from legato.models import SequenceRegressor, Stack
+from legato.layers.stack import Stack
+from legato.models import SequenceRegressor
 
 from ..baselines import LSTM
 from ..data.mackey_glass import Series, mackey_glass

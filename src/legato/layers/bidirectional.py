@@ -1,0 +1,142 @@
+"""Two layers over the same input, one of which reads it from its end; ``stack.py`` builds whole networks of them."""
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from legato._shapes import Bool, Float, Int, Shaped, Tensor
+from legato.layers._base import RecurrentLayer
+
+
+class BidirectionalState(NamedTuple):
+    """The states of the two layers: of the forward one after the last step, of the backward one after step 0."""
+
+    forward: Any
+    backward: Any
+
+
+class Bidirectional(RecurrentLayer):
+    """o_t = [forward(x_0 .. x_t)_t, backward(x_t .. x_{L-1})_t]: what came before and what comes after, side by side.
+
+    The backward layer reads each row from its own last step to its first: ``lengths`` says where a row ends, and what
+    the padding holds changes nothing. ``reset[b, t]`` separates step t - 1 from step t for both layers: the backward
+    one drops its state between t and t - 1. After t = 0 it has read all of the row, and its state comes out whole.
+
+    Args:
+        forward: a layer of this library's contract, or one of your own; ``forward_layer`` afterwards.
+        backward: another, of the same input_size, with weights of its own; ``backward_layer`` afterwards.
+
+    Shapes: input (B, T, input_size), output (B, T, forward.output_size + backward.output_size), or without T where both
+    have return_sequences=False: each layer's last output, that of the backward layer after it has read step 0.
+    state.forward enters before step 0 and comes out after the last step; state.backward enters before the last step and
+    comes out after step 0, as the h_n of ``torch.nn.LSTM``.
+
+    Raises:
+        ValueError: the layers do not go together.
+        RuntimeError: by ``step``; a stream has no future to read.
+
+    Example:
+        >>> from legato import GILR
+        >>> layer = Bidirectional(GILR(4, 8), GILR(4, 8))
+        >>> output, state = layer(torch.randn(2, 100, 4), lengths=torch.tensor([100, 60]))
+        >>> output.shape, state.backward.memory.shape
+        (torch.Size([2, 100, 16]), torch.Size([2, 8]))
+
+    Source: Schuster & Paliwal 1997.
+    """
+
+    State = BidirectionalState
+    bidirectional = True
+
+    def __init__(self, forward: RecurrentLayer, backward: RecurrentLayer):
+        for name, layer in (("forward", forward), ("backward", backward)):
+            if not isinstance(layer, RecurrentLayer):
+                raise ValueError(
+                    f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer, not its class"
+                )
+            if layer.bidirectional:
+                raise ValueError(f"expected {name} to read forward, got a bidirectional {type(layer).__name__}")
+            if not isinstance(getattr(layer, "output_size", None), int):
+                raise ValueError(
+                    f"expected {name} to give (B, T, channels), got a {type(layer).__name__} whose output_size is "
+                    f"{getattr(layer, 'output_size', None)}: its output cannot stand beside another's"
+                )
+        for name in ("input_size", "return_sequences"):
+            a, b = getattr(forward, name), getattr(backward, name)
+            if a != b:
+                raise ValueError(f"expected forward and backward with one {name}, got {a} and {b}")
+        super().__init__(forward.input_size)
+        self.return_sequences = forward.return_sequences
+        self.forward_layer = forward
+        self.backward_layer = backward
+
+    @property
+    def output_size(self) -> int:
+        """Channels of both layers together."""
+        return self.forward_layer.output_size + self.backward_layer.output_size  # pyright: ignore
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, BidirectionalState]:
+        """Both outputs side by side and both states; the arguments are those of every layer."""
+        self._check_arguments(x, state, lengths, reset)
+        before, after = (None, None) if state is None else state
+        forward, before = self.forward_layer(x, before, lengths=lengths, reset=reset)
+        backward, after = self.backward_layer(
+            _reversed(x, lengths),
+            after,
+            lengths=lengths,
+            reset=None if reset is None else _reversed(_until_next(reset), lengths),
+        )
+        if self.return_sequences:
+            backward = _reversed(backward, lengths)
+        return torch.cat([forward, backward], dim=-1), BidirectionalState(before, after)
+
+    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> NoReturn:
+        """Always an error: there is no future in a stream."""
+        refuse_to_step(self)
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BidirectionalState:
+        """Zeros for both layers."""
+        layers = (self.forward_layer, self.backward_layer)
+        return BidirectionalState(*(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in layers))
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        if type(state) is not BidirectionalState:
+            raise ValueError(
+                f"expected a BidirectionalState, got {type(state).__name__}: "
+                "use initial_state() or what this Bidirectional returned"
+            )
+
+    def _weight(self) -> Tensor:
+        return self.forward_layer._weight()
+
+
+def refuse_to_step(layer: RecurrentLayer) -> NoReturn:
+    """The error of ``step`` where an output needs later steps."""
+    raise RuntimeError(
+        f"expected a layer that reads forward only, got a bidirectional {type(layer).__name__}: a stream has no future "
+        "to read, so step() cannot be had. Give whole sequences to forward(), or stream a network of forward layers"
+    )
+
+
+def _reversed(x: Shaped[Tensor, "B T *channels"], lengths: Tensor | None) -> Shaped[Tensor, "B T *channels"]:
+    """x_{L-1}, ..., x_0 of each row, the padding left in its place: its own inverse."""
+    if lengths is None:
+        return x.flip(1)
+    t = torch.arange(x.shape[1], device=x.device)
+    lengths = lengths.to(x.device)[:, None]
+    t = torch.where(t < lengths, lengths - 1 - t, t)  # (B, T)
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], t]
+
+
+def _until_next(reset: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """reset_{t+1} in the place of reset_t: backwards, the state is dropped before step t where t + 1 starts anew."""
+    return torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], dim=1)

@@ -1,0 +1,209 @@
+"""Layers one on top of the other, as ``torch.nn.LSTM`` has them by ``num_layers``, for every layer at once."""
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Bool, Float, Int, Tensor
+from legato.layers._base import RecurrentLayer, positive_int
+from legato.layers.bidirectional import Bidirectional, refuse_to_step
+
+
+class Stack(RecurrentLayer):
+    """o = layer_n(... dropout(layer_2(dropout(layer_1(x))))): layers that read one another; its state is their tuple.
+
+    ``Stack.of(GILRLSTM, 4, 256, num_layers=2, dropout=0.1, bidirectional=True)`` builds one of equal layers.
+
+    Args:
+        layers: each takes as many channels as the one below gives, and all but the last give all their outputs.
+        dropout: share of each layer's output dropped in training before the next reads it; the last one's is not.
+
+    Shapes: input (B, T, layers[0].input_size); output that of the last layer; state a tuple of the layers' states.
+
+    Raises:
+        ValueError: the layers do not fit one on another, or dropout is not from 0 to below 1.
+        RuntimeError: by ``step``, where a layer is bidirectional.
+
+    Example:
+        >>> from legato import GILR, LMU
+        >>> stack = Stack(LMU(1, 8, order=4, theta=10), GILR(8, 16), dropout=0.1)
+        >>> output, (lowest, highest) = stack(torch.randn(2, 20, 1))
+        >>> output.shape, lowest.memory.shape, highest.memory.shape
+        (torch.Size([2, 20, 16]), torch.Size([2, 1, 4]), torch.Size([2, 16]))
+    """
+
+    State = tuple
+
+    def __init__(self, *layers: RecurrentLayer, dropout: float = 0.0):
+        _check_layers(layers)
+        if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
+            raise ValueError(f"expected dropout from 0 to below 1, got {dropout!r}: the share that is dropped")
+        if dropout and len(layers) == 1:
+            warnings.warn(
+                f"dropout={dropout} changes nothing in a stack of one layer: it lies between layers", stacklevel=2
+            )
+        super().__init__(layers[0].input_size)
+        self.layers = nn.ModuleList(layers)
+        self.dropout = dropout
+        self.return_sequences = layers[-1].return_sequences
+        self.bidirectional = any(layer.bidirectional for layer in layers)
+
+    @classmethod
+    def of(
+        cls,
+        layer: type[RecurrentLayer],
+        input_size: int,
+        hidden_size: int,
+        *,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        **options: Any,
+    ) -> "Stack":
+        """layer(input_size, hidden_size), then layer(hidden_size, hidden_size) on it, ``num_layers`` in all.
+
+        Args:
+            layer: the class: any layer built as layer(input_size, hidden_size, ...), one of your own included.
+            input_size: channels of x.
+            hidden_size: of each layer.
+            num_layers: 1 or more.
+            dropout: between the layers, in training, 0 to below 1.
+            bidirectional: each layer a ``Bidirectional`` of two, whose outputs are 2 * hidden_size wide.
+            options: of the layer's constructor, the same for all; return_sequences goes to the last alone.
+
+        Returns:
+            A ``Stack``, of one layer too, so that the state has one form.
+
+        Raises:
+            TypeError: the layer has no such option.
+            ValueError: a number is out of its range.
+
+        Example:
+            >>> from legato import GILRLSTM
+            >>> stack = Stack.of(GILRLSTM, 4, 256, num_layers=2, dropout=0.1, bidirectional=True)
+            >>> stack(torch.randn(2, 100, 4))[0].shape
+            torch.Size([2, 100, 512])
+
+        Source: the arguments of ``torch.nn.LSTM``; docs/coming-from-other-libraries.md has them all.
+        """
+        positive_int(num_layers, "num_layers")
+        _check_options(layer, options)
+        layers: list[RecurrentLayer] = []
+        for number in range(num_layers):
+            size = layers[-1].output_size if layers else input_size
+            here = options if number == num_layers - 1 else {**options, **_all_outputs(options)}
+            pair = [layer(size, hidden_size, **here) for _ in range(2 if bidirectional else 1)]  # pyright: ignore
+            layers.append(Bidirectional(*pair) if bidirectional else pair[0])
+        return cls(*layers, dropout=dropout)
+
+    @property
+    def output_size(self) -> int | tuple[int, ...]:
+        """That of the last layer."""
+        return self.layers[-1].output_size  # pyright: ignore[reportReturnType]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Output of the last layer and the states of all; ``lengths`` and ``reset`` are handed to every layer."""
+        states = []
+        for number, (layer, old) in enumerate(zip(self.layers, self._states(state), strict=True)):
+            if number:
+                x = F.dropout(x, self.dropout, self.training)
+            x, new = layer(x, old, lengths=lengths, reset=reset)
+            states.append(new)
+        return x, tuple(states)
+
+    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        """The next output of a stream and the states after it."""
+        if self.bidirectional:
+            refuse_to_step(self)
+        self._check_state(state, x_t.shape[0])
+        states = []
+        for number, (layer, old) in enumerate(zip(self.layers, state, strict=True)):
+            if number:
+                x_t = F.dropout(x_t, self.dropout, self.training)
+            x_t, new = layer.step(x_t, old)  # pyright: ignore[reportCallIssue]
+            states.append(new)
+        return x_t, tuple(states)
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        """Zeros for every layer."""
+        return tuple(
+            layer.initial_state(batch_size, device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
+            for layer in self.layers
+        )
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+    def _states(self, state: Any) -> tuple[Any, ...]:
+        if state is None:
+            return (None,) * len(self.layers)
+        self._check_state(state, 0)
+        return state
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        """The tuple; each layer checks its own state."""
+        if type(state) is not tuple or len(state) != len(self.layers):
+            got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
+            raise ValueError(
+                f"expected a tuple of {len(self.layers)} states, one a layer, got {got}: "
+                "use initial_state() or what this Stack returned"
+            )
+
+    def _weight(self) -> Tensor:
+        return self.layers[0]._weight()  # pyright: ignore[reportCallIssue]
+
+
+def _check_layers(layers: tuple[RecurrentLayer, ...]) -> None:
+    if not layers:
+        raise ValueError("expected at least one layer to stack, got none")
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, RecurrentLayer):
+            raise ValueError(
+                f"expected layer {number} to be a RecurrentLayer, got {type(layer).__name__}: give layers of this "
+                "library, or write one as legato.layers._base says"
+            )
+        if number and not layers[number - 1].return_sequences:
+            raise ValueError(
+                f"layer {number - 1} of a stack returns its last output only, and the one above needs all: build it "
+                "with return_sequences=True"
+            )
+        if number and (size := getattr(layers[number - 1], "output_size", None)) != layer.input_size:
+            below = type(layers[number - 1]).__name__
+            raise ValueError(
+                f"expected layer {number}, a {type(layer).__name__}, to take the {size} channels that layer "
+                f"{number - 1}, a {below}, gives, got input_size {layer.input_size}: make them equal"
+            )
+
+
+def _check_options(layer: type[RecurrentLayer], options: dict[str, Any]) -> None:
+    """Python's own error would not say what the layer does take."""
+    if not (inspect.isclass(layer) and issubclass(layer, RecurrentLayer)):
+        name = getattr(layer, "__name__", type(layer).__name__)
+        raise ValueError(f"expected the class of a layer, such as GILRLSTM, got {name}: give Stack(...) built layers")
+    parameters = inspect.signature(layer).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters][2:]
+    for name in options:
+        if name not in known:
+            advice = f"it takes {', '.join(known) or 'none'}"
+            if name == "batch_first":
+                advice = "axes are always (batch, time, channels), leave it out"
+            raise TypeError(f"{layer.__name__} has no option {name!r}: {advice}")
+
+
+def _all_outputs(options: dict[str, Any]) -> dict[str, bool]:
+    return {"return_sequences": True} if "return_sequences" in options else {}
