@@ -30,12 +30,14 @@ OPTIONS = {
         {"memory_size": 2, "theta": [5.0, 9.0], "trainable_theta": True, "return_sequences": False},
         {"input_to_output": False, "bias": False, "activation": "tanh"},
     ],
+    "QRNN": [{"kernel_size": 1}, {"kernel_size": 6}],
     "RecurrentLMU": [
         {"return_sequences": False, "memory_size": 2, "theta": [5.0, 9.0], "trainable_theta": True},
         {"hidden_cell": "lstm", "bias": True, "memory_size": 2},
         {"hidden_cell": "gru", "input_to_hidden": False},
         {"hidden_to_memory": False, "memory_to_memory": False, "hidden_cell": "relu"},
     ],
+    "SRU": [{"hidden_size": 3, "activation": "identity"}],
 }
 MADE_OF_LAYERS = {"Bidirectional", "Stack"}
 BATCH, STEPS, SPLIT = 3, 37, 20

@@ -1,7 +1,18 @@
 """Linear recurrent networks: trained in parallel over time, run one step at a time."""
 
 from legato._choices import explain
-from legato.layers import GILR, GILRLSTM, LMU, Bidirectional, LegendreMemory, RecurrentLMU, Stack, spread_time_scales
+from legato.layers import (
+    GILR,
+    GILRLSTM,
+    LMU,
+    QRNN,
+    SRU,
+    Bidirectional,
+    LegendreMemory,
+    RecurrentLMU,
+    Stack,
+    spread_time_scales,
+)
 from legato.legendre import delay_network, window_decoder
 from legato.ops import linear_recurrence, lti, matrix_recurrence
 
@@ -10,6 +21,8 @@ __all__ = [
     "GILR",
     "GILRLSTM",
     "LMU",
+    "QRNN",
+    "SRU",
     "Bidirectional",
     "LegendreMemory",
     "RecurrentLMU",

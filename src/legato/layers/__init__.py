@@ -4,7 +4,9 @@ from legato.layers.bidirectional import Bidirectional
 from legato.layers.gilr import GILR, GILRLSTM
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
+from legato.layers.qrnn import QRNN
 from legato.layers.recurrent_lmu import RecurrentLMU
+from legato.layers.sru import SRU
 from legato.layers.stack import Stack
 from legato.layers.time_scales import spread_time_scales
 
@@ -12,6 +14,8 @@ __all__ = [
     "GILR",
     "GILRLSTM",
     "LMU",
+    "QRNN",
+    "SRU",
     "Bidirectional",
     "LegendreMemory",
     "RecurrentLMU",

@@ -1,0 +1,92 @@
+"""The quasi-recurrent network: gates from a convolution over the last inputs."""
+
+from typing import NamedTuple
+
+import torch
+
+from legato._shapes import Float, Tensor
+from legato.layers._base import positive_int
+from legato.layers._gated import GatedLayer
+
+
+class QRNNState(NamedTuple):
+    """c_t and the last kernel_size - 1 inputs, oldest first, in float32 or wider."""
+
+    memory: Float[Tensor, "B H"]
+    inputs: Float[Tensor, "B K C"]
+
+
+class QRNN(GatedLayer):
+    """z, f, o = tanh, sigmoid, sigmoid of (W * x)_t + b, a causal convolution over x_{t-k+1} .. x_t;
+    c_t = f_t c_{t-1} + (1 - f_t) z_t; h_t = o_t c_t.
+
+    A running average whose gates see the last k inputs, zeros before the first. With k = 1 it is a ``GILR`` behind an
+    output gate. The state holds the last k - 1 inputs too, so that chunks and single steps agree with one pass; a reset
+    drops them with the memory.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: channels of the output and of the memory.
+        kernel_size: k, how many inputs the gates see, at least 1.
+        forget_bias: of f at first. ``spread_time_scales(layer.bias[:hidden_size], ...)`` gives each unit its own.
+        device, dtype: of the weights.
+
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size), state.inputs
+    (B, k - 1, input_size). ``weight`` (3 hidden_size, k input_size) and ``bias`` are those of f, o and z from the top;
+    the columns of the oldest input come first.
+
+    Example:
+        >>> layer = QRNN(4, 256, kernel_size=3)
+        >>> output, state = layer(torch.randn(2, 100, 4))
+        >>> output.shape, state.memory.shape, state.inputs.shape
+        (torch.Size([2, 100, 256]), torch.Size([2, 256]), torch.Size([2, 2, 4]))
+
+    Source: Bradbury, Merity, Xiong & Socher 2017, section 2, with fo-pooling, as in Martin & Cundy 2018.
+    """
+
+    State = QRNNState
+    squash = True
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        kernel_size: int = 2,
+        forget_bias: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        taps, biases = positive_int(kernel_size, "kernel_size"), (forget_bias, 0.0, 0.0)
+        super().__init__(input_size, hidden_size, blocks=3, biases=biases, taps=taps, device=device, dtype=dtype)
+        self.kernel_size = kernel_size
+
+    def _state_shapes(self):
+        return QRNNState(memory=(self.hidden_size,), inputs=(self.kernel_size - 1, self.input_size))  # pyright: ignore[reportArgumentType]
+
+    def _sequence(self, x, state, lengths, reset):
+        memory, inputs = (None, None) if state is None else state
+        windows, inputs = self._windows(x, inputs, lengths, reset)
+        output, memory = self._from_input(windows, x, memory, lengths, reset)
+        return output, QRNNState(memory, inputs)
+
+    def _windows(self, x, inputs, lengths, reset):
+        """The inputs that each step sees, (B, T, k C), and the last k - 1 that count, (B, k - 1, C)."""
+        (B, T), k = x.shape[:2], self.kernel_size
+        inputs = x.new_zeros(B, k - 1, self.input_size) if inputs is None else inputs.to(x.dtype)
+        row = torch.cat([inputs, x], dim=1)  # (B, k - 1 + T, C)
+        seen = [row[:, j : j + T] for j in range(k)]
+        ends = torch.full((B,), T, device=x.device) if lengths is None else lengths
+        last = ends[:, None] + torch.arange(k - 1, device=x.device)  # (B, k - 1)
+        recent = row.gather(1, last[..., None].expand(-1, -1, self.input_size)).to(self._carry_dtype())
+        if reset is not None:
+            # A step sees the inputs that came after as many resets as it did.
+            resets = torch.cat([reset.new_zeros(B, k - 1), reset], dim=1).cumsum(1)
+            seen = [
+                s.masked_fill((resets[:, j : j + T] < resets[:, k - 1 :])[..., None], 0) for j, s in enumerate(seen)
+            ]
+            recent = recent.masked_fill((resets.gather(1, last) < resets[:, -1:])[..., None], 0)
+        return torch.cat(seen, dim=2), recent
+
+    def _read(self, states, z, x):
+        return z[1].to(states.dtype).sigmoid() * states

@@ -1,0 +1,64 @@
+"""The simple recurrent unit, in its first version."""
+
+from collections.abc import Callable
+
+import torch
+
+from legato._shapes import Tensor
+from legato.layers._base import activation_function
+from legato.layers._gated import GatedLayer
+
+
+class SRU(GatedLayer):
+    """f_t = sigmoid(W_f x_t + b_f); r_t = sigmoid(W_r x_t + b_r); c_t = f_t c_{t-1} + (1 - f_t) W x_t;
+    h_t = r_t g(c_t) + (1 - r_t) x_t.
+
+    A running average of W x_t with a gated way past it for the input. This is the first version, whose gates see x
+    alone. The later one adds v_f * c_{t-1} and v_r * c_{t-1} inside the gates, which makes c non-linear in its own past
+    and so sequential in time; it also scales the way past, (1 - r_t) x_t, and drops g. Without the way past and g, this
+    layer is a ``StronglyTypedRNN``.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: channels of the output and of the state. Where it is not ``input_size``, x_t in h_t becomes P x_t,
+            with a matrix P of its own.
+        activation: g, a name or a callable; "tanh" is the paper's, "identity" none.
+        forget_bias: b_f at first; 0 is that of the authors' code. ``spread_time_scales(layer.bias[:hidden_size], ...)``
+            gives each unit its own.
+        highway_bias: b_r at first; below zero the layer starts by passing its input on.
+        device, dtype: of the weights.
+
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size): c_t. ``weight`` holds
+    W_f, W_r, P where there is one, and W, in that order from the top; ``bias`` b_f before b_r.
+
+    Example:
+        >>> layer = SRU(4, 256)
+        >>> output, state = layer(torch.randn(2, 100, 4))
+        >>> output.shape, state.memory.shape
+        (torch.Size([2, 100, 256]), torch.Size([2, 256]))
+
+    Source: Lei, Zhang, Wang, Dai & Artzi 2017, arXiv 1709.02755v1, as in Martin & Cundy 2018.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        activation: str | Callable[[Tensor], Tensor] | None = "tanh",
+        forget_bias: float = 0.0,
+        highway_bias: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        blocks = 3 if input_size == hidden_size else 4
+        biases = (forget_bias, highway_bias)
+        super().__init__(input_size, hidden_size, blocks=blocks, biases=biases, device=device, dtype=dtype)
+        self.activation = activation
+        activation_function(activation)  # raises on an unknown name
+
+    def _read(self, states, z, x):
+        function = activation_function(self.activation)
+        shown = states if function is None else function(states)
+        past = x if len(z) == 3 else z[2]
+        return torch.lerp(past.to(states.dtype), shown, z[1].to(states.dtype).sigmoid())

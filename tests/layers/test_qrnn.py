@@ -1,0 +1,121 @@
+"""What is particular to QRNN: its convolution and the inputs in its state. The contract is in test_contract.py."""
+
+import pytest
+import torch
+
+from legato import QRNN
+
+EPS = torch.finfo(torch.float64).eps
+STEPS = 25
+
+
+def equations(layer, x, c, lengths=None, reset=None):
+    """Section 2 of the paper, a step and a tap of the convolution at a time, zeros before the start and a reset."""
+    B, T, _ = x.shape
+    k, H = layer.kernel_size, layer.hidden_size
+    taps = layer.weight.view(3, H, k, layer.input_size)
+    outputs = torch.zeros(B, T, H, dtype=x.dtype)
+    finals = []
+    for b in range(B):
+        start, memory = 0, c[b]
+        for t in range(T if lengths is None else int(lengths[b])):
+            if reset is not None and reset[b, t]:
+                start, memory = t, torch.zeros_like(memory)
+            f, o, z = layer.bias.view(3, H) + sum(
+                taps[:, :, k - 1 - back] @ x[b, t - back] for back in range(k) if t - back >= start
+            )
+            memory = f.sigmoid() * memory + (1 - f.sigmoid()) * z.tanh()
+            outputs[b, t] = o.sigmoid() * memory
+        finals.append(memory)
+    return outputs, torch.stack(finals)
+
+
+def with_gradients(output, memory, sources):
+    torch.manual_seed(1)
+    loss = (torch.randn_like(output) * output).sum() + (torch.randn_like(memory) * memory).sum()
+    return [output, memory, *torch.autograd.grad(loss, sources)]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 10])
+@pytest.mark.parametrize("special", [False, True])
+def test_values_and_gradients_are_those_of_the_equations(kernel_size, special):
+    layer = QRNN(3, 4, kernel_size=kernel_size, dtype=torch.float64)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(3, STEPS, 3, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([0, 4, STEPS]) if special else None
+    reset = torch.rand(3, STEPS) < 0.2 if special else None
+    sources = [x, c, *layer.parameters()]
+    output, state = layer(x, layer.initial_state(3)._replace(memory=c), lengths=lengths, reset=reset)
+    found = with_gradients(output, state.memory, sources)
+    for a, b in zip(found, with_gradients(*equations(layer, x, c, lengths, reset), sources), strict=True):
+        # Each value is a sum of at most 16 products a step and tap.
+        assert torch.allclose(a, b, rtol=0, atol=16 * STEPS * kernel_size * EPS * max(1.0, b.abs().max().item()))
+
+
+def test_the_state_holds_the_last_inputs_that_count():
+    layer = QRNN(1, 2, kernel_size=4, dtype=torch.float64)
+    x = torch.arange(1.0, 13.0, dtype=torch.float64).view(2, 6, 1)  # 1 to 6 and 7 to 12
+    before = layer.initial_state(2)
+    before.inputs[:] = torch.tensor([-3.0, -2.0, -1.0])[:, None]
+
+    def last(**options):
+        return layer(x, before, **options)[1].inputs[..., 0].tolist()
+
+    assert last() == [[4, 5, 6], [10, 11, 12]]
+    assert last(lengths=torch.tensor([2, 5])) == [[-1, 1, 2], [9, 10, 11]]
+    assert last(lengths=torch.tensor([0, 1])) == [[-3, -2, -1], [-2, -1, 7]]
+    reset = torch.zeros(2, 6, dtype=torch.bool)
+    reset[0, 1] = reset[1, 4] = True
+    assert last(reset=reset) == [[4, 5, 6], [0, 11, 12]]
+    assert last(reset=reset, lengths=torch.tensor([2, 4])) == [[0, 0, 2], [8, 9, 10]]
+    reset[0, 0] = True
+    assert last(reset=reset, lengths=torch.tensor([1, 6])) == [[0, 0, 1], [0, 11, 12]]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_chunks_shorter_than_the_convolution_equal_one_pass(steps):
+    layer = QRNN(2, 3, kernel_size=5, dtype=torch.float64)
+    x = torch.randn(2, 12, 2, dtype=torch.float64)
+    expected, expected_state = layer(x)
+    state, outputs = layer.initial_state(2), []
+    for chunk in x.split(steps, dim=1):
+        output, state = layer(chunk, state)
+        outputs.append(output)
+    bound = 16 * 12 * 5 * EPS
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=bound)
+    torch.testing.assert_close(state.memory, expected_state.memory, rtol=0, atol=bound)
+    assert torch.equal(state.inputs, expected_state.inputs)
+
+
+def test_a_16_bit_layer_keeps_its_inputs_exactly():
+    layer = QRNN(2, 3, kernel_size=3, dtype=torch.bfloat16)
+    x = torch.randn(2, 4, 2).bfloat16()
+    _, state = layer(x)
+    assert state.inputs.dtype == torch.float32
+    assert torch.equal(state.inputs, x[:, -2:].float())
+
+
+def test_it_has_the_paper_s_parameters():
+    assert sum(p.numel() for p in QRNN(4, 256, kernel_size=10).parameters()) == 3 * 256 * (10 * 4 + 1)
+    layer = QRNN(4, 8, forget_bias=2.0)
+    assert layer.kernel_size == 2
+    assert layer.bias.tolist() == [2.0] * 8 + [0.0] * 16
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("size", [0, -1, 2.0, None, True])
+def test_a_size_that_is_no_positive_int_raises(size):
+    with pytest.raises(ValueError, match=f"expected kernel_size to be an int of at least 1, got {size}"):
+        QRNN(4, 4, kernel_size=size)
+    with pytest.raises(ValueError, match="expected hidden_size to be an int of at least 1"):
+        QRNN(4, size)
+    with pytest.raises(ValueError, match="expected input_size to be an int of at least 1"):
+        QRNN(size, 4)
+
+
+@pytest.mark.bad_input
+def test_a_state_of_another_kernel_size_raises():
+    x = torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match=r"expected state.inputs of shape \(2, 1, 3\), got \(2, 3, 3\)"):
+        QRNN(3, 4)(x, QRNN(3, 4, kernel_size=4).initial_state(2))
