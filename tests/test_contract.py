@@ -1,7 +1,7 @@
 """Every layer exported from legato.layers keeps the one contract: parallel = chunked = streamed, and the rest of it.
 
 A new layer joins by being exported. Give a required constructor argument of a new name a value in ARGUMENTS, and add
-the options worth a run of their own to OPTIONS.
+the options worth a run of their own to OPTIONS. A layer made of layers joins by a function in MADE_OF_LAYERS.
 """
 
 import copy
@@ -12,8 +12,10 @@ import pickle
 import jaxtyping
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import legato.layers
+from legato.layers import GILR, LMU, Stack
 from legato.layers._base import RecurrentLayer
 
 ARGUMENTS = {"input_size": 3, "hidden_size": 4, "channels": 3, "order": 4, "theta": 6.0}
@@ -39,9 +41,17 @@ OPTIONS = {
     ],
     "SRU": [{"hidden_size": 3, "activation": "identity"}],
 }
-MADE_OF_LAYERS = {"Bidirectional", "Stack"}
 BATCH, STEPS, SPLIT = 3, 37, 20
 CONDITIONS = ["plain", "lengths", "resets", "lengths and resets"]
+
+
+def stack(input_size, hidden_size, order, theta, return_sequences=True):
+    upper = LMU(hidden_size, hidden_size, order=order, theta=theta, return_sequences=return_sequences)
+    return Stack(GILR(input_size, hidden_size), upper)
+
+
+# By class. A Bidirectional has no step, and its chunks are another thing: tests/layers/test_bidirectional.py.
+MADE_OF_LAYERS = {"Bidirectional": [], "Stack": [(stack, {}), (stack, {"return_sequences": False})]}
 
 
 def layer_classes() -> list[type[RecurrentLayer]]:
@@ -51,14 +61,15 @@ def layer_classes() -> list[type[RecurrentLayer]]:
 
 
 CASES = [(c, options) for c in layer_classes() for options in [{}, *OPTIONS.get(c.__name__, [])]]
+CASES += [case for cases in MADE_OF_LAYERS.values() for case in cases]
 NAMES = ["-".join([c.__name__, *(f"{k}={v}" for k, v in options.items())]) for c, options in CASES]
 every_layer = pytest.mark.parametrize("case", CASES, ids=NAMES)
 
 
 def build(case, dtype=torch.float64, seed=0, **changes) -> RecurrentLayer:
     layer_class, options = case
-    parameters = inspect.signature(layer_class.__init__).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+    parameters = inspect.signature(layer_class).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty]
     torch.manual_seed(seed)
     layer = layer_class(**{name: ARGUMENTS[name] for name in required} | options | changes).to(dtype)
     with torch.no_grad():
@@ -72,12 +83,8 @@ def inputs(layer, condition="plain", batch=BATCH, steps=STEPS, dtype=torch.float
     """x, a state that is not zero, lengths or None, reset or None."""
     torch.manual_seed(1)
     x = torch.randn(batch, steps, layer.input_size, dtype=dtype, requires_grad=True)
-    state = layer.State(
-        *(
-            torch.randn_like(s).mul_(0.5).requires_grad_()
-            for s in layer.initial_state(batch, dtype=layer._carry_dtype())
-        )
-    )
+    zeros = layer.initial_state(batch, dtype=layer._carry_dtype())
+    state = pytree.tree_map(lambda s: torch.randn_like(s).mul_(0.5).requires_grad_(), zeros)
     lengths = torch.tensor([0, SPLIT + 5, steps])[:batch] if "lengths" in condition else None
     reset = torch.rand(batch, steps) < 0.1 if "resets" in condition else None
     return x, state, lengths, reset
@@ -107,31 +114,35 @@ def in_single_steps(layer, x, state, lengths, reset):
     outputs = []
     for t in range(steps):
         if reset is not None:
-            drop = reset[:, t] & (t < lengths)
-            state = layer.State(*(torch.where(along(drop, s), 0, s) for s in state))
+            state = where(reset[:, t] & (t < lengths), pytree.tree_map(torch.zeros_like, state), state)
         output, new = layer.step(x[:, t], state)
-        state = layer.State(*(torch.where(along(t < lengths, n), n, s) for n, s in zip(new, state, strict=True)))
-        outputs.append(torch.where(along(t < lengths, output), output, 0))
+        state = where(t < lengths, new, state)
+        outputs.append(where(t < lengths, output, torch.zeros_like(output)))
     if layer.return_sequences:
         return torch.stack(outputs, dim=1), state
     last = torch.stack(outputs, dim=1)[torch.arange(len(x)), (lengths - 1).clamp(min=0)]
     return torch.where((lengths > 0)[:, None], last, 0), state
 
 
-def along(rows, like):
-    return rows.view(-1, *[1] * (like.ndim - 1))
+def where(rows, states, others):
+    """Row by row, in every tensor of a state."""
+    return pytree.tree_map(lambda a, b: torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b), states, others)
+
+
+def parts(name, state):
+    """The tensors of a state, each by its name: "final.memory", in a stack "final[0].memory"."""
+    return {name + pytree.keystr(path): part for path, part in pytree.tree_flatten_with_path(state)[0]}
 
 
 def results(layer, how, x, state, lengths=None, reset=None) -> dict[str, torch.Tensor]:
     """Output, final state, and the gradients of a weighted sum of both with respect to all that has one."""
     output, final = how(layer, x, state, lengths, reset)
     torch.manual_seed(2)
-    loss = sum((torch.randn(value.shape, dtype=value.dtype) * value).sum() for value in (output, *final))
-    sources = {"x": x, **{f"state.{k}": v for k, v in state._asdict().items()}, **dict(layer.named_parameters())}
+    loss = sum((torch.randn(value.shape, dtype=value.dtype) * value).sum() for value in flat((output, final)))
+    sources = {"x": x, **parts("state", state), **dict(layer.named_parameters())}
     sources = {name: tensor for name, tensor in sources.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
-    found = {"output": output, **{f"final {k}": v for k, v in final._asdict().items()}}
-    return found | {
+    return {"output": output, **parts("final", final)} | {
         f"gradient of {name}": torch.zeros_like(source) if g is None else g
         for (name, source), g in zip(sources.items(), gradients, strict=True)
     }
@@ -157,6 +168,7 @@ def unchecked():
 
 def test_some_layers_are_found():
     assert {c.__name__ for c in layer_classes()} >= {"LMU", "LegendreMemory", "RecurrentLMU"}
+    assert all(hasattr(legato.layers, name) for name in MADE_OF_LAYERS)
 
 
 @every_layer
@@ -174,7 +186,7 @@ def test_no_state_is_the_initial_state(case):
     x, _, lengths, reset = inputs(layer, "lengths and resets")
     zeros = layer.initial_state(BATCH)
     assert type(zeros) is layer.State
-    assert zeros._fields[0] == "memory"
+    assert next(iter(parts("state", zeros))).endswith(".memory")
     for options in ({}, {"lengths": lengths}, {"reset": reset}):
         found, expected = (flat(layer(x, state, **options)) for state in (None, zeros))
         assert_close(numbered(found), numbered(expected))
@@ -182,7 +194,7 @@ def test_no_state_is_the_initial_state(case):
 
 def flat(result):
     output, state = result
-    return [output, *state]
+    return [output, *pytree.tree_leaves(state)]
 
 
 def numbered(tensors):
@@ -194,8 +206,8 @@ def test_no_output_depends_on_what_comes_later(case):
     layer = build(case)
     x, state, _, _ = inputs(layer)
     lengths = torch.full((BATCH,), SPLIT)
-    output, final = layer(x, state, lengths=lengths)
-    gradient = torch.autograd.grad(output.sum() + sum(s.sum() for s in final), x)[0]
+    total = sum(value.sum() for value in flat(layer(x, state, lengths=lengths)))
+    (gradient,) = torch.autograd.grad(total, x)
     assert not gradient[:, SPLIT:].any()
     if layer.return_sequences:
         (gradient,) = torch.autograd.grad(layer(x, state)[0][:, :SPLIT].sum(), x)
@@ -210,7 +222,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(case):
     together = flat(layer(x, state, lengths=lengths, reset=reset))
     for row in range(BATCH):
         pick = slice(row, row + 1)
-        one = layer.State(*(s[pick] for s in state))
+        one = pytree.tree_map(lambda s, pick=pick: s[pick], state)
         alone = flat(layer(x[pick], one, lengths=lengths[pick], reset=reset[pick]))
         assert_close(numbered(alone), numbered(v[pick] for v in together))
 
@@ -229,14 +241,14 @@ def test_padding_changes_nothing_even_when_it_is_nan(case, start):
     assert not found["gradient of x"][padding].any()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    row = 1
-    steps = int(lengths[row])
-    short = [part[row : row + 1] for part in state]
-    output, final = layer(x[row : row + 1, :steps], layer.State(*short), reset=reset[row : row + 1, :steps])
-    padded = found["output"][row : row + 1, :steps] if layer.return_sequences else found["output"][row : row + 1]
-    assert_close(
-        {"output": padded, "final": found["final memory"][row : row + 1]}, {"output": output, "final": final[0]}
-    )
+    row = slice(1, 2)
+    steps = int(lengths[1])
+    output, final = layer(x[row, :steps], pytree.tree_map(lambda s: s[row], state), reset=reset[row, :steps])
+    short = {"output": output, **parts("final", final)}
+    padded = {name: found[name][row] for name in short}
+    if layer.return_sequences:
+        padded["output"] = padded["output"][:, :steps]
+    assert_close(padded, short)
 
 
 @every_layer
@@ -244,21 +256,22 @@ def test_gradients_are_those_of_finite_differences(case):
     layer = build(case)
     x, state, _, reset = inputs(layer, "resets", batch=2, steps=5)
     names = [name for name, _ in layer.named_parameters()]
+    given, form = pytree.tree_flatten(state)
 
     def run(x, *rest):
-        state, weights = layer.State(*rest[: len(layer.State._fields)]), rest[len(layer.State._fields) :]
-        weights = dict(zip(names, weights, strict=True))
+        state = pytree.tree_unflatten(rest[: len(given)], form)
+        weights = dict(zip(names, rest[len(given) :], strict=True))
         return tuple(flat(torch.func.functional_call(layer, weights, (x, state), {"reset": reset})))
 
     weights = [p.detach().clone().requires_grad_() for p in layer.parameters()]
-    assert torch.autograd.gradcheck(run, (x, *state, *weights), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (x, *given, *weights), fast_mode=True)
 
 
 @every_layer
 def test_loaded_weights_restore_the_layer(case):
     layer = build(case)
     changes = {}
-    if "theta" in inspect.signature(case[0].__init__).parameters:
+    if "theta" in inspect.signature(case[0]).parameters:
         changes["theta"] = [2.5] * len(case[1]["theta"]) if "theta" in case[1] else 2.5
     other = build(case, seed=5, **changes)
     x, state, _, _ = inputs(layer)
@@ -296,7 +309,7 @@ def test_float32_is_as_close_as_its_rounding(case):
     x, state, lengths, reset = inputs(layer, "lengths and resets")
     expected = flat(layer(x, state, lengths=lengths, reset=reset))
     layer.float()
-    single = layer.State(*(s.float() for s in state))
+    single = pytree.tree_map(torch.Tensor.float, state)
     found = flat(layer(x.float(), single, lengths=lengths, reset=reset))
     assert all(f.dtype == torch.float32 for f in found)
     assert_close(numbered(found), numbered(e.float() for e in expected))
@@ -307,19 +320,19 @@ def test_float32_is_as_close_as_its_rounding(case):
 def test_sixteen_bits_carry_the_state_in_float32(case, kind):
     layer = build(case, torch.float32)
     x = inputs(layer, dtype=torch.float32)[0].detach()
-    output, state = layer(x)
+    expected = flat(layer(x))
     if kind == "weights":
         layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-        found, found_state = layer(x, layer.initial_state(BATCH))
-        found_step, _ = layer.step(x[:, 0], found_state)
+        found, state = layer(x, layer.initial_state(BATCH))
+        found_step, _ = layer.step(x[:, 0], state)
     assert found.dtype == found_step.dtype
     assert found.dtype in ((torch.bfloat16,) if kind == "weights" else (torch.bfloat16, torch.float32))
     # Rounded to 16 bits: weights, input, encoded input, memory, output. Recurrent weights pass their rounding on.
     bound = 16 * torch.finfo(torch.bfloat16).eps
-    for a, b in zip([found, *found_state], [output, *state], strict=True):
+    for a, b in zip(flat((found, state)), expected, strict=True):
         assert (a.float() - b).norm() <= bound * b.norm()
-    for part in found_state:
+    for part in pytree.tree_leaves(state):
         assert part.dtype == torch.float32
     assert all(p.dtype.itemsize >= 4 for name, p in layer.state_dict().items() if "theta" in name)
 
@@ -330,17 +343,17 @@ def test_an_empty_batch_and_no_steps_are_fine(case):
     x, state, _, _ = inputs(layer)
     width = layer(x)[0].shape[2 if layer.return_sequences else 1 :]
     for batch, steps in ((0, STEPS), (BATCH, 0), (0, 0)):
-        some = layer.State(*(s[:batch] for s in state))
+        some = pytree.tree_map(lambda s, batch=batch: s[:batch], state)
         lengths = torch.zeros(batch, dtype=torch.int64)
         for options in ({}, {"lengths": lengths}, {"reset": torch.zeros(batch, steps, dtype=torch.bool)}):
             for given in (some, None):
                 output, final = layer(x[:batch, :steps], given, **options)
                 assert output.shape == ((batch, steps, *width) if layer.return_sequences else (batch, *width))
-                assert all(a.shape == b.shape for a, b in zip(final, some, strict=True))
+                pairs = list(zip(pytree.tree_leaves(final), pytree.tree_leaves(some), strict=True))
+                assert all(a.shape == b.shape for a, b in pairs)
                 if steps == 0 and given is not None:
-                    assert all(torch.equal(a, b) for a, b in zip(final, some, strict=True))
-    output, final = layer(x[:0], layer.State(*(s[:0] for s in state)))
-    (output.sum() + final.memory.sum()).backward()
+                    assert all(torch.equal(a, b) for a, b in pairs)
+    sum(value.sum() for value in flat(layer(x[:0], pytree.tree_map(lambda s: s[:0], state)))).backward()
     assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
 
 
@@ -350,8 +363,8 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
     x, state, _, _ = inputs(layer)
     x = x.detach()
 
-    def parts(change):
-        return layer.State(*(change(s) for s in state))
+    def changed(change):
+        return pytree.tree_map(change, state)
 
     lengths, reset = torch.full((BATCH,), STEPS), torch.zeros(BATCH, STEPS, dtype=torch.bool)
     wrong = [
@@ -360,13 +373,13 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
         ((x.float(),), {}, r"expected x in torch.float64.*got torch.float32: convert"),
         ((x.to("meta"),), {}, r"expected x on cpu.*got meta: move"),
         ((x.numpy(),), {}, "expected x to be a tensor, got ndarray: wrap it"),
-        ((x, parts(lambda s: None)), {}, "expected state.memory to be a tensor, got NoneType"),
+        ((x, changed(lambda s: None)), {}, "expected state.memory to be a tensor, got NoneType"),
         ((x,), {"lengths": lengths.tolist()}, "expected lengths to be a tensor, got list"),
         ((x,), {"reset": reset.tolist()}, "expected reset to be a tensor, got list"),
-        ((x, tuple(state)), {}, f"expected a {layer.State.__name__}, got tuple: use initial_state"),
-        ((x, parts(lambda s: s[:-1])), {}, r"expected state.memory of shape \(3, .*use a state of this layer"),
-        ((x, parts(lambda s: s[..., :-1])), {}, r"expected state.memory of shape \(3, "),
-        ((x, parts(lambda s: s.float())), {}, r"expected state.memory in torch.float64.*convert it"),
+        ((x, (state,)), {}, f"expected a {layer.State.__name__}.*, got (tuple|1 states): use initial_state"),
+        ((x, changed(lambda s: s[:-1])), {}, r"expected state.memory of shape \(3, .*use a state of this layer"),
+        ((x, changed(lambda s: s[..., :-1])), {}, r"expected state.memory of shape \(3, "),
+        ((x, changed(lambda s: s.float())), {}, r"expected state.memory in torch.float64.*convert it"),
         ((x,), {"lengths": lengths[:-1]}, r"expected lengths of shape \(3,\).*give the number of steps"),
         ((x,), {"lengths": lengths.double()}, "expected lengths of shape .* integer dtype, got .* torch.float64"),
         ((x,), {"lengths": lengths + 1}, "expected lengths from 0 to T = 37, got 38 to 38"),
@@ -385,9 +398,7 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
-@pytest.mark.parametrize(
-    "case", [(c, {}) for c in layer_classes()] + [(legato.layers.LMU, {"return_sequences": False})]
-)
+@pytest.mark.parametrize("case", [(c, {}) for c in layer_classes()] + [(LMU, {"return_sequences": False}), (stack, {})])
 def test_a_compiled_layer_equals_the_layer(case, condition):
     """Static shapes where nothing is special, dynamic ones where something is: each graph takes seconds to trace."""
     torch._dynamo.reset()

@@ -126,7 +126,7 @@ class Stack(RecurrentLayer):
         """The next output of a stream and the states after it."""
         if self.bidirectional:
             refuse_to_step(self)
-        self._check_state(state, x_t.shape[0])
+        self._check_state(state)
         states = []
         for number, (layer, old) in enumerate(zip(self.layers, state, strict=True)):
             if number:
@@ -150,11 +150,11 @@ class Stack(RecurrentLayer):
     def _states(self, state: Any) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.layers)
-        self._check_state(state, 0)
+        self._check_state(state)
         return state
 
-    def _check_state(self, state: Any, batch: int) -> None:
-        """The tuple; each layer checks its own state."""
+    def _check_state(self, state: Any, batch: int | None = None) -> None:
+        """The tuple alone: each layer checks its own state, against its own batch."""
         if type(state) is not tuple or len(state) != len(self.layers):
             got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
             raise ValueError(
