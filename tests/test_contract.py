@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import legato.layers
-from legato.layers import GILR, LMU, Stack
+from legato.layers import GILR, LMU, Bidirectional, Stack
 from legato.layers._base import RecurrentLayer
 
 ARGUMENTS = {"input_size": 3, "hidden_size": 4, "channels": 3, "order": 4, "theta": 6.0}
@@ -50,8 +50,15 @@ def stack(input_size, hidden_size, order, theta, return_sequences=True):
     return Stack(GILR(input_size, hidden_size), upper)
 
 
-# By class. A Bidirectional has no step, and its chunks are another thing: tests/layers/test_bidirectional.py.
-MADE_OF_LAYERS = {"Bidirectional": [], "Stack": [(stack, {}), (stack, {"return_sequences": False})]}
+def bidirectional(input_size, hidden_size, order, theta, return_sequences=True):
+    options = {"order": order, "theta": theta, "return_sequences": return_sequences}
+    return Bidirectional(LMU(input_size, hidden_size, **options), LMU(input_size, 5, **options))
+
+
+MADE_OF_LAYERS = {
+    "Bidirectional": [(bidirectional, {}), (bidirectional, {"return_sequences": False})],
+    "Stack": [(stack, {}), (stack, {"return_sequences": False})],
+}
 
 
 def layer_classes() -> list[type[RecurrentLayer]]:
@@ -64,6 +71,10 @@ CASES = [(c, options) for c in layer_classes() for options in [{}, *OPTIONS.get(
 CASES += [case for cases in MADE_OF_LAYERS.values() for case in cases]
 NAMES = ["-".join([c.__name__, *(f"{k}={v}" for k, v in options.items())]) for c, options in CASES]
 every_layer = pytest.mark.parametrize("case", CASES, ids=NAMES)
+# A bidirectional layer has no step, and its chunks are another thing: tests/layers/test_bidirectional.py.
+every_streaming_layer = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=name) for c, name in zip(CASES, NAMES, strict=True) if c[0] is not bidirectional]
+)
 
 
 def build(case, dtype=torch.float64, seed=0, **changes) -> RecurrentLayer:
@@ -171,7 +182,7 @@ def test_some_layers_are_found():
     assert all(hasattr(legato.layers, name) for name in MADE_OF_LAYERS)
 
 
-@every_layer
+@every_streaming_layer
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("how", [in_two_chunks, in_single_steps])
 def test_chunks_and_steps_equal_one_pass(case, how, condition):
@@ -201,7 +212,7 @@ def numbered(tensors):
     return {str(i): tensor for i, tensor in enumerate(tensors)}
 
 
-@every_layer
+@every_streaming_layer
 def test_no_output_depends_on_what_comes_later(case):
     layer = build(case)
     x, state, _, _ = inputs(layer)
@@ -325,7 +336,7 @@ def test_sixteen_bits_carry_the_state_in_float32(case, kind):
         layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         found, state = layer(x, layer.initial_state(BATCH))
-        found_step, _ = layer.step(x[:, 0], state)
+        found_step = found if layer.bidirectional else layer.step(x[:, 0], state)[0]
     assert found.dtype == found_step.dtype
     assert found.dtype in ((torch.bfloat16,) if kind == "weights" else (torch.bfloat16, torch.float32))
     # Rounded to 16 bits: weights, input, encoded input, memory, output. Recurrent weights pass their rounding on.
@@ -390,6 +401,8 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
     for arguments, options, message in wrong:
         with pytest.raises(ValueError, match=message):
             layer(*arguments, **options)
+    if layer.bidirectional:
+        return
     with pytest.raises(ValueError, match=r"expected x_t of shape \(B, input_size\)"):
         layer.step(x, state)
     with pytest.raises(ValueError, match=r"expected a .*use initial_state"):

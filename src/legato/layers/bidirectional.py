@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers._base import RecurrentLayer, zero_padding
 
 
 class BidirectionalState(NamedTuple):
@@ -87,12 +87,9 @@ class Bidirectional(RecurrentLayer):
         self._check_arguments(x, state, lengths, reset)
         before, after = (None, None) if state is None else state
         forward, before = self.forward_layer(x, before, lengths=lengths, reset=reset)
-        backward, after = self.backward_layer(
-            _reversed(x, lengths),
-            after,
-            lengths=lengths,
-            reset=None if reset is None else _reversed(_until_next(reset), lengths),
-        )
+        if reset is not None:
+            reset = _reversed(_until_next(reset, lengths), lengths)
+        backward, after = self.backward_layer(_reversed(x, lengths), after, lengths=lengths, reset=reset)
         if self.return_sequences:
             backward = _reversed(backward, lengths)
         return torch.cat([forward, backward], dim=-1), BidirectionalState(before, after)
@@ -137,6 +134,8 @@ def _reversed(x: Shaped[Tensor, "B T *channels"], lengths: Tensor | None) -> Sha
     return x[torch.arange(x.shape[0], device=x.device)[:, None], t]
 
 
-def _until_next(reset: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+def _until_next(reset: Bool[Tensor, "B T"], lengths: Tensor | None) -> Bool[Tensor, "B T"]:
     """reset_{t+1} in the place of reset_t: backwards, the state is dropped before step t where t + 1 starts anew."""
+    if lengths is not None:
+        reset = zero_padding(reset, lengths)  # where a row ends, a state enters that no reset in the padding may drop
     return torch.cat([reset[:, 1:], torch.zeros_like(reset[:, :1])], dim=1)
