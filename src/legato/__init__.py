@@ -9,8 +9,11 @@ from legato.layers import (
     SRU,
     Bidirectional,
     LegendreMemory,
+    MinGRU,
+    MinLSTM,
     RecurrentLMU,
     Stack,
+    StronglyTypedRNN,
     spread_time_scales,
 )
 from legato.legendre import delay_network, window_decoder
@@ -25,8 +28,11 @@ __all__ = [
     "SRU",
     "Bidirectional",
     "LegendreMemory",
+    "MinGRU",
+    "MinLSTM",
     "RecurrentLMU",
     "Stack",
+    "StronglyTypedRNN",
     "delay_network",
     "explain",
     "linear_recurrence",

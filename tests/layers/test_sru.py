@@ -6,7 +6,6 @@ import torch
 from legato import SRU, spread_time_scales
 
 EPS = torch.finfo(torch.float64).eps
-STEPS = 25
 
 
 def equations(layer, x, c):
@@ -23,25 +22,9 @@ def equations(layer, x, c):
     return torch.stack(outputs, dim=1), c
 
 
-def with_gradients(output, memory, sources):
-    torch.manual_seed(1)
-    loss = (torch.randn_like(output) * output).sum() + (torch.randn_like(memory) * memory).sum()
-    return [output, memory, *torch.autograd.grad(loss, sources)]
-
-
 @pytest.mark.parametrize(("input_size", "activation"), [(5, "tanh"), (3, "tanh"), (5, "identity")])
-def test_values_and_gradients_are_those_of_the_equations(input_size, activation):
-    hidden_size = 5
-    layer = SRU(input_size, hidden_size, activation=activation, dtype=torch.float64)
-    torch.nn.init.normal_(layer.bias)
-    x = torch.randn(2, STEPS, input_size, dtype=torch.float64, requires_grad=True)
-    c = torch.randn(2, hidden_size, dtype=torch.float64, requires_grad=True)
-    sources = [x, c, *layer.parameters()]
-    output, state = layer(x, layer.State(c))
-    found = with_gradients(output, state.memory, sources)
-    for a, b in zip(found, with_gradients(*equations(layer, x, c), sources), strict=True):
-        # Each value is a sum of at most 16 products a step.
-        assert torch.allclose(a, b, rtol=0, atol=16 * STEPS * EPS * max(1.0, b.abs().max().item()))
+def test_values_and_gradients_are_those_of_the_equations(input_size, activation, agree):
+    agree(SRU(input_size, 5, activation=activation, dtype=torch.float64), equations)
 
 
 def test_it_has_the_paper_s_parameters_and_a_projection_only_where_the_sizes_differ():

@@ -4,10 +4,12 @@ from legato.layers.bidirectional import Bidirectional
 from legato.layers.gilr import GILR, GILRLSTM
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
+from legato.layers.min_rnn import MinGRU, MinLSTM
 from legato.layers.qrnn import QRNN
 from legato.layers.recurrent_lmu import RecurrentLMU
 from legato.layers.sru import SRU
 from legato.layers.stack import Stack
+from legato.layers.strongly_typed import StronglyTypedRNN
 from legato.layers.time_scales import spread_time_scales
 
 __all__ = [
@@ -18,7 +20,10 @@ __all__ = [
     "SRU",
     "Bidirectional",
     "LegendreMemory",
+    "MinGRU",
+    "MinLSTM",
     "RecurrentLMU",
     "Stack",
+    "StronglyTypedRNN",
     "spread_time_scales",
 ]

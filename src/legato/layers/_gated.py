@@ -30,7 +30,7 @@ class GatedLayer(RecurrentLayer):
     Args:
         input_size, hidden_size, device, dtype: as of every layer.
         blocks: how many blocks of ``hidden_size`` rows the weight has.
-        biases: the values at first of the biases of the first blocks; the blocks after them have none.
+        biases: at first, of as many blocks from the top; the blocks after them have none.
         taps: how many inputs the gates see at each step.
     """
 
@@ -58,11 +58,16 @@ class GatedLayer(RecurrentLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew, uniformly with variance 1 / columns, and set the biases to their first values."""
-        bound = (3 / self.weight.shape[1]) ** 0.5
-        nn.init.uniform_(self.weight, -bound, bound)
+        """Draw the weights anew and set the biases to their first values."""
+        for block in self.weight.split(self.hidden_size):
+            self._draw(block)
         for bias, value in zip(self.bias.split(self.hidden_size), self.biases, strict=True):
             bias.fill_(value)
+
+    def _draw(self, block: Tensor) -> None:
+        """A block of the weight at first: uniform, of variance 1 / columns."""
+        bound = (3 / block.shape[1]) ** 0.5
+        nn.init.uniform_(block, -bound, bound)
 
     def _state_shapes(self) -> Any:
         return GatedState((self.hidden_size,))  # pyright: ignore[reportArgumentType]

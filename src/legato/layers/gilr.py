@@ -9,16 +9,11 @@ from torch import nn
 
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato.layers._gated import GatedLayer
 from legato.ops.gated import gated_recurrence
 
 
-class GILRState(NamedTuple):
-    """h_t, in float32 or wider."""
-
-    memory: Float[Tensor, "B H"]
-
-
-class GILR(RecurrentLayer):
+class GILR(GatedLayer):
     """g_t = sigmoid(U x_t + b_g); i_t = tanh(V x_t + b_z); h_t = g_t h_{t-1} + (1 - g_t) i_t.
 
     A gated unit whose gates see the input alone, so that its state is linear in time: each unit is a running average of
@@ -43,7 +38,7 @@ class GILR(RecurrentLayer):
     Source: Martin & Cundy 2018, (7); the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
     """
 
-    State = GILRState
+    squash = True
 
     def __init__(
         self,
@@ -54,35 +49,11 @@ class GILR(RecurrentLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(input_size)
-        self.hidden_size = positive_int(hidden_size, "hidden_size")
-        self.forget_bias = forget_bias
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(2 * hidden_size, input_size, **where))
-        self.bias = nn.Parameter(torch.empty(2 * hidden_size, **where))
-        self.reset_parameters()
+        biases = (forget_bias, 0.0)
+        super().__init__(input_size, hidden_size, blocks=2, biases=biases, device=device, dtype=dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above."""
-        for matrix in self.weight.chunk(2):
-            nn.init.xavier_uniform_(matrix)
-        self.bias.zero_()
-        self.bias[: self.hidden_size] = self.forget_bias
-
-    def _state_shapes(self) -> GILRState:
-        return GILRState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
-
-    def _sequence(self, x, state, lengths, reset):
-        states, final = self.states(F.linear(x, self.weight, self.bias), state, lengths, reset)
-        return states.to(x.dtype), final
-
-    def states(self, z, state, lengths, reset):
-        """h_t in the carry's precision and the final state, from the products z = (U x + b_g, V x + b_z)."""
-        forget, candidate = z.chunk(2, dim=-1)
-        initial = None if state is None else state.memory
-        states, final = gated_recurrence(forget, candidate, None, initial, squash=True, reset=reset)
-        return states, GILRState(at_length(states, initial, final, lengths))
+    def _draw(self, block):
+        nn.init.xavier_uniform_(block)
 
 
 class GILRLSTMState(NamedTuple):

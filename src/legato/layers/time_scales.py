@@ -1,5 +1,7 @@
 """Gate biases for long memories: time scales spread over a range of steps."""
 
+import math
+
 import torch
 
 from legato._shapes import Float, Tensor
@@ -34,9 +36,7 @@ def spread_time_scales(
     """
     if not 0 < shortest <= longest < float("inf"):
         raise ValueError(f"expected time scales with 0 < shortest <= longest, got {shortest} and {longest} steps")
-    taus = torch.logspace(
-        torch.tensor(shortest).log10().item(), torch.tensor(longest).log10().item(), bias.numel(), dtype=torch.float64
-    )
+    taus = torch.logspace(math.log10(shortest), math.log10(longest), bias.numel(), dtype=torch.float64)
     if shuffle:
         taus = taus[torch.randperm(len(taus))]
     # f / (1 - f) = 1 / (exp(1 / tau) - 1), with all digits where f is close to one.

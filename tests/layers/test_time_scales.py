@@ -1,0 +1,59 @@
+"""Biases that give forget gates their time scales."""
+
+import math
+
+import pytest
+import torch
+
+from legato import spread_time_scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shortest", "longest"), [(1.0, 100.0), (0.01, 0.1), (1e3, 1e6), (7.0, 7.0)])
+def test_the_decay_of_unit_i_is_exp_of_minus_one_over_tau_i(shortest, longest, dtype):
+    """A bias b is right to eps |b|; -log sigmoid(b), which is 1 / tau, is then right to eps |b| of itself or of one."""
+    bias = spread_time_scales(torch.empty(13, dtype=dtype), shortest, longest)
+    assert bias.dtype == dtype
+    taus = [shortest * (longest / shortest) ** (i / 12) for i in range(13)]
+    rates = -torch.nn.functional.logsigmoid(bias.double())
+    roundings = 16 * torch.finfo(dtype).eps * bias.abs().max().clamp(min=1).item()
+    torch.testing.assert_close(rates.reciprocal(), torch.tensor(taus, dtype=torch.float64), rtol=roundings, atol=0)
+
+
+def test_a_time_scale_of_a_million_steps_keeps_its_digits_in_float32():
+    """Its decay, 0.999999, has one digit of float32 left; its bias, 13.8, has all."""
+    (bias,) = spread_time_scales(torch.empty(1), 1e6, 1e6)
+    expected = -math.log(math.expm1(1e-6))
+    assert abs(bias.item() - expected) <= torch.finfo(torch.float32).eps * expected
+    rate = (-bias).sigmoid().item()  # 1 - f, as the layers form it
+    assert abs(rate / -math.expm1(-1e-6) - 1) <= 2 * expected * torch.finfo(torch.float32).eps
+
+
+def test_scales_rise_from_the_shortest_to_the_longest_unless_shuffled():
+    taus = spread_time_scales(torch.empty(50), 2.0, 2000.0)
+    assert (taus.diff() > 0).all()
+    shuffled = spread_time_scales(torch.empty(50), 2.0, 2000.0, shuffle=True)
+    assert not torch.equal(shuffled, taus)
+    assert torch.equal(shuffled.sort().values, taus)
+
+
+def test_a_view_of_a_parameter_is_changed_in_place():
+    bias = torch.nn.Parameter(torch.zeros(6))
+    given = bias[:3]
+    assert spread_time_scales(given, 1.0, 10.0) is given
+    assert bias[:3].all()
+    assert not bias[3:].any()
+    assert bias.requires_grad
+
+
+def test_no_units_are_fine():
+    assert spread_time_scales(torch.empty(0), 1.0, 10.0).shape == (0,)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("shortest", "longest"), [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan, 1.0), (1.0, math.nan)]
+)
+def test_a_range_that_is_none_raises(shortest, longest):
+    with pytest.raises(ValueError, match="expected time scales with 0 < shortest <= longest, got"):
+        spread_time_scales(torch.empty(3), shortest, longest)
