@@ -66,6 +66,16 @@ def draw_curves(log: Path, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_recall(delays: Tensor, curves: dict[str, Tensor], path: Path) -> None:
+    """Mean squared error of what a memory recalls against the delay, a curve for each of several signals."""
+    figure, (axis,) = _figure(1)
+    for number, (name, errors) in enumerate(curves.items()):
+        axis.plot(delays, errors, color=_OURS, alpha=1 - 0.8 * number / len(curves), label=name)
+    axis.set(xlabel="delay in steps", ylabel="mean squared error", yscale="log")
+    axis.legend(frameon=False, loc="center")
+    _save(figure, path)
+
+
 def _draw_window(axis: Any, layer: LMU, wave: Tensor, state: Any) -> None:
     """The last theta inputs, and the same read from the memory alone."""
     theta = float(layer.memory.window())

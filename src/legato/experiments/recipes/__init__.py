@@ -8,7 +8,7 @@ from typing import Any
 
 from ..task import Paper, Task
 
-_MODULES = {"mackey-glass": "mackey_glass", "psmnist": "psmnist"}
+_MODULES = {"capacity": "capacity", "mackey-glass": "mackey_glass", "psmnist": "psmnist"}
 
 
 @dataclass
