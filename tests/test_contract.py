@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import legato.layers
-from legato.layers import GILR, LMU, Bidirectional, Stack
+from legato.layers import GILR, LMU, Bidirectional, LinearSurrogate, Stack
 from legato.layers._base import RecurrentLayer
 
 ARGUMENTS = {"input_size": 3, "hidden_size": 4, "channels": 3, "order": 4, "theta": 6.0}
@@ -55,8 +55,14 @@ def bidirectional(input_size, hidden_size, order, theta, return_sequences=True):
     return Bidirectional(LMU(input_size, hidden_size, **options), LMU(input_size, 5, **options))
 
 
+def linear_surrogate(input_size, hidden_size, cell="LSTMCell", surrogate="GILR"):
+    layer = getattr(legato.layers, surrogate)(input_size, hidden_size)
+    return LinearSurrogate(getattr(torch.nn, cell)(input_size, hidden_size), layer)
+
+
 MADE_OF_LAYERS = {
     "Bidirectional": [(bidirectional, {}), (bidirectional, {"return_sequences": False})],
+    "LinearSurrogate": [(linear_surrogate, {}), (linear_surrogate, {"cell": "GRUCell", "surrogate": "QRNN"})],
     "Stack": [(stack, {}), (stack, {"return_sequences": False})],
 }
 
@@ -411,7 +417,10 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
-@pytest.mark.parametrize("case", [(c, {}) for c in layer_classes()] + [(LMU, {"return_sequences": False}), (stack, {})])
+@pytest.mark.parametrize(
+    "case",
+    [(c, {}) for c in layer_classes()] + [(LMU, {"return_sequences": False}), (stack, {}), (linear_surrogate, {})],
+)
 def test_a_compiled_layer_equals_the_layer(case, condition):
     """Static shapes where nothing is special, dynamic ones where something is: each graph takes seconds to trace."""
     torch._dynamo.reset()

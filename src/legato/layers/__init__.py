@@ -10,6 +10,7 @@ from legato.layers.recurrent_lmu import RecurrentLMU
 from legato.layers.sru import SRU
 from legato.layers.stack import Stack
 from legato.layers.strongly_typed import StronglyTypedRNN
+from legato.layers.surrogate import LinearSurrogate
 from legato.layers.time_scales import spread_time_scales
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SRU",
     "Bidirectional",
     "LegendreMemory",
+    "LinearSurrogate",
     "MinGRU",
     "MinLSTM",
     "RecurrentLMU",

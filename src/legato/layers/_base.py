@@ -183,24 +183,29 @@ class RecurrentLayer(nn.Module):
             raise ValueError(f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to()")
 
     def _check_state(self, state: Any, batch: int) -> None:
+        self._check_state_type(state)
+        for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
+            self._check_state_tensor(f"state.{name}", tensor, (batch, *shape))
+
+    def _check_state_type(self, state: Any) -> None:
         if type(state) is not self.State:
             raise ValueError(
                 f"expected a {self.State.__name__}, got {type(state).__name__}: "
                 f"use initial_state() or what this {type(self).__name__} returned"
             )
+
+    def _check_state_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        _check_tensor(name, tensor)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"expected {name} of shape {shape}, got {tuple(tensor.shape)}: "
+                "use a state of this layer and of this batch, such as initial_state(batch_size)"
+            )
         dtype, device = self._carry_dtype(), self._weight().device
-        for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
-            _check_tensor(f"state.{name}", tensor)
-            if tuple(tensor.shape) != (batch, *shape):
-                raise ValueError(
-                    f"expected state.{name} of shape {(batch, *shape)}, got {tuple(tensor.shape)}: "
-                    "use a state of this layer and of this batch, such as initial_state(batch_size)"
-                )
-            if tensor.dtype != dtype or tensor.device != device:
-                raise ValueError(
-                    f"expected state.{name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: "
-                    "convert it with .to()"
-                )
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"expected {name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: convert it with .to()"
+            )
 
 
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
@@ -222,6 +227,15 @@ def at_length(
     picked = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
     some = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
     return torch.where(some, picked, 0 if initial is None else initial)
+
+
+def one_step_later(
+    states: Shaped[Tensor, "B T C"], initial: Shaped[Tensor, "B C"] | None, reset: Bool[Tensor, "B T"] | None
+) -> Shaped[Tensor, "B T C"]:
+    """s_{t-1} in the place of s_t; ``initial`` (None: zeros) before the first, zero where the state is dropped."""
+    first = torch.zeros_like(states[:, :1]) if initial is None else initial[:, None]
+    before = torch.cat([first, states[:, :-1]], dim=1) if states.shape[1] else states
+    return before if reset is None else before.masked_fill(reset[..., None], 0)
 
 
 def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:

@@ -106,11 +106,7 @@ class Bidirectional(RecurrentLayer):
         return BidirectionalState(*(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in layers))
 
     def _check_state(self, state: Any, batch: int) -> None:
-        if type(state) is not BidirectionalState:
-            raise ValueError(
-                f"expected a BidirectionalState, got {type(state).__name__}: "
-                "use initial_state() or what this Bidirectional returned"
-            )
+        self._check_state_type(state)  # the layers check their own
 
     def _weight(self) -> Tensor:
         return self.forward_layer._weight()

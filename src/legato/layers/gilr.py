@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato.layers._base import RecurrentLayer, activation_function, at_length, one_step_later, positive_int
 from legato.layers._gated import GatedLayer
 from legato.ops.gated import gated_recurrence
 
@@ -144,7 +144,7 @@ class GILRLSTM(RecurrentLayer):
         cell, surrogate = (None, None) if state is None else state
         hold, candidate, of_x = products.split((n, n, 4 * n), dim=-1)
         means, last = gated_recurrence(hold, candidate, None, surrogate, squash=True, reset=reset)  # h~_t
-        before = _one_step_later(means, surrogate, reset).to(products.dtype)
+        before = one_step_later(means, surrogate, reset).to(products.dtype)
         gates = torch.addmm(of_x.flatten(0, 1), before.flatten(0, 1), self.weight_surrogate.mT)
         f, i, o, z = gates.unflatten(0, products.shape[:2]).chunk(4, dim=-1)
         states, final = gated_recurrence(f, z, i, cell, squash=True, reset=reset)  # c_t
@@ -153,10 +153,3 @@ class GILRLSTM(RecurrentLayer):
         return output, GILRLSTMState(
             at_length(states, cell, final, lengths), at_length(means, surrogate, last, lengths)
         )
-
-
-def _one_step_later(states: Tensor, initial: Tensor | None, reset: Tensor | None) -> Tensor:
-    """h~_{t-1} in the place of h~_t, and zero where the state was dropped."""
-    first = torch.zeros_like(states[:, :1]) if initial is None else initial[:, None]
-    before = torch.cat([first, states[:, :-1]], dim=1) if states.shape[1] else states
-    return before if reset is None else before.masked_fill(reset[..., None], 0)

@@ -1,0 +1,197 @@
+"""The linear surrogate RNN: any one-step cell, fed by a layer that is linear in time, and so parallel over time."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.rnn import RNNCellBase
+
+from legato._shapes import Bool, Float, Int, Tensor
+from legato.layers._base import RecurrentLayer, at_length, one_step_later, zero_padding
+from legato.ops.gated import gated_recurrence
+
+
+class LinearSurrogateState(NamedTuple):
+    """The surrogate layer's own state, and its output s~_t in float32 or wider."""
+
+    memory: Any
+    surrogate: Float[Tensor, "B H"]
+
+
+class LinearSurrogateLSTMState(NamedTuple):
+    """The same over an LSTM cell, whose own c_t comes last."""
+
+    memory: Any
+    surrogate: Float[Tensor, "B H"]
+    cell: Float[Tensor, "B H"]
+
+
+class LinearSurrogate(RecurrentLayer):
+    """s_t = f(s~_{t-1}, x_t), s~ = surrogate(x): the cell f at all steps at once.
+
+    A recurrent network s_t = f(s_{t-1}, x_t) uses s_{t-1} twice, as the input of f and as its own output. Only the
+    first makes it sequential, and only the first is replaced here: by s~, which a layer linear in time computes from x
+    in parallel. An LSTM cell keeps its cell state, which is linear in time already:
+
+        i, f, z, o from (x_t, s~_{t-1}) by the cell's weights;  c_t = f_t c_{t-1} + i_t z_t;  s_t = o_t tanh(c_t)
+
+    Over ``nn.LSTMCell`` and ``GILR`` it is ``GILRLSTM(activation="tanh")``, with the products of x in two places. The
+    framework's other examples have layers of their own here: in ``QRNN`` s~ is a convolution of the last inputs, in
+    ``StronglyTypedRNN`` it is the input itself.
+
+    Args:
+        cell: f: an ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``, or a function or module of your own,
+            f(s_{t-1}, x_t) -> s_t, which works on rows: (rows, H), (rows, input_size) -> (rows, H).
+        surrogate: the layer of s~, as wide as the cell: ``GILR``, ``SRU``, ``QRNN``, ... or a ``Stack`` of them. Any
+            layer that does not look ahead will do; one that is linear in time makes this parallel.
+
+    Shapes: input (B, T, input_size), output (B, T, H) with H = surrogate.output_size; state.memory is the surrogate's
+    state, state.surrogate s~_t and, of an LSTM cell, state.cell c_t (B, H).
+
+    Raises:
+        ValueError: cell and surrogate do not fit together; in the first call, where f does not give the shape of s~.
+
+    Example:
+        >>> from legato import SRU
+        >>> layer = LinearSurrogate(nn.GRUCell(4, 32), SRU(4, 32))
+        >>> output, state = layer(torch.randn(2, 100, 4))
+        >>> output.shape, state.surrogate.shape
+        (torch.Size([2, 100, 32]), torch.Size([2, 32]))
+
+    Source: Martin & Cundy 2018, section 3. Weights start as the cell and the surrogate have them.
+    """
+
+    def __init__(self, cell: Callable[..., Tensor] | RNNCellBase, surrogate: RecurrentLayer):
+        _check_surrogate(surrogate)
+        _check_cell(cell, surrogate)
+        super().__init__(surrogate.input_size)
+        self.State = LinearSurrogateLSTMState if isinstance(cell, nn.LSTMCell) else LinearSurrogateState
+        self.hidden_size = surrogate.output_size  # pyright: ignore[reportAttributeAccessIssue]
+        self.cell = cell
+        self.surrogate = surrogate
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """s_t of all steps and the state after the last; the arguments are those of every layer."""
+        self._check_arguments(x, state, lengths, reset)
+        state = self.initial_state(len(x)) if state is None else state
+        memory, start = state[:2]
+        s, memory = self.surrogate(x, memory, lengths=lengths, reset=reset)  # s~_t, (B, T, H)
+        if lengths is not None:
+            lengths = lengths.to(x.device)
+            x = zero_padding(x, lengths)
+        last = at_length(s, start, s[:, -1].to(start.dtype) if s.shape[1] else start, lengths)
+        before = one_step_later(s, start, reset).to(x.dtype)
+        if isinstance(self.cell, nn.LSTMCell):
+            output, states, final = _lstm(self.cell, x, before, state.cell, reset)
+            state = self.State(memory, last, at_length(states, state.cell, final, lengths))
+        else:
+            output = self._rows(before.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            state = self.State(memory, last)
+        output = output.to(x.dtype)
+        return output if lengths is None else zero_padding(output, lengths), state
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """Zeros for the surrogate, s~ and, of an LSTM cell, c."""
+        where: dict[str, Any] = {"device": device or self._weight().device, "dtype": dtype or self._carry_dtype()}
+        memory = self.surrogate.initial_state(batch_size, device=device, dtype=dtype)
+        own = self.State._fields[1:]
+        return self.State(memory, *(torch.zeros(batch_size, self.hidden_size, **where) for _ in own))
+
+    def _step(self, x_t, state):
+        output, state = self(x_t[:, None], state)
+        return output[:, 0], state
+
+    def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
+        """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
+        s = self.cell(x, before) if isinstance(self.cell, RNNCellBase) else self.cell(before, x)
+        got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+        if not isinstance(s, Tensor) or s.shape != before.shape:
+            raise ValueError(
+                f"expected the cell to give s_t as a tensor of shape {tuple(before.shape)}, that of s_{{t-1}} from the "
+                f"surrogate, got {got}: make the surrogate as wide as the cell, and return s_t alone"
+            )
+        return s
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        self._check_state_type(state)
+        self.surrogate._check_state(state.memory, batch)
+        for name, tensor in zip(state._fields[1:], state[1:], strict=True):
+            self._check_state_tensor(f"state.{name}", tensor, (batch, self.hidden_size))
+
+    def _weight(self) -> Tensor:
+        return self.surrogate._weight()
+
+
+def _lstm(
+    cell: nn.LSTMCell,
+    x: Float[Tensor, "B T C"],
+    before: Float[Tensor, "B T H"],
+    c: Float[Tensor, "B H"],
+    reset: Bool[Tensor, "B T"] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h_t and c_t of an LSTM cell that reads ``before`` in place of h_{t-1}, and the last c_t."""
+    bias = cell.bias_ih + cell.bias_hh if cell.bias else None
+    of_x = F.linear(x, cell.weight_ih, bias)
+    gates = torch.addmm(of_x.flatten(0, 1), before.flatten(0, 1), cell.weight_hh.mT)
+    i, f, z, o = gates.unflatten(0, x.shape[:2]).chunk(4, dim=-1)
+    states, final = gated_recurrence(f, z, i, c, squash=True, reset=reset)
+    return o.sigmoid() * states.tanh(), states, final
+
+
+def _check_surrogate(surrogate: RecurrentLayer) -> None:
+    name = type(surrogate).__name__
+    if not isinstance(surrogate, RecurrentLayer):
+        raise ValueError(f"expected surrogate to be a RecurrentLayer, got {name}: give a layer such as GILR(4, 256)")
+    if surrogate.bidirectional:
+        raise ValueError(
+            f"expected a surrogate that reads forward only, got a bidirectional {name}: s_{{t-1}} knows no later step"
+        )
+    if not surrogate.return_sequences:
+        raise ValueError(
+            f"expected a surrogate that gives every s_t, got a {name} that returns its last output only: build it with "
+            "return_sequences=True"
+        )
+    size = getattr(surrogate, "output_size", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"expected a surrogate with (B, T, channels) outputs, got a {name} whose output_size is {size}"
+        )
+
+
+def _check_cell(cell: Any, surrogate: RecurrentLayer) -> None:
+    name = type(cell).__name__
+    if inspect.isclass(cell) or isinstance(cell, nn.RNNBase | RecurrentLayer) or not callable(cell):
+        got = f"the class {cell.__name__}" if inspect.isclass(cell) else name
+        raise ValueError(
+            f"expected cell to be one step, got {got}: give a cell such as nn.GRUCell(4, 256), or a function "
+            "f(s_{t-1}, x_t)"
+        )
+    if not isinstance(cell, RNNCellBase):
+        return
+    if isinstance(cell, nn.LSTMCell) and type(cell).forward is not nn.LSTMCell.forward:
+        raise ValueError(
+            f"expected an nn.LSTMCell as it is, got a {name} with a forward of its own, which would not be called: "
+            "give a function f(s_{t-1}, x_t)"
+        )
+    for what, theirs, ours in (
+        ("hidden_size", cell.hidden_size, surrogate.output_size),
+        ("input_size", cell.input_size, surrogate.input_size),
+    ):
+        if theirs != ours:
+            gives = "gives" if what == "hidden_size" else "takes"
+            raise ValueError(
+                f"expected a cell of {what} {ours}, the channels that the surrogate {gives}, got a {name} of {theirs}: "
+                "make them equal"
+            )
