@@ -2,6 +2,7 @@
 
 from legato.layers.bidirectional import Bidirectional
 from legato.layers.gilr import GILR, GILRLSTM
+from legato.layers.highway import Highway
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
 from legato.layers.min_rnn import MinGRU, MinLSTM
@@ -20,6 +21,7 @@ __all__ = [
     "QRNN",
     "SRU",
     "Bidirectional",
+    "Highway",
     "LegendreMemory",
     "LinearSurrogate",
     "MinGRU",

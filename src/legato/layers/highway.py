@@ -1,0 +1,76 @@
+"""The highway layer: a step of depth that carries its input by, between or above recurrent layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Tensor
+from legato.layers._base import activation_function, positive_int
+
+
+class Highway(nn.Module):
+    """y = g f(W x + b) + (1 - g) x, g = sigmoid(W_g x + b_g): at each step by itself, a share g of x made new.
+
+    It has no state and looks at one step at a time. With b_g < 0 it starts near y = x, so that many of them train.
+
+    Args:
+        size: channels of x and of y.
+        activation: f: "relu", "tanh", "gelu", "silu", "sigmoid", "identity" or a callable.
+        gate_bias: b_g at first; -1 makes a share of 27 % new, -3 of 5 %.
+        device, dtype: of the weights.
+
+    Shapes: input and output (..., size). ``weight`` (2 size, size) holds W_g above W, ``bias`` b_g before b.
+
+    Raises:
+        ValueError: x does not have ``size`` channels.
+
+    Example:
+        >>> layer = Highway(32)
+        >>> layer(torch.randn(2, 100, 32)).shape
+        torch.Size([2, 100, 32])
+
+    Source: Srivastava, Greff & Schmidhuber 2015, (3); between the memories of Chilkuri & Eliasmith 2021's language
+    models. Weights start Glorot-uniform, b at zero.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        gate_bias: float = -1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.size = positive_int(size, "size")
+        self.activation = activation
+        activation_function(activation)  # raises on an unknown name
+        self.gate_bias = gate_bias
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(2 * size, size, **where))
+        self.bias = nn.Parameter(torch.empty(2 * size, **where))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; see Source above."""
+        for matrix in self.weight.chunk(2):
+            nn.init.xavier_uniform_(matrix)
+        self.bias.zero_()
+        self.bias[: self.size] = self.gate_bias
+
+    def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
+        """y for each step of x, (..., size)."""
+        if x.ndim == 0 or x.shape[-1] != self.size:
+            raise ValueError(f"expected x of shape (..., {self.size}), got {tuple(x.shape)}: the last axis is channels")
+        gate, z = F.linear(x, self.weight, self.bias).chunk(2, dim=-1)
+        f = activation_function(self.activation)
+        new = z if f is None else f(z)
+        return (x + gate.sigmoid() * (new - x)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, activation={self.activation!r}"
