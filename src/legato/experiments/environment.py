@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,25 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now().isoformat(timespec="seconds"),
     }
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GiB: on a GPU what PyTorch took there."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on the device without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 @cache

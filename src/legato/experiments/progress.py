@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from .task import Task
+
 _BAR_SECONDS = 0.2  # between two drawings of the bar
 _LINE_SECONDS = 10.0  # between two plain lines
 
@@ -16,8 +18,8 @@ _LINE_SECONDS = 10.0  # between two plain lines
 class Progress(Callback):
     """Updates done, time left, the last and the best validation figure. In a step it costs one comparison of clocks."""
 
-    def __init__(self, metric: str, updates: int, seed: int, best: Callable[[], dict[str, float] | None]) -> None:
-        self.metric, self.updates, self.seed, self.best = metric, updates, seed, best
+    def __init__(self, task: Task, updates: int, seed: int, best: Callable[[], dict[str, float] | None]) -> None:
+        self.task, self.updates, self.seed, self.best = task, updates, seed, best
         self.console = Console(highlight=False)
         self.bar: Bar | None = None
         self.drawn = self.printed = 0.0
@@ -53,10 +55,16 @@ class Progress(Callback):
         best = self.best()
         if not trainer.is_global_zero or best is None:
             return
-        figures = f"validation {self.metric} {learner.figures[self.metric]:.4f}, best {best[self.metric]:.4f}"
+        metric, status = self.task.metric, self.task.status()
+        figures = f"validation {metric} {learner.figures[metric]:.4f}, best {best[metric]:.4f}"
+        figures += f", {status}" if status else ""
         if self.bar is not None:
             self.bar.update(self.row, completed=trainer.global_step, figures=figures, refresh=True)
-        elif trainer.global_step >= self.updates or time.perf_counter() - self.printed > _LINE_SECONDS:
+        elif (
+            trainer.global_step >= self.updates
+            or trainer.should_stop
+            or time.perf_counter() - self.printed > _LINE_SECONDS
+        ):
             self.printed = time.perf_counter()
             line = f"  seed {self.seed}  update {trainer.global_step:>6,} of {self.updates:,}  {figures}"
             self.console.print(line, soft_wrap=True)

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from . import checkpoint as checkpoints
-from .environment import commit, environment
+from .environment import commit, environment, peak_memory
 from .plots import draw_curves
 from .recipes import Recipe, names, recipe
 from .task import ExperimentError, Task
@@ -75,6 +75,7 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
         device = Device(options.accelerator, _devices(options), options.precision)
         outcome = fit(task, config.training, seed, home, device, about)
         result = {"recipe": which.name, "seed": seed, "parameters": parameters} | outcome | environment()
+        result["peak_memory_gib"] = round(peak_memory(), 2)
         result |= {"config": about["config"], "command": _command(which, config, options, seed)}
         if first:
             checkpoints.write_atomically(finished, lambda file, r=result: file.write(json.dumps(r, indent=1).encode()))
@@ -122,10 +123,11 @@ def open_checkpoint(path: Path, data_dir: Path | None = None) -> tuple[Task, dic
 
 
 def configured(kind: type, fields: dict[str, Any]) -> Any:
-    """The dataclass with these nested fields."""
+    """The dataclass with these fields; those that are dataclasses themselves are given as their own fields."""
     config = kind()
-    for part, values in fields.items():
-        setattr(config, part, type(getattr(config, part))(**values))
+    for name, value in fields.items():
+        part = getattr(config, name)
+        setattr(config, name, type(part)(**value) if is_dataclass(part) else value)
     return config
 
 

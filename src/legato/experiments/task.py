@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -112,6 +112,8 @@ class Task(ABC):
         train, validation, test: the examples.
         metric: name of the figure that chooses the best weights.
         higher_is_better: of that figure.
+        keeps_last: the weights after the last epoch are tested, not those with the best figure: right where an epoch's
+            figure is about an easier problem than the last one's.
     """
 
     model: nn.Module
@@ -120,6 +122,7 @@ class Task(ABC):
     test: Examples
     metric: str
     higher_is_better: bool
+    keeps_last: bool = False
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -142,6 +145,25 @@ class Task(ABC):
                 batch = tuple(part.to(device) for part in examples.take(indices[rank::world]))
                 sums.append(self.totals(model, batch).double().cpu())
         return torch.stack(sums).sum(0)
+
+    def finished(self, figures: dict[str, float]) -> bool:
+        """Whether there is nothing left to train for, given the epoch's validation figures; asked after every epoch."""
+        return False
+
+    def status(self) -> str:
+        """What the line of progress should say beside the figures."""
+        return ""
+
+    def state(self) -> dict[str, Any]:
+        """What the task itself has learnt in training, such as how far a curriculum has come; kept in checkpoints."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - most tasks learn nothing of their own
+        """Go on from what ``state`` returned."""
+
+    def outcome(self) -> dict[str, Any]:
+        """What ``result.json`` should say beside the figures."""
+        return {}
 
     def plot(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - an experiment may have nothing to draw
         """Draw the trained network's work into files in ``folder``."""

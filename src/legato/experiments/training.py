@@ -67,7 +67,7 @@ def fit(
         num_nodes=_nodes(),
         max_epochs=training.epochs,
         gradient_clip_val=training.max_norm,
-        callbacks=[keeper, Progress(task.metric, training.epochs * learner.updates, seed, lambda: keeper.best)],
+        callbacks=[keeper, Progress(task, training.epochs * learner.updates, seed, lambda: keeper.best)],
         plugins=[WholeCheckpoints()],
         logger=False,
         enable_checkpointing=False,
@@ -94,7 +94,7 @@ def fit(
         "epoch": keeper.best_epoch,
         "updates": trainer.global_step,
         "seconds": round(keeper.seconds, 1),
-    }
+    } | task.outcome()
 
 
 class Learner(LightningModule):
@@ -188,20 +188,25 @@ class RunFolder(Callback):
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about
         self.best: dict[str, float] | None = None
+        self.figures: dict[str, float] = {}
         self.best_epoch = -1
         self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_epoch": self.best_epoch, "seconds": self.seconds}
+        return {name: getattr(self, name) for name in ("best", "figures", "best_epoch", "seconds")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_epoch, self.seconds = (state_dict[key] for key in ("best", "best_epoch", "seconds"))
+        vars(self).update(state_dict)
 
-    def on_save_checkpoint(self, trainer: Trainer, learner: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {"format": checkpoints.FORMAT, "about": self.about}
+    def on_save_checkpoint(self, trainer: Trainer, learner: Learner, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        checkpoint |= {"format": checkpoints.FORMAT, "about": self.about, "task": learner.task.state()}
 
-    def on_train_start(self, trainer: Trainer, learner: LightningModule) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, learner: Learner, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        learner.task.restore(checkpoint.get("task", {}))
+
+    def on_train_start(self, trainer: Trainer, learner: Learner) -> None:  # type: ignore[override]
         self.started = time.perf_counter()
+        trainer.should_stop = self.best is not None and learner.task.finished(self.figures)
         if trainer.is_global_zero:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -226,13 +231,15 @@ class RunFolder(Callback):
                 f"the training loss is {loss} in epoch {trainer.current_epoch}: lower --training.learning_rate"
             )
         metric, sign = learner.task.metric, 1 if learner.task.higher_is_better else -1
-        if self.best is None or sign * figures[metric] > sign * self.best[metric]:
+        if self.best is None or learner.task.keeps_last or sign * figures[metric] > sign * self.best[metric]:
             self.best, self.best_epoch = figures, trainer.current_epoch
             if trainer.is_global_zero:
                 weights = learner.tested_model.state_dict()
                 best = {"format": checkpoints.FORMAT, "about": self.about, "figures": figures, "model": weights}
                 checkpoints.save(best, self.folder / "best.ckpt")
+        self.figures = figures
         trainer.save_checkpoint(self.folder / "last.ckpt")
+        trainer.should_stop = learner.task.finished(figures)
 
     def teardown(self, trainer: Trainer, learner: LightningModule, stage: str) -> None:
         if hasattr(self, "board"):

@@ -8,7 +8,12 @@ from typing import Any
 
 from ..task import Paper, Task
 
-_MODULES = {"capacity": "capacity", "mackey-glass": "mackey_glass", "psmnist": "psmnist"}
+_MODULES = {
+    "capacity": "capacity",
+    "long-dependency": "long_dependency",
+    "mackey-glass": "mackey_glass",
+    "psmnist": "psmnist",
+}
 
 
 @dataclass

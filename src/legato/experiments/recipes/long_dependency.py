@@ -1,0 +1,314 @@
+"""The long dependency: the first of N symbols decides the class, N up to a million (Martin & Cundy 2018, Table 3).
+
+Trained on short sequences first, then on longer ones, with gates whose time scales are spread over the length. Every
+gradient runs through the whole sequence: it is cut into segments that are computed again in the backward, exactly.
+``long_dependency_paper.py`` has the same without curriculum and time scales, as the paper trains it.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Int, Tensor
+from legato.layers.gilr import GILRLSTM
+from legato.layers.segments import in_segments
+from legato.layers.time_scales import spread_time_scales
+
+from ..data.long_dependency import long_dependency
+from ..environment import free_memory
+from ..task import Batch, Examples, ExperimentError, Paper, Task, Training
+
+PAPER = Paper(
+    source="Martin & Cundy 2018, table 3",
+    metric="accuracy",
+    value=100.0,
+    parameters="512 units; 64 at 1,048,576 steps",
+    unit=" %",
+    scale=100.0,
+    digits=2,
+)
+
+#: Fresh sequences on which a converged network is verified.
+TEST_SEQUENCES = 256
+
+
+@dataclass
+class Model:
+    """The network: one-hot symbols, recurrent layers, the sign of one number.
+
+    Args:
+        kind: gilr-lstm, or lstm (PyTorch's, sequential).
+        units: of each layer; null is the paper's: 512, and 64 from 65,536 steps on.
+        layers: recurrent layers.
+        symbols: dimensions of the one-hot vectors.
+        forget_bias: of all forget gates at first; null spreads their time scales from 1 step to longest.
+        longest: longest time scale in steps; null is the length, and no less than 65,536.
+    """
+
+    kind: Literal["gilr-lstm", "lstm"] = "gilr-lstm"
+    units: int | None = None
+    layers: int = 2
+    symbols: int = 128
+    forget_bias: float | None = None
+    longest: float | None = None
+
+
+@dataclass
+class Curriculum(Training):
+    """Trained until a streak of minibatches is right to the last sequence, at one length after the other.
+
+    Args:
+        first_length: the length to begin with; null begins with the final one.
+        growth: factor from one length to the next.
+        streak: minibatches in a row that must be all right.
+        segment: steps computed at a time, for memory and speed only; null chooses by units and batch size.
+    """
+
+    epochs: int = 4000
+    updates_per_epoch: int | None = 5
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    schedule: Literal["one-cycle", "linear", "constant"] = "constant"
+    max_norm: float | None = 1.0
+    first_length: int | None = 128
+    growth: int = 8
+    streak: int = 5
+    segment: int | None = None
+
+
+@dataclass
+class Config:
+    """Long dependency: the sign of the first of N symbols, given at the end.
+
+    Args:
+        length: N, steps of the sequences.
+    """
+
+    length: int = 1024
+    model: Model = field(default_factory=Model)
+    training: Curriculum = field(default_factory=Curriculum)
+
+
+def build(config: Config, seed: int, data_dir: Path | None = None) -> "LongDependency":
+    """The task of this configuration, its weights drawn by ``seed``; sequences are generated, not read.
+
+    Raises:
+        ExperimentError: a number is out of its range, or sequences so long would not fit in memory.
+    """
+    torch.manual_seed(seed)
+    return LongDependency(config, seed)
+
+
+class LongDependency(Task):
+    metric, higher_is_better, keeps_last = "accuracy", True, True
+
+    def __init__(self, config: Config, seed: int):
+        _check(config)
+        self.config = config
+        self.final_length, self.lengths = config.length, lengths(config.length, config.training)
+        self.stage = self.right_in_a_row = self.updates = 0
+        self.solved: list[dict[str, int]] = []
+        self.model = network(config)
+        _check_memory(config, self.model)
+        batch_size = config.training.batch_size
+        self.train = InOrder(batch_size, batch_size, lambda indices: self._sequences(indices, 3 * seed, self.length))
+        self.validation = Examples(batch_size, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
+        self.test = Examples(TEST_SEQUENCES, 8, lambda i: self._sequences(i, 3 * seed + 2, self.final_length))
+
+    @property
+    def length(self) -> int:
+        """Steps of the sequences at this stage of the curriculum."""
+        return self.lengths[min(self.stage, len(self.lengths) - 1)]
+
+    def _sequences(self, indices: Tensor, stream: int, length: int) -> Batch:
+        return long_dependency(indices, length, self.config.model.symbols, stream)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, classes = batch
+        scores = model(tokens)
+        if model.training:
+            self._count(bool(((scores > 0) == (classes > 0)).all()))
+        return F.binary_cross_entropy_with_logits(scores, classes)
+
+    def _count(self, all_right: bool) -> None:
+        """One more minibatch; after a streak of right ones the curriculum goes on to the next length."""
+        self.updates += 1
+        self.right_in_a_row = self.right_in_a_row + 1 if all_right else 0
+        if self.right_in_a_row == self.config.training.streak and self.stage < len(self.lengths):
+            self.solved.append({"length": self.length, "update": self.updates})
+            self.stage += 1
+            self.right_in_a_row = 0
+
+    def finished(self, figures: dict[str, float]) -> bool:
+        return self.stage == len(self.lengths)
+
+    def status(self) -> str:
+        return f"length {self.length:,}" + (" solved" if self.stage == len(self.lengths) else "")
+
+    def state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("stage", "right_in_a_row", "updates", "solved")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def outcome(self) -> dict[str, Any]:
+        return {"converged": self.stage == len(self.lengths), "curriculum": self.solved}
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, classes = batch
+        right = (model(tokens) > 0) == (classes > 0)
+        return torch.stack([right.sum(), torch.tensor(len(classes), device=right.device)])
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        right, count = totals.tolist()
+        return {"accuracy": right / count}
+
+
+@dataclass
+class InOrder(Examples):
+    """Sequences made when asked for: no two batches of a run share one."""
+
+    def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
+        """The indices of ``updates`` batches, counted on from those of the epochs before."""
+        for update in range(epoch * updates, (epoch + 1) * updates):
+            yield torch.arange(update * self.batch_size, (update + 1) * self.batch_size)
+
+
+def lengths(final: int, training: Curriculum) -> list[int]:
+    """The lengths of the curriculum: from the first on by the factor, and the final one."""
+    found = []
+    length = training.first_length or final
+    while length < final:
+        found.append(length)
+        length *= training.growth
+    return [*found, final]
+
+
+def network(config: Config) -> nn.Module:
+    """The network of one kind with its gate biases."""
+    model = config.model
+    longest = model.longest or max(config.length, 65_536)
+    if model.kind == "lstm":
+        return SignLSTM(model, _units(config), longest)
+    return SignGILRLSTM(model, _units(config), longest, config.training)
+
+
+class SignGILRLSTM(nn.Module):
+    """score = w . h_T + b, h = GILRLSTM(... GILRLSTM(one-hot symbols)), without ever making the one-hot vectors."""
+
+    def __init__(self, config: Model, units: int, longest: float, training: Curriculum):
+        super().__init__()
+        sizes = [config.symbols] + [units] * config.layers
+        self.layers = nn.ModuleList(GILRLSTM(*pair) for pair in itertools.pairwise(sizes))
+        self.head = nn.Linear(units, 1)
+        self.segment = training.segment or segment_steps(training.batch_size, units)
+        for layer in self.layers:
+            for bias in layer.forget_biases():  # type: ignore[operator]
+                _start(bias, config.forget_bias, longest)
+
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
+        """The score of each sequence, above zero for +e_0."""
+        state = tuple(layer.initial_state(len(tokens)) for layer in self.layers)  # type: ignore[operator]
+        last, _ = in_segments(self._read, tokens, state, steps=self.segment, last_only=True)
+        return self.head(last)[:, 0]
+
+    def _read(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        first, *rest = cast(list[GILRLSTM], list(self.layers))
+        columns = first.weight.mT
+        table = torch.cat([columns, -columns[:1]]) + first.bias  # row k: the products of e_k, the last row: of -e_0
+        x, new = first.from_products(F.embedding(tokens, table), state[0])
+        states = [new]
+        for layer, old in zip(rest, state[1:], strict=True):
+            x, new = layer(x, old)
+            states.append(new)
+        return x, tuple(states)
+
+
+class SignLSTM(nn.Module):
+    """The same with ``torch.nn.LSTM``, sequential over time, whose one-hot vectors are made."""
+
+    def __init__(self, config: Model, units: int, longest: float):
+        super().__init__()
+        self.lstm = nn.LSTM(config.symbols, units, config.layers, batch_first=True)
+        self.head = nn.Linear(units, 1)
+        for layer in range(config.layers):
+            _start(getattr(self.lstm, f"bias_ih_l{layer}").detach()[units : 2 * units], config.forget_bias, longest)
+            getattr(self.lstm, f"bias_hh_l{layer}").detach()[units : 2 * units] = 0
+
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
+        """The score of each sequence, above zero for +e_0."""
+        size = self.lstm.input_size
+        vectors = torch.eye(size, device=tokens.device)
+        x = F.embedding(tokens, torch.cat([vectors, -vectors[:1]]))  # (B, T, p)
+        return self.head(self.lstm(x)[0][:, -1])[:, 0]
+
+
+def segment_steps(batch_size: int, units: int) -> int:
+    """Steps whose gate products, the widest array of a layer, take 8 MiB: several fit the cache, none is returned to
+    the system."""
+    return max(64, 2**23 // (4 * 6 * units * batch_size))
+
+
+def _start(bias: Tensor, forget_bias: float | None, longest: float) -> None:
+    if forget_bias is None:
+        spread_time_scales(bias, 1, longest, shuffle=True)
+    else:
+        bias.fill_(forget_bias)
+
+
+def _units(config: Config) -> int:
+    return config.model.units or (512 if config.length < 65_536 else 64)
+
+
+def _check(config: Config) -> None:
+    training = config.training
+    at_least = {
+        "length": (config.length, 1),
+        "model.units": (_units(config), 1),
+        "model.layers": (config.model.layers, 1),
+        "model.symbols": (config.model.symbols, 2),
+        "training.first_length": (training.first_length or 1, 1),
+        "training.growth": (training.growth, 2),
+        "training.batch_size": (training.batch_size, 1),
+        "training.streak": (training.streak, 1),
+        "training.segment": (training.segment or 1, 1),
+    }
+    for name, (value, lowest) in at_least.items():
+        if value < lowest:
+            raise ExperimentError(f"expected --{name} to be {lowest} or more, got {value}")
+
+
+def _check_memory(config: Config, model: nn.Module) -> None:
+    """Refuse a length whose training would not fit, before anything of that size is made."""
+    free = free_memory(next(model.parameters()).device)
+    if free is None:
+        return
+    needed, most = needed_bytes(config), int(0.9 * free)
+    if needed > most:
+        fits = 1
+        while needed_bytes(config, 2 * fits) <= most:
+            fits *= 2
+        raise ExperimentError(
+            f"--length {config.length:,} in batches of {config.training.batch_size} needs about "
+            f"{needed / 2**30:,.1f} GiB and {free / 2**30:.1f} GiB are free: about {fits:,} steps fit; fewer units or "
+            "a smaller --training.batch_size need less"
+        )
+
+
+def needed_bytes(config: Config, length: int | None = None) -> int:
+    """What a training step holds at the most: symbols, the states between segments, and one segment's arrays."""
+    length = config.length if length is None else length
+    batch, units, layers = max(8, config.training.batch_size), _units(config), config.model.layers
+    if config.model.kind == "lstm":
+        a_step = 4 * (2 * config.model.symbols + layers * 8 * units)
+        return length * batch * a_step
+    segment = min(length, config.training.segment or segment_steps(batch, units))
+    states = -(-length // segment) * batch * layers * 2 * units * 4
+    # Tokens twice (a batch and its copy in order); of each layer about 40 arrays as wide as its units, kept or passing.
+    return 2 * length * batch * 4 + states + segment * batch * layers * 40 * units * 4
