@@ -15,11 +15,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 import legato.layers
-from legato.layers import GILR, LMU, Bidirectional, LinearSurrogate, Stack
+from legato.layers import GILR, LMU, Bidirectional, LinearRNN, LinearSurrogate, Stack
 from legato.layers._base import RecurrentLayer
 
 ARGUMENTS = {"input_size": 3, "hidden_size": 4, "channels": 3, "order": 4, "theta": 6.0}
 OPTIONS = {
+    "LRU": [{"output_size": 3, "r_min": 0.5, "r_max": 0.99, "max_phase": 0.5}],
     "LegendreMemory": [
         {"theta": [4.0, 6.0, 9.0]},
         {"trainable_theta": True},
@@ -55,6 +56,20 @@ def bidirectional(input_size, hidden_size, order, theta, return_sequences=True):
     return Bidirectional(LMU(input_size, hidden_size, **options), LMU(input_size, 5, **options))
 
 
+class Gates(torch.nn.Linear):
+    def forward(self, x):
+        decay, impulse = super().forward(x).chunk(2, dim=-1)
+        return decay.sigmoid(), impulse
+
+
+def multiplied(states, x):
+    return states * x[..., :1].sigmoid()
+
+
+def linear_rnn(input_size, hidden_size, reads=False):
+    return LinearRNN(input_size, hidden_size, Gates(input_size, 2 * hidden_size), multiplied if reads else None)
+
+
 def linear_surrogate(input_size, hidden_size, cell="LSTMCell", surrogate="GILR"):
     layer = getattr(legato.layers, surrogate)(input_size, hidden_size)
     return LinearSurrogate(getattr(torch.nn, cell)(input_size, hidden_size), layer)
@@ -62,6 +77,7 @@ def linear_surrogate(input_size, hidden_size, cell="LSTMCell", surrogate="GILR")
 
 MADE_OF_LAYERS = {
     "Bidirectional": [(bidirectional, {}), (bidirectional, {"return_sequences": False})],
+    "LinearRNN": [(linear_rnn, {}), (linear_rnn, {"reads": True})],
     "LinearSurrogate": [(linear_surrogate, {}), (linear_surrogate, {"cell": "GRUCell", "surrogate": "QRNN"})],
     "Stack": [(stack, {}), (stack, {"return_sequences": False})],
 }
@@ -419,7 +435,8 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
 @pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
 @pytest.mark.parametrize(
     "case",
-    [(c, {}) for c in layer_classes()] + [(LMU, {"return_sequences": False}), (stack, {}), (linear_surrogate, {})],
+    [(c, {}) for c in layer_classes()]
+    + [(LMU, {"return_sequences": False}), (stack, {}), (linear_rnn, {}), (linear_surrogate, {})],
 )
 def test_a_compiled_layer_equals_the_layer(case, condition):
     """Static shapes where nothing is special, dynamic ones where something is: each graph takes seconds to trace."""

@@ -4,7 +4,9 @@ from legato.layers.bidirectional import Bidirectional
 from legato.layers.gilr import GILR, GILRLSTM
 from legato.layers.highway import Highway
 from legato.layers.legendre_memory import LegendreMemory
+from legato.layers.linear_rnn import LinearRNN
 from legato.layers.lmu import LMU
+from legato.layers.lru import LRU
 from legato.layers.min_rnn import MinGRU, MinLSTM
 from legato.layers.qrnn import QRNN
 from legato.layers.recurrent_lmu import RecurrentLMU
@@ -18,11 +20,13 @@ __all__ = [
     "GILR",
     "GILRLSTM",
     "LMU",
+    "LRU",
     "QRNN",
     "SRU",
     "Bidirectional",
     "Highway",
     "LegendreMemory",
+    "LinearRNN",
     "LinearSurrogate",
     "MinGRU",
     "MinLSTM",

@@ -1,0 +1,126 @@
+"""A diagonal linear recurrence of the user's own gates and read-out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from legato._autocast import without_autocast
+from legato._shapes import Float, Tensor
+from legato.layers._base import RecurrentLayer, at_length, positive_int
+from legato.ops.recurrence import linear_recurrence
+
+
+class LinearRNNState(NamedTuple):
+    """h_t, in float32 or wider."""
+
+    memory: Float[Tensor, "B H"]
+
+
+class LinearRNN(RecurrentLayer):
+    """a_t, b_t = gates(x_t); h_t = a_t h_{t-1} + b_t; o_t = read(h_t, x_t).
+
+    Any recurrence whose gates see the input alone, from two functions or as a subclass that defines them; states,
+    chunks, lengths, resets and ``step`` come with it. The gated layers here have one matrix product for all gates, and
+    the gates and the recurrence in one op, which is quicker; ``LinearSurrogate`` takes a cell with feedback.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: channels of the state.
+        gates: decay and impulse from x, (B, T, input_size) to two real tensors: the impulse (B, T, hidden_size), the
+            decay of any shape that broadcasts to it, stable up to 1. It must treat each step by itself: it is called on
+            one step too. A module is registered, and so trained and saved with the layer. It runs without autocast,
+            because 16 bits round a decay above 0.998 to one.
+        read: the output from the states h, in float32 or wider, and x, (B, T, hidden_size) and (B, T, input_size) to
+            (B, T, output_size), each step by itself; None gives h.
+        output_size: channels of what ``read`` returns; ``hidden_size`` by default.
+
+    Shapes: input (B, T, input_size), output (B, T, output_size), state.memory (B, hidden_size).
+
+    Raises:
+        ValueError: neither ``gates`` nor a subclass that defines it is there, or what it returns does not fit.
+
+    Example:
+        >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # each channel's running average
+        >>> layer(torch.ones(1, 3, 4))[0][0, :, 0].tolist()
+        [0.5, 0.75, 0.875]
+
+        As a class, a gate and its input weights of one's own:
+
+        >>> class Leaky(LinearRNN):
+        ...     def __init__(self, input_size, hidden_size):
+        ...         super().__init__(input_size, hidden_size)
+        ...         self.gate = torch.nn.Linear(input_size, hidden_size)
+        ...         self.candidate = torch.nn.Linear(input_size, hidden_size)
+        ...
+        ...     def gates(self, x):
+        ...         decay = self.gate(x).sigmoid()
+        ...         return decay, (1 - decay) * self.candidate(x)
+        >>> Leaky(4, 256)(torch.randn(2, 100, 4))[0].shape
+        torch.Size([2, 100, 256])
+
+    Source: Martin & Cundy 2018, section 3: the linear surrogates of which the named layers are members.
+    """
+
+    State = LinearRNNState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        gates: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        read: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        output_size: int | None = None,
+    ):
+        super().__init__(input_size)
+        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self._output_size = hidden_size if output_size is None else positive_int(output_size, "output_size")
+        if gates is None and type(self).gates is LinearRNN.gates:
+            raise ValueError(
+                "expected gates, got None: give a function of x that returns (decay, impulse), or define it in a class"
+            )
+        self.gates_function, self.read_function = gates, read
+        # The dtype and device of a layer without parameters.
+        self.register_buffer("_no_weight", torch.empty(0), persistent=False)
+
+    @property
+    def output_size(self) -> int:
+        """Channels of what ``read`` returns."""
+        return self._output_size
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Decay and impulse, (B, T, hidden_size), from x, (B, T, input_size)."""
+        return self.gates_function(x)  # pyright: ignore[reportOptionalCall]
+
+    def read(self, states: Tensor, x: Tensor) -> Tensor:
+        """The output from the states, (B, T, hidden_size), and x."""
+        return states if self.read_function is None else self.read_function(states, x)
+
+    def _state_shapes(self) -> LinearRNNState:
+        return LinearRNNState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
+
+    def _sequence(self, x, state, lengths, reset):
+        initial = None if state is None else state.memory
+        with without_autocast(x):
+            decay, impulse = self._checked_gates(x.to(self._weight().dtype))
+            states, final = linear_recurrence(decay, impulse, initial, reset=reset)
+        output = self.read(states, x)
+        return output.to(x.dtype), LinearRNNState(at_length(states, initial, final, lengths))
+
+    def _checked_gates(self, x):
+        found = self.gates(x)
+        if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
+            raise ValueError(f"expected gates(x) to return two tensors, decay and impulse, got {found!r}")
+        decay, impulse = found
+        if impulse.shape != (*x.shape[:2], self.hidden_size):
+            raise ValueError(
+                f"expected gates(x) to return an impulse of shape {(*x.shape[:2], self.hidden_size)}, "
+                f"got {tuple(impulse.shape)}: (batch, time, hidden_size)"
+            )
+        if decay.is_complex() or impulse.is_complex():
+            raise ValueError("expected gates(x) to return real tensors, got complex ones: LRU has complex decays")
+        return decay.to(self._carry_dtype()), impulse.to(self._carry_dtype())
+
+    def _weight(self) -> Tensor:
+        return next(self.parameters(), self._no_weight)  # pyright: ignore[reportReturnType, reportArgumentType]

@@ -1,0 +1,146 @@
+"""The linear recurrent unit: complex decays, constant in time."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._autocast import without_autocast
+from legato._shapes import Complex, Float, Tensor
+from legato.layers._base import RecurrentLayer, at_length, positive_int
+from legato.ops.recurrence import linear_recurrence
+
+
+class LRUState(NamedTuple):
+    """h_t as pairs of real and imaginary parts, in float32 or wider."""
+
+    memory: Float[Tensor, "B N 2"]
+
+
+class LRU(RecurrentLayer):
+    """h_t = lambda h_{t-1} + gamma B x_t; y_t = Re(C h_t) + D x_t; lambda = exp(-exp(nu_log) + i exp(theta_log)).
+
+    Units that ring and fade, each with its own learned frequency and decay, whatever the input: the layer is linear and
+    time-invariant, and needs a non-linear layer behind it. ``LegendreMemory`` is such a layer too, with one fixed
+    system in place of free frequencies; ``GILR`` and its kin let the input set a real decay.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: complex units of the state, each two real numbers.
+        output_size: channels of y; ``hidden_size`` by default. Where it is ``input_size``, D is one number a channel,
+            as in the paper, else a matrix.
+        r_min, r_max: range of abs(lambda) at first, uniform over that ring, within 0 to 1. A unit holds what it sees
+            for about -1 / log(abs(lambda)) steps: 0.9 is 10, 0.999 is 1,000. Long inputs want r_min near 0.9.
+        max_phase: of lambda at first, from 0, in radians a step, above 0; small ones, such as pi / 10, suit inputs of
+            many thousand steps.
+        device, dtype: of B, C and D. The three logarithms below stay in float32 in a 16-bit layer: 16 bits would round
+            a decay to one.
+
+    Shapes: input (B, T, input_size), output (B, T, output_size), state.memory (B, hidden_size, 2). Complex matrices are
+    stored as real pairs: B (hidden_size, 2, input_size), C (output_size, hidden_size, 2); nu_log, theta_log and
+    gamma_log, the logarithm of gamma, (hidden_size,).
+
+    Raises:
+        ValueError: a size is below 1, or a range is not 0 <= r_min <= r_max <= 1 with room between 0 and 1.
+
+    Example:
+        >>> layer = LRU(4, 256, r_min=0.9, r_max=0.999)
+        >>> output, state = layer(torch.randn(2, 100, 4))
+        >>> output.shape, state.memory.shape
+        (torch.Size([2, 100, 256]), torch.Size([2, 256, 2]))
+
+    Source: Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu & De 2023, arXiv 2303.06349, section 3 and appendix A, its
+    defaults and first weights; gamma starts at sqrt(1 - abs(lambda)^2), so that white noise fills each unit alike.
+    """
+
+    State = LRUState
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        output_size: int | None = None,
+        r_min: float = 0.0,
+        r_max: float = 1.0,
+        max_phase: float = 2 * math.pi,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(input_size)
+        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        outputs = hidden_size if output_size is None else positive_int(output_size, "output_size")
+        if not 0 <= r_min <= r_max <= 1 or r_min == 1 or r_max == 0:
+            raise ValueError(
+                f"expected 0 <= r_min <= r_max <= 1, with r_min < 1 and r_max > 0, got {r_min} and {r_max}: "
+                "they bound abs(lambda)"
+            )
+        if not 0 < max_phase < math.inf:
+            raise ValueError(f"expected max_phase above 0 radians a step, got {max_phase}")
+        self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
+        self.B = nn.Parameter(torch.empty(hidden_size, 2, input_size, **where))
+        self.C = nn.Parameter(torch.empty(outputs, hidden_size, 2, **where))
+        self.D = nn.Parameter(torch.empty(outputs if outputs == input_size else (outputs, input_size), **where))
+        self.nu_log = nn.Parameter(torch.empty(hidden_size, **exact))
+        self.theta_log = nn.Parameter(torch.empty(hidden_size, **exact))
+        self.gamma_log = nn.Parameter(torch.empty(hidden_size, **exact))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; see Source above."""
+        n = self.hidden_size
+        # In float64 and away from zero: neither a decay of zero nor one of one has a logarithm of its own.
+        radius, phase = torch.rand(2, n, dtype=torch.float64).clamp(min=1e-12)
+        nu = -0.5 * (radius * (self.r_max**2 - self.r_min**2) + self.r_min**2).log()  # -log abs(lambda)
+        self.nu_log.copy_(nu.log())
+        self.theta_log.copy_((phase * self.max_phase).log())
+        self.gamma_log.copy_((-torch.expm1(-2 * nu)).log() / 2)
+        nn.init.normal_(self.B, std=(2 * self.input_size) ** -0.5)
+        nn.init.normal_(self.C, std=n**-0.5)
+        nn.init.normal_(self.D, std=1 if self.D.ndim == 1 else self.input_size**-0.5)
+
+    @property
+    def output_size(self) -> int:
+        """Channels of y."""
+        return len(self.C)
+
+    def decay(self) -> Complex[Tensor, "N"]:
+        """lambda of each unit, in complex64 or wider."""
+        return torch.complex(-self.nu_log.exp(), self.theta_log.exp()).exp()
+
+    def _state_shapes(self) -> LRUState:
+        return LRUState((self.hidden_size, 2))  # pyright: ignore[reportArgumentType]
+
+    def _sequence(self, x, state, lengths, reset):
+        memory = None if state is None else state.memory
+        # gamma scales B's rows in place of B x_t, which is longer.
+        B = (self.gamma_log.exp()[:, None, None] * self.B).to(self.B.dtype)
+        products = F.linear(x, B.flatten(0, 1)).to(self._carry_dtype())  # (B, T, N*2)
+        with without_autocast(x):
+            impulse = torch.view_as_complex(products.unflatten(-1, (self.hidden_size, 2)))  # (B, T, N)
+            initial = None if memory is None else torch.complex(*memory.unbind(-1))
+            states, final = linear_recurrence(self.decay(), impulse, initial, reset=reset)
+        # view_as_real has no gradient in an empty batch, where that of a sum has no stride.
+        states, final = torch.view_as_real(states), torch.stack([final.real, final.imag], dim=-1)  # (B, T, N, 2)
+        # Re(C h) = Re(C) Re(h) - Im(C) Im(h)
+        C = torch.stack([self.C[..., 0], -self.C[..., 1]], dim=-1)
+        past = self.D * x if self.D.ndim == 1 else F.linear(x, self.D)
+        output = F.linear(states.flatten(-2).to(x.dtype), C.flatten(1)) + past
+        return output.to(x.dtype), LRUState(at_length(states, memory, final, lengths))
+
+    def _weight(self):
+        return self.B
+
+    def _apply(self, fn, recurse=True):
+        exact = {name: getattr(self, name).detach() for name in ("nu_log", "theta_log", "gamma_log")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < 4:
+                parameter.data = before.to(parameter.device)
+        return self
