@@ -1,6 +1,8 @@
 """Layers one on top of the other; the contract itself is held in tests/test_contract.py."""
 
+import re
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -86,6 +88,14 @@ def test_dropout_lies_between_layers_in_training_only():
     assert torch.equal(found, expected)
     stack.eval()
     assert torch.equal(stack(x)[0], upper(lower(x)[0])[0])
+
+
+def test_the_example_of_the_documents_runs():
+    page = Path(__file__).parents[2] / "docs" / "coming-from-other-libraries.md"
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL).group(1), names)
+    assert names["output"].shape == (8, 100, 512)
+    assert names["c_n"].shape == names["c_n_reverse"].shape == (8, 256)
 
 
 def test_a_stack_can_stand_in_a_stack():
