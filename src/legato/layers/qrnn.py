@@ -86,6 +86,7 @@ class QRNN(GatedLayer):
                 s.masked_fill((resets[:, j : j + T] < resets[:, k - 1 :])[..., None], 0) for j, s in enumerate(seen)
             ]
             recent = recent.masked_fill((resets.gather(1, last) < resets[:, -1:])[..., None], 0)
+        # One product of k C columns; k shifted ones, which copy nothing, are within a tenth of its time or slower.
         return torch.cat(seen, dim=2), recent
 
     def _read(self, states, z, x):
