@@ -78,11 +78,23 @@ def _run(chosen: Any) -> int:
         from legato.experiments.report import report
 
         report(given.runs, given.markdown, given.json)
+    elif command == "benchmark":
+        _benchmark(given.table, given[given.table])
     elif command == "demo":
         from legato.experiments.demo import demo
 
         demo(given.out)
     return 0
+
+
+def _benchmark(table: str, given: Any) -> None:
+    from legato.experiments.benchmark import Options, benchmark_kernel, benchmark_networks
+
+    options = Options(**{field.name: given[field.name] for field in fields(Options)})
+    if table == "kernel":
+        benchmark_kernel(given.features, options)
+    else:
+        benchmark_networks(given.networks, options)
 
 
 def _parsers() -> dict[str, Any]:
@@ -124,6 +136,16 @@ def _parsers() -> dict[str, Any]:
     reporting.add_argument("--markdown", type=Path | None, default=None, help="write the table to this file too")
     reporting.add_argument("--json", type=Path | None, default=None, help="write every figure to this file too")
     commands.add_subcommand("report", reporting, help="compare results with the papers'")
+
+    measuring = parser("legato benchmark kernel|networks [options]", "A paper's throughput tables on this machine.")
+    commands.add_subcommand("benchmark", measuring, help="measure the throughput tables of a paper")
+    tables = measuring.add_subcommands(dest="table", title="tables")
+    kernel = parser("legato benchmark kernel [options]", "The recurrence against the same run serially over time.")
+    _add_columns(kernel, "--features", [4, 32, 128], rounds=15)
+    tables.add_subcommand("kernel", kernel, help="the recurrence alone, under a minute")
+    networks = parser("legato benchmark networks [options]", "Training, against serial recurrences and torch.nn.LSTM.")
+    _add_columns(networks, "--networks", ["sru", "qrnn-2", "qrnn-10", "gilr-lstm"], rounds=3)
+    tables.add_subcommand("networks", networks, help="two layers of 256 units, in some minutes")
 
     showing = parser(
         "legato demo [--out DIR]", "Train on Mackey-Glass in a short time, stream the network, compare with the paper."
@@ -175,6 +197,17 @@ def _add_data_dir(parser: Any) -> None:
         default=None,
         help="folder of the data files; by default $LEGATO_DATA, else ../shared/data, else they are downloaded",
     )
+
+
+def _add_columns(parser: Any, option: str, columns: list[Any], rounds: int) -> None:
+    """What a table of throughputs has, on what it is measured and how often."""
+    add = parser.add_argument
+    add(option, type=type(columns[0]), nargs="+", default=columns, metavar="NAME", help="columns of the table")
+    add("--lengths", type=int, nargs="+", default=[16, 256, 4096, 65536], metavar="T", help="rows: steps of time")
+    add("--device", type=str | None, default=None, help="cpu or cuda; by default CUDA where there is a device")
+    add("--rounds", type=int, default=rounds, help="turns of each candidate, whose median counts")
+    add("--threads", type=int | None, default=None, help="of PyTorch and our kernels on the CPU")
+    add("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the figures as JSON and as a picture")
 
 
 def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str:

@@ -1,0 +1,84 @@
+"""How every benchmark measures: candidates interleaved, medians and ratios within one run. Needs no package but torch.
+
+``benchmark.py`` has the papers' tables; the subjects in ``benchmarks/`` use the same functions.
+"""
+
+import gc
+import json
+import math
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .environment import environment
+
+
+def interleave(
+    candidates: dict[str, Callable[[], Any]], *, rounds: int = 20, warmup: int = 3, patience: float = math.inf
+) -> dict[str, dict[str, float]]:
+    """Time each candidate once a round, in turn (A B C A B C ...), so that a noisy neighbour disturbs all alike.
+
+    Args:
+        candidates: what to run, by name.
+        rounds: how often each is timed.
+        warmup: runs of each before the first round.
+        patience: a candidate whose first run takes longer than this, in seconds, is run no more: that run is its time.
+
+    Returns:
+        For each name the median, the fastest and the slowest time in milliseconds, and the number of times.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for name, run in candidates.items():
+        for number in range(warmup):
+            first = _time(run)
+            if number == 0 and first > patience:
+                seconds[name].append(first)
+                break
+    impatient = {name for name, times in seconds.items() if times}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in candidates.items():
+                if name not in impatient:
+                    seconds[name].append(_time(run))
+    finally:
+        gc.enable()
+    return {
+        name: {"median_ms": 1e3 * median(s), "min_ms": 1e3 * min(s), "max_ms": 1e3 * max(s), "rounds": len(s)}
+        for name, s in seconds.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The facts a timing depends on."""
+    facts = environment()
+    return {**facts["machine"], "legato": facts["legato"], "commit": facts["commit"]}
+
+
+def write(folder: Path, device: str, subject: str, rows: list[dict], **facts: Any) -> Path:
+    """Write the rows of one subject, with what they were measured on, to ``<device>-<subject>-<date>.json``."""
+    path = folder / f"{device}-{subject}-{date.today().isoformat()}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"subject": subject, "machine": machine(), **facts, "rows": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def _time(run: Callable[[], Any]) -> float:
+    """Seconds of one run, from an idle device to an idle device."""
+    _wait_for_device()
+    start = time.perf_counter()
+    run()
+    _wait_for_device()
+    return time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

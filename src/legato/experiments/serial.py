@@ -1,0 +1,64 @@
+"""The recurrence run serially over time: what benchmarks hold the parallel kernels against.
+
+Both are contexts, inside which every ``linear_recurrence`` runs so, its derivatives included.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+
+from legato._shapes import Bool, Inexact, Tensor
+from legato.ops import kernels
+
+LOOP = "a loop of PyTorch operations over time"
+SWEEP = {"cpu": "our compiled kernel in one thread", "cuda": "our compiled kernel in one pass over time"}
+
+
+@contextmanager
+def looped() -> Iterator[None]:
+    """A loop over time of PyTorch operations, one a step: what one writes without a kernel."""
+    loop = (SimpleNamespace(forward=_forward), "loop", "a benchmark asked for it")
+    with patch.object(kernels, "choose", lambda device, name=None: loop):
+        yield
+
+
+@contextmanager
+def swept(device: torch.device) -> Iterator[None]:
+    """One sweep over time by our own kernel: on the CPU in one thread, on CUDA with one thread a feature.
+
+    On CUDA that is the paper's serial kernel. On the CPU our kernel always sweeps over time, features side by side in
+    vectors, and threads share batch and features: what remains to be taken away is the threads.
+    """
+    if device.type == "cuda":
+        from legato.ops.kernels import triton_gpu
+
+        with patch.object(triton_gpu, "_FEW_PROGRAMS", 0):  # so that no shape is cut into chunks of time
+            yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _forward(
+    decay: Inexact[Tensor, "Bd T Hd Dd"],
+    impulse: Inexact[Tensor, "B T H D"],
+    initial_state: Inexact[Tensor, "B H D"] | None,
+    reset: Bool[Tensor, "B T"] | None,
+    reverse: bool,
+) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
+    """As ``kernels.reference.forward``, at less than half its time: no resets, one dtype, a decay for every step."""
+    if reset is not None:
+        raise ValueError("expected no reset, got one: the loop of the benchmarks has none")
+    h = impulse.new_zeros(impulse.shape[0], *impulse.shape[2:]) if initial_state is None else initial_state
+    states, steps = [], list(zip(decay.unbind(1), impulse.unbind(1), strict=True))
+    for a, x in reversed(steps) if reverse else steps:
+        h = torch.addcmul(x, a, h)
+        states.append(h)
+    return torch.stack(states[::-1] if reverse else states, 1), h.clone()
