@@ -64,7 +64,7 @@ def test_version_and_help(capsys):
         ("train mackey-glass --run_dir x", "there is no option --run_dir (did you mean --run-dir?)"),
         ("train mackey-glass --model.order many", "--model.order: expected int or null, got 'many'"),
         ("train mackey-glass --model.kind gru", "--model.kind: expected one of"),
-        ("train", "expected a recipe: capacity, "),
+        ("train", "expected a recipe: adding, capacity, "),
         ("", "expected a command: list, train"),
         ("evaluate", "legato evaluate --help"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 from ..task import Paper, Task
 
 _MODULES = {
+    "adding": "adding",
     "capacity": "capacity",
     "long-dependency": "long_dependency",
     "mackey-glass": "mackey_glass",
