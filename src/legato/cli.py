@@ -101,6 +101,7 @@ def _parsers() -> dict[str, Any]:
     """The parser of the whole command line under "", and that of every recipe under its name."""
     from jsonargparse import ArgumentParser
 
+    from legato.experiments.benchmark import FEATURES, NETWORKS
     from legato.experiments.recipes import names, recipe
 
     def parser(usage: str, description: str) -> ArgumentParser:
@@ -141,10 +142,10 @@ def _parsers() -> dict[str, Any]:
     commands.add_subcommand("benchmark", measuring, help="measure the throughput tables of a paper")
     tables = measuring.add_subcommands(dest="table", title="tables")
     kernel = parser("legato benchmark kernel [options]", "The recurrence against the same run serially over time.")
-    _add_columns(kernel, "--features", [4, 32, 128], rounds=15)
+    _add_columns(kernel, "--features", [*FEATURES], rounds=15)
     tables.add_subcommand("kernel", kernel, help="the recurrence alone, under a minute")
     networks = parser("legato benchmark networks [options]", "Training, against serial recurrences and torch.nn.LSTM.")
-    _add_columns(networks, "--networks", ["sru", "qrnn-2", "qrnn-10", "gilr-lstm"], rounds=3)
+    _add_columns(networks, "--networks", [*NETWORKS], rounds=3)
     tables.add_subcommand("networks", networks, help="two layers of 256 units, in some minutes")
 
     showing = parser(
@@ -201,9 +202,11 @@ def _add_data_dir(parser: Any) -> None:
 
 def _add_columns(parser: Any, option: str, columns: list[Any], rounds: int) -> None:
     """What a table of throughputs has, on what it is measured and how often."""
+    from legato.experiments.benchmark import LENGTHS
+
     add = parser.add_argument
     add(option, type=type(columns[0]), nargs="+", default=columns, metavar="NAME", help="columns of the table")
-    add("--lengths", type=int, nargs="+", default=[16, 256, 4096, 65536], metavar="T", help="rows: steps of time")
+    add("--lengths", type=int, nargs="+", default=[*LENGTHS], metavar="T", help="rows: steps of time")
     add("--device", type=str | None, default=None, help="cpu or cuda; by default CUDA where there is a device")
     add("--rounds", type=int, default=rounds, help="turns of each candidate, whose median counts")
     add("--threads", type=int | None, default=None, help="of PyTorch and our kernels on the CPU")

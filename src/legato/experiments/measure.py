@@ -27,26 +27,31 @@ def interleave(
         candidates: what to run, by name.
         rounds: how often each is timed.
         warmup: runs of each before the first round.
-        patience: a candidate whose first run takes longer than this, in seconds, is run no more: that run is its time.
+        patience: seconds after which a candidate takes no more turns, its warm-up counted; one whose warm-up alone
+            takes as long is timed by its first run.
 
     Returns:
         For each name the median, the fastest and the slowest time in milliseconds, and the number of times.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for name, run in candidates.items():
-        for number in range(warmup):
-            first = _time(run)
-            if number == 0 and first > patience:
-                seconds[name].append(first)
-                break
-    impatient = {name for name, times in seconds.items() if times}
+    spent = dict.fromkeys(candidates, 0.0)
+
+    def turn(name: str) -> None:
+        if spent[name] < patience:
+            seconds[name].append(_time(candidates[name]))
+            spent[name] += seconds[name][-1]
+
+    for name in candidates:
+        for _ in range(warmup):
+            turn(name)
+        if spent[name] < patience:
+            seconds[name].clear()
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name, run in candidates.items():
-                if name not in impatient:
-                    seconds[name].append(_time(run))
+            for name in candidates:
+                turn(name)
     finally:
         gc.enable()
     return {
