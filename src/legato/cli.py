@@ -142,7 +142,7 @@ def _parsers() -> dict[str, Any]:
     commands.add_subcommand("benchmark", measuring, help="measure the throughput tables of a paper")
     tables = measuring.add_subcommands(dest="table", title="tables")
     kernel = parser("legato benchmark kernel [options]", "The recurrence against the same run serially over time.")
-    _add_columns(kernel, "--features", [*FEATURES], rounds=15)
+    _add_columns(kernel, "--features", [*FEATURES], rounds=9)
     tables.add_subcommand("kernel", kernel, help="the recurrence alone, under a minute")
     networks = parser("legato benchmark networks [options]", "Training, against serial recurrences and torch.nn.LSTM.")
     _add_columns(networks, "--networks", [*NETWORKS], rounds=3)

@@ -163,7 +163,8 @@ def _measure_kernel(length: int, features: int, rounds: int, device: torch.devic
         return run
 
     candidates = {"parallel": turn(nullcontext), "sweep": turn(lambda: swept(device)), "loop": turn(looped)}
-    times = {name: _each(time, runs) for name, time in interleave(candidates, rounds=rounds, warmup=2).items()}
+    turns = interleave(candidates, rounds=rounds, warmup=1, settle=True)
+    times = {name: _each(time, runs) for name, time in turns.items()}
     return {"length": length, "features": features, **times, **_ratios(times, "parallel")}
 
 

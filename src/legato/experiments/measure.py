@@ -19,7 +19,12 @@ from .environment import environment
 
 
 def interleave(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int = 20, warmup: int = 3, patience: float = math.inf
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    patience: float = math.inf,
+    settle: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time each candidate once a round, in turn (A B C A B C ...), so that a noisy neighbour disturbs all alike.
 
@@ -50,7 +55,9 @@ def interleave(
     gc.disable()
     try:
         for _ in range(rounds):
-            for name in candidates:
+            for name, run in candidates.items():
+                if settle:
+                    run()
                 turn(name)
     finally:
         gc.enable()
