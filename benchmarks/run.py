@@ -1,4 +1,4 @@
-"""Measure one subject on this machine: ``python benchmarks/run.py recurrence|lti|training``.
+"""Measure one subject on this machine: ``python benchmarks/run.py gated|lti|recurrence|training``.
 
 Each subject is a module beside this one with ``measure() -> list[dict]``. Results are printed and kept in ``results/``.
 """

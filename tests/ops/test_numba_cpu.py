@@ -55,11 +55,11 @@ def test_python_threads_may_launch_at_once(three_threads):
 
 
 def test_without_torchs_openmp_the_kernels_own_threads_give_the_same(three_threads, monkeypatch):
-    from legato.ops.kernels import numba_cpu
+    from legato.ops.kernels import numba_threads
 
     inputs = large()
     shared = run(*inputs)
-    monkeypatch.setattr(numba_cpu, "_torch_openmp", lambda: None)
+    monkeypatch.setattr(numba_threads, "_torch_openmp", lambda: None)
     for a, b in zip(shared, run(*inputs), strict=True):
         assert torch.equal(a, b)
 

@@ -229,15 +229,6 @@ def at_length(
     return torch.where(some, picked, 0 if initial is None else initial)
 
 
-def one_step_later(
-    states: Shaped[Tensor, "B T C"], initial: Shaped[Tensor, "B C"] | None, reset: Bool[Tensor, "B T"] | None
-) -> Shaped[Tensor, "B T C"]:
-    """s_{t-1} in the place of s_t; ``initial`` (None: zeros) before the first, zero where the state is dropped."""
-    first = torch.zeros_like(states[:, :1]) if initial is None else initial[:, None]
-    before = torch.cat([first, states[:, :-1]], dim=1) if states.shape[1] else states
-    return before if reset is None else before.masked_fill(reset[..., None], 0)
-
-
 def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
     """The function for a name in ACTIVATIONS; None and "identity" give None, a callable gives itself."""
     if name is None or name == "identity":

@@ -1,9 +1,10 @@
-"""What gated layers share: all gates from one matrix product, ``gated_recurrence``, and a read-out.
+"""What gated layers share: all gates from one matrix product, and ``gated_unit``.
 
-A member says how many blocks of rows its weight has, which of them carry a bias, and what it does with the products;
-``strongly_typed.py`` is the shortest. Next: ``ops/gated.py``, the recurrence.
+A member says what the blocks of rows of its weight are and which of them carry a bias; ``strongly_typed.py`` is the
+shortest. Next: ``ops/gated.py``, the recurrence.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length, positive_int
-from legato.ops.gated import gated_recurrence
+from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato.ops.gated import gated_unit
 
 
 class GatedState(NamedTuple):
@@ -22,27 +23,29 @@ class GatedState(NamedTuple):
 
 
 class GatedLayer(RecurrentLayer):
-    """z_t = W x_t + b; h_t = f_t h_{t-1} + (1 - f_t) g(candidate_t); output_t = read(h_t, z_t, x_t).
+    """z_t = W x_t + b; c_t = f_t c_{t-1} + (1 - f_t) g(candidate_t);
+    output_t = o_t activation(c_t) + (1 - o_t) skip_t.
 
-    The first block of z is the forget gate before its sigmoid and the last the candidate, unless ``_gates`` says
-    otherwise. ``squash`` says whether g is tanh; the read-out is h_t itself, unless ``_read`` says otherwise.
+    ``squash`` says whether g is tanh, ``activation`` what c_t passes through, ``_skip`` what goes past it. Without an
+    output gate among the blocks, output_t = c_t.
 
     Args:
         input_size, hidden_size, device, dtype: as of every layer.
-        blocks: how many blocks of ``hidden_size`` rows the weight has.
+        blocks: what the blocks of ``hidden_size`` rows of the weight are, from the top; see ``gated_unit``.
         biases: at first, of as many blocks from the top; the blocks after them have none.
         taps: how many inputs the gates see at each step.
     """
 
     State: Any = GatedState
     squash = False
+    activation: str | Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         *,
-        blocks: int,
+        blocks: tuple[str, ...],
         biases: tuple[float, ...],
         taps: int = 1,
         device: torch.device | str | None,
@@ -50,9 +53,10 @@ class GatedLayer(RecurrentLayer):
     ):
         super().__init__(input_size)
         self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self.blocks = blocks
         self.biases = biases
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(blocks * hidden_size, taps * input_size, **where))
+        self.weight = nn.Parameter(torch.empty(len(blocks) * hidden_size, taps * input_size, **where))
         self.bias = nn.Parameter(torch.empty(len(biases) * hidden_size, **where))
         self.reset_parameters()
 
@@ -79,14 +83,19 @@ class GatedLayer(RecurrentLayer):
     def _from_input(self, seen, x, initial, lengths, reset):
         """Output and final memory, where the gates see ``seen``, (B, T, taps * input_size)."""
         bias = F.pad(self.bias, (0, len(self.weight) - len(self.bias)))
-        z = F.linear(seen, self.weight, bias).split(self.hidden_size, dim=-1)
-        states, final = gated_recurrence(*self._gates(z), None, initial, squash=self.squash, reset=reset)
-        return self._read(states, z, x).to(x.dtype), at_length(states, initial, final, lengths)
+        output, states, final = gated_unit(
+            (seen,),
+            (self.weight,),
+            bias,
+            self.blocks,
+            initial,
+            skip=self._skip(x),
+            squash=self.squash,
+            activation=activation_function(self.activation),
+            reset=reset,
+        )
+        return output.to(x.dtype), at_length(states, initial, final, lengths)
 
-    def _gates(self, z: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The forget gate before its sigmoid and the candidate before g."""
-        return z[0], z[-1]
-
-    def _read(self, states: Tensor, z: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        """The output, from the states in float32 or wider, the products z and the input."""
-        return states
+    def _skip(self, x: Tensor) -> Tensor | None:
+        """What goes past the memory, where it is not a block of the products."""
+        return None

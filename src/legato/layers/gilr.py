@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, one_step_later, positive_int
+from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
 from legato.layers._gated import GatedLayer
-from legato.ops.gated import gated_recurrence
+from legato.ops.gated import gated_unit
 
 
 class GILR(GatedLayer):
@@ -50,7 +49,9 @@ class GILR(GatedLayer):
         dtype: torch.dtype | None = None,
     ):
         biases = (forget_bias, 0.0)
-        super().__init__(input_size, hidden_size, blocks=2, biases=biases, device=device, dtype=dtype)
+        super().__init__(
+            input_size, hidden_size, blocks=("forget", "candidate"), biases=biases, device=device, dtype=dtype
+        )
 
     def _draw(self, block):
         nn.init.xavier_uniform_(block)
@@ -132,24 +133,38 @@ class GILRLSTM(RecurrentLayer):
         return GILRLSTMState((self.hidden_size,), (self.hidden_size,))  # pyright: ignore[reportArgumentType]
 
     def _sequence(self, x, state, lengths, reset):
-        output, state = self.from_products(F.linear(x, self.weight, self.bias), state, lengths, reset)
-        return output.to(x.dtype), state
+        sizes = (2 * self.hidden_size, 4 * self.hidden_size)
+        matrices = zip(self.weight.split(sizes), self.bias.split(sizes), strict=True)
+        hold, of_x = ({"inputs": (x,), "weights": (weight,), "bias": bias} for weight, bias in matrices)
+        return self._from_parts(hold, of_x, x.dtype, state, lengths, reset)
 
     def from_products(
         self, products: Float[Tensor, "B T C"], state: Any = None, lengths: Any = None, reset: Any = None
     ) -> tuple[Tensor, GILRLSTMState]:
         """The layer from weight x_t + bias, (B, T, 6 n), where the caller has a shorter way to those products than a
         matrix product: for a one-hot x_t they are a row of a table."""
-        n = self.hidden_size
+        parts = products.split((2 * self.hidden_size, 4 * self.hidden_size), dim=-1)
+        hold, of_x = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
+        return self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
+
+    def _from_parts(self, hold, of_x, dtype, state, lengths, reset):
+        """The layer, from what makes the products of the surrogate and those of the cell that are of x."""
         cell, surrogate = (None, None) if state is None else state
-        hold, candidate, of_x = products.split((n, n, 4 * n), dim=-1)
-        means, last = gated_recurrence(hold, candidate, None, surrogate, squash=True, reset=reset)  # h~_t
-        before = one_step_later(means, surrogate, reset).to(products.dtype)
-        gates = torch.addmm(of_x.flatten(0, 1), before.flatten(0, 1), self.weight_surrogate.mT)
-        f, i, o, z = gates.unflatten(0, products.shape[:2]).chunk(4, dim=-1)
-        states, final = gated_recurrence(f, z, i, cell, squash=True, reset=reset)  # c_t
-        function = activation_function(self.activation)
-        output = o.sigmoid() * (states if function is None else function(states))
-        return output, GILRLSTMState(
-            at_length(states, cell, final, lengths), at_length(means, surrogate, last, lengths)
-        )
+        hold |= {"blocks": ("forget", "candidate"), "initial_state": surrogate, "squash": True, "reset": reset}
+        _, before, last = gated_unit(**hold, delayed=True)  # h~_{t-1}
+        of_x["inputs"] += (before.to(dtype),)
+        of_x["weights"] += (self.weight_surrogate,)
+        blocks, activation = ("forget", "write", "output", "candidate"), activation_function(self.activation)
+        cells = {"blocks": blocks, "initial_state": cell, "squash": True, "activation": activation, "reset": reset}
+        output, states, final = gated_unit(**of_x, **cells)
+        memory = at_length(states, cell, final, lengths)
+        return output.to(dtype), GILRLSTMState(memory, _after(before, last, lengths))
+
+
+def _after(before: Tensor, last: Tensor, lengths: Tensor | None) -> Tensor:
+    """The state after ``lengths`` steps, from those before each step and the last."""
+    T = before.shape[1]
+    if lengths is None or T == 0:
+        return last
+    rows = torch.arange(len(before), device=before.device)
+    return torch.where((lengths < T)[:, None], before[rows, lengths.clamp(max=T - 1)], last)

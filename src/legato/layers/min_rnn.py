@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from legato.layers._base import at_length
 from legato.layers._gated import GatedLayer
+from legato.ops.gated import gated_recurrence
 
 
 class MinGRU(GatedLayer):
@@ -42,7 +44,14 @@ class MinGRU(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(input_size, hidden_size, blocks=2, biases=(forget_bias, 0.0), device=device, dtype=dtype)
+        super().__init__(
+            input_size,
+            hidden_size,
+            blocks=("forget", "candidate"),
+            biases=(forget_bias, 0.0),
+            device=device,
+            dtype=dtype,
+        )
 
 
 class MinLSTM(GatedLayer):
@@ -84,9 +93,13 @@ class MinLSTM(GatedLayer):
         dtype: torch.dtype | None = None,
     ):
         biases = (forget_bias, -forget_bias, 0.0)
-        super().__init__(input_size, hidden_size, blocks=3, biases=biases, device=device, dtype=dtype)
+        super().__init__(
+            input_size, hidden_size, blocks=("forget", "write", "candidate"), biases=biases, device=device, dtype=dtype
+        )
 
-    def _gates(self, z):
-        keep, write, candidate = z
+    def _from_input(self, seen, x, initial, lengths, reset):
+        keep, write, candidate = F.linear(seen, self.weight, self.bias).chunk(3, dim=-1)
         carry = torch.promote_types(keep.dtype, torch.float32)
-        return F.logsigmoid(keep.to(carry)) - F.logsigmoid(write.to(carry)), candidate
+        share = F.logsigmoid(keep.to(carry)) - F.logsigmoid(write.to(carry))
+        states, final = gated_recurrence(share, candidate, None, initial, reset=reset)
+        return states.to(x.dtype), at_length(states, initial, final, lengths)

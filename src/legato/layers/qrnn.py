@@ -58,7 +58,15 @@ class QRNN(GatedLayer):
         dtype: torch.dtype | None = None,
     ):
         taps, biases = positive_int(kernel_size, "kernel_size"), (forget_bias, 0.0, 0.0)
-        super().__init__(input_size, hidden_size, blocks=3, biases=biases, taps=taps, device=device, dtype=dtype)
+        super().__init__(
+            input_size,
+            hidden_size,
+            blocks=("forget", "output", "candidate"),
+            biases=biases,
+            taps=taps,
+            device=device,
+            dtype=dtype,
+        )
         self.kernel_size = kernel_size
 
     def _state_shapes(self):
@@ -88,6 +96,3 @@ class QRNN(GatedLayer):
             recent = recent.masked_fill((resets.gather(1, last) < resets[:, -1:])[..., None], 0)
         # One product of k C columns; k shifted ones, which copy nothing, are within a tenth of its time or slower.
         return torch.cat(seen, dim=2), recent
-
-    def _read(self, states, z, x):
-        return z[1].to(states.dtype).sigmoid() * states

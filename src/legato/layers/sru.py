@@ -51,14 +51,12 @@ class SRU(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        blocks = 3 if input_size == hidden_size else 4
+        past = () if input_size == hidden_size else ("skip",)
+        blocks = ("forget", "output", *past, "candidate")
         biases = (forget_bias, highway_bias)
         super().__init__(input_size, hidden_size, blocks=blocks, biases=biases, device=device, dtype=dtype)
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
 
-    def _read(self, states, z, x):
-        function = activation_function(self.activation)
-        shown = states if function is None else function(states)
-        past = x if len(z) == 3 else z[2]
-        return torch.lerp(past.to(states.dtype), shown, z[1].to(states.dtype).sigmoid())
+    def _skip(self, x):
+        return None if "skip" in self.blocks else x

@@ -38,4 +38,6 @@ class StronglyTypedRNN(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(input_size, hidden_size, blocks=2, biases=(forget_bias,), device=device, dtype=dtype)
+        super().__init__(
+            input_size, hidden_size, blocks=("forget", "candidate"), biases=(forget_bias,), device=device, dtype=dtype
+        )

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, at_length, one_step_later, zero_padding
-from legato.ops.gated import gated_recurrence
+from legato.layers._base import RecurrentLayer, at_length, zero_padding
+from legato.ops.gated import gated_recurrence, one_step_later
 
 
 class LinearSurrogateState(NamedTuple):

@@ -37,6 +37,13 @@ def choose(device: torch.device, name: str | None = None) -> tuple[ModuleType, s
     return _load("torch"), "torch", f"no compiled kernel for {device.type} is installed"
 
 
+def gated(device: torch.device) -> ModuleType | None:
+    """The kernel of the gated unit for tensors on ``device``, or None."""
+    if device.type != "cpu" or not _installed("numba"):
+        return None
+    return importlib.import_module(f"{__name__}.gated_cpu")
+
+
 def check(name: str, device: torch.device) -> None:
     """Raise what ``choose`` documents if the backend cannot run here."""
     if name not in BACKENDS:

@@ -1,41 +1,34 @@
 """The diagonal recurrence on a CPU, compiled by Numba: each number is read and written once, at the memory's speed.
 
 The channels lie innermost. One task walks through time for one batch row and one block of channels, with the carry in
-a small array that stays in the L1 cache. The compiled tasks run in torch's own OpenMP threads: a second pool would
-compete with torch's, whose threads keep a core busy for milliseconds after each torch op (measured: half the speed on
-2 cores).
+a small array that stays in the L1 cache. How tasks reach threads is in ``numba_threads.py``.
 """
 
-import ctypes
-import os
-import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from legato._shapes import Bool, Inexact, Tensor
-
-_intrinsic: Any = intrinsic  # it changes the signature of what it decorates
+from legato.ops.kernels.numba_threads import (
+    HEADER,
+    NARROWEST_BYTES,
+    PREFETCH_BYTES,
+    block_width,
+    c_function,
+    compiled,
+    launch,
+    next_task,
+    pointer,
+    prefetch,
+    threads_for,
+)
 
 # A row of a task: its arrays (five in the backward) must fit the L1 data cache, 32 KiB on small machines.
 _BLOCK_BYTES = 4096
-# Narrower blocks than this waste cache lines and the prefetcher.
-_NARROWEST_BYTES = 256
-# Below this many numbers, waking a second thread costs more than it saves.
-_SERIAL_BELOW = 32768
-# Rows this far ahead in time are asked for early: the processor's own prefetcher loses short rows that run backwards
-# (measured: without it 0.8 of the copy bandwidth forward and 0.4 backward, with it 1.0 and 0.7).
-_PREFETCH_BYTES = 1024
 
 
 def forward(
@@ -88,32 +81,7 @@ def _carry(state: Tensor | None, like: Tensor) -> Tensor:
 # Each row of channels is one small function over 1-D arrays: LLVM vectorises those, and not the same loops inline.
 
 
-def _compile(kernel: Callable) -> Any:
-    return numba.njit(nogil=True, cache=True, error_model="numpy")(kernel)
-
-
-@_intrinsic
-def _prefetch_line(_, address):
-    """Ask for the cache line at ``address``, to be kept in all levels."""
-
-    def generate(context, builder, signature, arguments):
-        i32 = ir.IntType(32)
-        prefetch = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32]), "llvm.prefetch.p0"
-        )
-        builder.call(prefetch, [builder.inttoptr(arguments[0], cgutils.voidptr_t), i32(0), i32(3), i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@_compile
-def _prefetch(row):
-    for byte in range(0, row.size * row.itemsize, 64):
-        _prefetch_line(row.ctypes.data + byte)
-
-
-@_compile
+@compiled
 def _row(h, a, x, out):
     for i in range(h.size):
         state = a[i] * h[i] + x[i]
@@ -121,7 +89,7 @@ def _row(h, a, x, out):
         out[i] = state
 
 
-@_compile
+@compiled
 def _row_one_decay(h, a, x, out):
     for i in range(h.size):
         state = a * h[i] + x[i]
@@ -129,12 +97,12 @@ def _row_one_decay(h, a, x, out):
         out[i] = state
 
 
-@_compile
+@compiled
 def _forward_task(b, d0, d1, decay, reset, reverse, impulse, states, carry):
     _, T, H, D = impulse.shape
     b_decay, t_decay, h_decay = decay.shape[0] != 1, decay.shape[1] != 1, decay.shape[2] != 1
     h = carry[b, :, d0:d1].copy()
-    distance = -(-_PREFETCH_BYTES // (H * (d1 - d0) * h.itemsize))
+    distance = -(-PREFETCH_BYTES // (H * (d1 - d0) * h.itemsize))
     for step in range(T):
         t = T - 1 - step if reverse else step
         if reset.size > 0 and reset[b, t]:
@@ -143,10 +111,10 @@ def _forward_task(b, d0, d1, decay, reset, reverse, impulse, states, carry):
         near = 0 <= ahead < T
         for head in range(H):
             if near:
-                _prefetch(impulse[b, ahead, head, d0:d1])
-                _prefetch(states[b, ahead, head, d0:d1])
+                prefetch(impulse[b, ahead, head, d0:d1])
+                prefetch(states[b, ahead, head, d0:d1])
                 if t_decay:
-                    _prefetch(decay[b if b_decay else 0, ahead, head if h_decay else 0])
+                    prefetch(decay[b if b_decay else 0, ahead, head if h_decay else 0])
             h_row, x, out = h[head], impulse[b, t, head, d0:d1], states[b, t, head, d0:d1]
             a = decay[b if b_decay else 0, t if t_decay else 0, head if h_decay else 0]
             if a.size == D:
@@ -156,7 +124,7 @@ def _forward_task(b, d0, d1, decay, reset, reverse, impulse, states, carry):
     carry[b, :, d0:d1] = h
 
 
-@_compile
+@compiled
 def _gradient_row(g, grad, a, h_before, grad_a, grad_x):
     for i in range(g.size):
         here = g[i] + grad[i]
@@ -165,7 +133,7 @@ def _gradient_row(g, grad, a, h_before, grad_a, grad_x):
         g[i] = np.conj(a[i]) * here
 
 
-@_compile
+@compiled
 def _arrive_row(g, grad, grad_x):
     for i in range(g.size):
         here = g[i] + grad[i]
@@ -173,31 +141,31 @@ def _arrive_row(g, grad, grad_x):
         grad_x[i] = here
 
 
-@_compile
+@compiled
 def _add_product_row(total, h_before, g):
     for i in range(g.size):
         total[i] += np.conj(h_before[i]) * g[i]
 
 
-@_compile
+@compiled
 def _pass_on_row(g, a):
     for i in range(g.size):
         g[i] = np.conj(a[i]) * g[i]
 
 
-@_compile
+@compiled
 def _pass_on_row_one_decay(g, a):
     for i in range(g.size):
         g[i] = np.conj(a) * g[i]
 
 
-@_compile
+@compiled
 def _backward_task(b, d0, d1, decay, reset, reverse, states, grad_states, h0, grad_decay, grad_impulse, carry):
     _, T, H, D = states.shape
     b_decay, t_decay, h_decay = decay.shape[0] != 1, decay.shape[1] != 1, decay.shape[2] != 1
     one_decay = decay.shape[3] < D
     g = carry[b, :, d0:d1].copy()
-    distance = -(-_PREFETCH_BYTES // (H * (d1 - d0) * g.itemsize))
+    distance = -(-PREFETCH_BYTES // (H * (d1 - d0) * g.itemsize))
     # A gradient that sums over time or channels does so in 64 bits: the sum may be long.
     total = np.zeros(g.shape, dtype=(g[0] * np.float64(1)).dtype)
     for step in range(T):
@@ -208,12 +176,12 @@ def _backward_task(b, d0, d1, decay, reset, reverse, states, grad_states, h0, gr
         near = 0 <= ahead < T
         for head in range(H):
             if near:
-                _prefetch(grad_states[b, ahead, head, d0:d1])
-                _prefetch(states[b, ahead, head, d0:d1])
-                _prefetch(grad_impulse[b, ahead, head, d0:d1])
+                prefetch(grad_states[b, ahead, head, d0:d1])
+                prefetch(states[b, ahead, head, d0:d1])
+                prefetch(grad_impulse[b, ahead, head, d0:d1])
                 if t_decay:
-                    _prefetch(decay[b if b_decay else 0, ahead, head if h_decay else 0])
-                    _prefetch(grad_decay[b, ahead, head])
+                    prefetch(decay[b if b_decay else 0, ahead, head if h_decay else 0])
+                    prefetch(grad_decay[b, ahead, head])
             g_row, grad, grad_x = g[head], grad_states[b, t, head, d0:d1], grad_impulse[b, t, head, d0:d1]
             h_before = states[b, before, head, d0:d1] if step < T - 1 else h0[b, head, d0:d1]
             a = decay[b if b_decay else 0, t if t_decay else 0, head if h_decay else 0]
@@ -244,91 +212,56 @@ def _backward_task(b, d0, d1, decay, reset, reverse, states, grad_states, h0, gr
     carry[b, :, d0:d1] = g
 
 
-# --- launching: a C function that takes tasks until none is left, called in each of torch's threads ---
+# --- launching ---
 
-# The words of a launch, all of 64 bits: a ticket counter, sizes, flags, and addresses; those of the arrays come last.
-_TICKET, _TASKS, _BLOCKS, _WIDTH, _REVERSE, _SIZES, _DECAY_SIZES, _HAS_RESET, _RESET, _DECAY, _ARRAYS = (
-    0, 1, 2, 3, 4, 5, 9, 13, 14, 15, 16,
+# The words of a launch, after the header: flags, sizes, and addresses; those of the arrays come last.
+_REVERSE, _SIZES, _DECAY_SIZES, _HAS_RESET, _RESET, _DECAY, _ARRAYS = (
+    HEADER, HEADER + 1, HEADER + 5, HEADER + 9, HEADER + 10, HEADER + 11, HEADER + 12,
 )  # fmt: skip
 
 
-_TASKS_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@_intrinsic
-def _take_ticket(_, words):
-    """The counter's value, which is then one higher: an atomic operation."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", arguments[0], context.get_constant(types.int64, 1), "monotonic")
-
-    return types.int64(words), generate
-
-
-@_intrinsic
-def _pointer(_, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(address), generate
-
-
-@_compile
+@compiled
 def _unpack(words, dtype):
     B, T, H, D = words[_SIZES], words[_SIZES + 1], words[_SIZES + 2], words[_SIZES + 3]
     Bd, Td, Hd, Dd = words[_DECAY_SIZES], words[_DECAY_SIZES + 1], words[_DECAY_SIZES + 2], words[_DECAY_SIZES + 3]
-    decay = carray(_pointer(words[_DECAY]), (Bd, Td, Hd, Dd), dtype)
-    reset = carray(_pointer(words[_RESET]), (B * words[_HAS_RESET], T), np.bool_)
+    decay = carray(pointer(words[_DECAY]), (Bd, Td, Hd, Dd), dtype)
+    reset = carray(pointer(words[_RESET]), (B * words[_HAS_RESET], T), np.bool_)
     return B, T, H, D, decay, reset, words[_REVERSE] != 0
-
-
-@_compile
-def _next_task(words, D):
-    """The batch row and the channels of a task that nobody has taken yet; a row of -1 when there is none."""
-    task = _take_ticket(words)
-    if task >= words[_TASKS]:
-        return -1, 0, 0
-    d0 = task % words[_BLOCKS] * words[_WIDTH]
-    return task // words[_BLOCKS], d0, min(d0 + words[_WIDTH], D)
 
 
 @cache
 def _forward(dtype: np.dtype) -> Any:
     def run(words):
         B, T, H, D, decay, reset, reverse = _unpack(words, dtype)
-        impulse = carray(_pointer(words[_ARRAYS]), (B, T, H, D), dtype)
-        states = carray(_pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
-        carry = carray(_pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
+        impulse = carray(pointer(words[_ARRAYS]), (B, T, H, D), dtype)
+        states = carray(pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
+        carry = carray(pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
         while True:
-            b, d0, d1 = _next_task(words, D)
+            b, d0, d1 = next_task(words, D)
             if b < 0:
                 return
             _forward_task(b, d0, d1, decay, reset, reverse, impulse, states, carry)
 
-    return _c_function(run)
+    return c_function(run)
 
 
 @cache
 def _backward(dtype: np.dtype) -> Any:
     def run(words):
         B, T, H, D, decay, reset, reverse = _unpack(words, dtype)
-        states = carray(_pointer(words[_ARRAYS]), (B, T, H, D), dtype)
-        grad_states = carray(_pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
-        h0 = carray(_pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
-        grad_decay = carray(_pointer(words[_ARRAYS + 3]), (B, decay.shape[1], H, decay.shape[3]), dtype)
-        grad_impulse = carray(_pointer(words[_ARRAYS + 4]), (B, T, H, D), dtype)
-        carry = carray(_pointer(words[_ARRAYS + 5]), (B, H, D), dtype)
+        states = carray(pointer(words[_ARRAYS]), (B, T, H, D), dtype)
+        grad_states = carray(pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
+        h0 = carray(pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
+        grad_decay = carray(pointer(words[_ARRAYS + 3]), (B, decay.shape[1], H, decay.shape[3]), dtype)
+        grad_impulse = carray(pointer(words[_ARRAYS + 4]), (B, T, H, D), dtype)
+        carry = carray(pointer(words[_ARRAYS + 5]), (B, H, D), dtype)
         while True:
-            b, d0, d1 = _next_task(words, D)
+            b, d0, d1 = next_task(words, D)
             if b < 0:
                 return
             _backward_task(b, d0, d1, decay, reset, reverse, states, grad_states, h0, grad_decay, grad_impulse, carry)
 
-    return _c_function(run)
-
-
-def _c_function(run: Callable) -> Any:
-    return numba.cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(run)
+    return c_function(run)
 
 
 def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: Tensor | None, reverse: bool) -> None:
@@ -341,78 +274,17 @@ def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: 
     B, T, H, D = like.shape
     if B * H * D == 0:
         return
-    threads = 1 if like.numel() < _SERIAL_BELOW or _in_forked_child else torch.get_num_threads()
-    width = D if decay.shape[3] < D else _width(B, H, D, like.element_size(), threads)
-    blocks = -(-D // width)
-    tasks = B * blocks
-    words = np.array(
-        [
-            *(0, tasks, blocks, width, reverse, B, T, H, D, *decay.shape),
-            *(reset is not None, reset.data_ptr() if reset is not None else 0),
-            *(x.data_ptr() for x in (decay, *arrays)),
-        ],
-        dtype=np.int64,
+    threads = threads_for(like.numel())
+    widest = max(_BLOCK_BYTES // H, NARROWEST_BYTES) // like.element_size()
+    width = D if decay.shape[3] < D else block_width(B, D, widest, like.element_size(), threads)
+    words = (
+        *(reverse, B, T, H, D, *decay.shape),
+        *(reset is not None, reset.data_ptr() if reset is not None else 0),
+        *(x.data_ptr() for x in (decay, *arrays)),
     )
-    _in_threads(kernel(_numpy_dtype(like.dtype)), words.ctypes.data, min(threads, tasks))
-
-
-def _width(B: int, H: int, D: int, item: int, threads: int) -> int:
-    """Channels a task: as wide as the L1 cache allows, narrower only where the batch is too small for the threads."""
-    width = min(D, max(_BLOCK_BYTES // H, _NARROWEST_BYTES) // item)
-    if threads > B:
-        parts = -(-threads // B)
-        width = min(width, max(_NARROWEST_BYTES // item, -(-D // parts)))
-    return width
+    launch(kernel(_numpy_dtype(like.dtype)), B, D, width, threads, words)
 
 
 @cache
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def _in_threads(kernel: Any, address: int, threads: int) -> None:
-    run, openmp = _TASKS_FUNCTION(kernel.address), _torch_openmp()
-    if threads == 1:
-        run(address)
-    elif openmp is not None:
-        openmp(run, address, threads, 0)
-    else:
-        others = [_pool(threads).submit(run, address) for _ in range(threads - 1)]
-        run(address)
-        for other in others:
-            other.result()
-
-
-@cache
-def _torch_openmp() -> Any:
-    """The entry of the OpenMP library that torch has loaded, or None where it has another kind of threads.
-
-    ``void GOMP_parallel(void (*run)(void *), void *data, unsigned threads, unsigned flags)`` is the stable interface
-    that compilers emit calls to; GNU's, Intel's and LLVM's libraries on Linux all have it.
-    """
-    maps = Path("/proc/self/maps")
-    loaded = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\S*", maps.read_text())) if maps.exists() else set()
-    # A process may hold several (scikit-learn brings one): torch's is the one beside torch.
-    home = str(Path(torch.__file__).parent)
-    for path in sorted(loaded, key=lambda path: not path.startswith(home)):
-        entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-        if entry is not None:
-            entry.argtypes = [_TASKS_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            entry.restype = None
-            return entry
-    return None
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="legato")
-
-
-def _after_fork() -> None:
-    global _in_forked_child
-    _in_forked_child = True
-
-
-# A forked child (a DataLoader worker) has none of its parent's threads and would wait for them for ever: run serially.
-_in_forked_child = False
-os.register_at_fork(after_in_child=_after_fork)

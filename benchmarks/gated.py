@@ -1,0 +1,61 @@
+"""The gated unit's kernel against its definition: one layer, and a training step of two layers of 256 units.
+
+Both run our code, the second with the kernel taken away, in turns. ``torch.nn.LSTM`` of the size stands beside them.
+"""
+
+from unittest.mock import patch
+
+import torch
+from measure import interleave
+from torch import nn
+
+from legato.layers import GILR, GILRLSTM, SRU, Stack
+from legato.ops import kernels
+
+SHAPES = [(1, 65536), (8, 2048)]
+INPUTS, UNITS = 4, 256
+ROUNDS = 3
+
+
+def measure() -> list[dict]:
+    torch.manual_seed(0)
+    rows = []
+    for batch, steps in SHAPES:
+        networks = {
+            "GILR, one layer": GILR(UNITS, UNITS),
+            "SRU, one layer": SRU(UNITS, UNITS),
+            "SRU": Stack(SRU(INPUTS, UNITS), SRU(UNITS, UNITS)),
+            "GILR-LSTM": Stack(GILRLSTM(INPUTS, UNITS), GILRLSTM(UNITS, UNITS)),
+        }
+        candidates = {"torch.nn.LSTM": training_step(nn.LSTM(INPUTS, UNITS, 2, batch_first=True), batch, steps)}
+        for name, network in networks.items():
+            step = training_step(network, batch, steps)
+            candidates |= {f"{name}: kernel": step, f"{name}: definition": without_kernel(step)}
+        times = interleave(candidates, rounds=ROUNDS, warmup=1)
+        for name, time in times.items():
+            network, _, way = name.partition(": ")
+            row = {"shape": f"({batch}, {steps})", "network": network, "by": way, **time}
+            if way == "kernel":
+                row["times faster"] = times[f"{network}: definition"]["median_ms"] / time["median_ms"]
+            rows.append(row)
+    return rows
+
+
+def training_step(network: nn.Module, batch: int, steps: int):
+    """Forward and backward, with a gradient at every output; no optimiser."""
+    x = torch.randn(batch, steps, INPUTS if isinstance(network, (nn.LSTM, Stack)) else UNITS)
+    weight = torch.randn(batch, steps, UNITS)
+
+    def step() -> None:
+        network.zero_grad(set_to_none=True)
+        network(x)[0].backward(weight)
+
+    return step
+
+
+def without_kernel(step):
+    def run() -> None:
+        with patch.object(kernels, "gated", lambda device: None):
+            step()
+
+    return run

@@ -1,0 +1,505 @@
+"""The gated recurrence on a CPU, compiled by Numba: gates, scan and read-out in one walk over the products.
+
+    c_t = f_t c_{t-1} + w_t g(candidate_t),  h_t = o_t s(c_t) + (1 - o_t) skip_t
+
+Forward reads each product once and writes c and h; backward forms the gates again from the products and writes their
+gradients into one array of the products' shape. All in float32. The launch is that of ``numba_threads.py``; the
+arguments are those of ``ops/gated.py``.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
+from numba.core import types
+
+from legato._shapes import Bool, Float, Tensor
+from legato.ops.kernels.numba_threads import (
+    HEADER,
+    PREFETCH_BYTES,
+    block_width,
+    c_function,
+    compiled,
+    empty,
+    intrinsic,
+    launch,
+    next_task,
+    pointer,
+    prefetch,
+    threads_for,
+)
+
+
+def forward(
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    bias: Float[Tensor, "K"] | None,
+    addend: Float[Tensor, "B T K"] | None,
+    initial_state: Float[Tensor, "B C"] | None,
+    skip: Float[Tensor, "B T C"] | None,
+    reset: Bool[Tensor, "B T"] | None,
+    form: tuple,
+    keep: bool,
+) -> tuple[Float[Tensor, "B T K"] | None, Float[Tensor, "B T C"] | None, Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
+    """The products if they are to be kept, h_t where there is an output gate, c_t (or c_{t-1}) and the last c."""
+    like: Any = (*inputs, addend)[0]
+    blocks = form[0]
+    (B, T), K = like.shape[:2], addend.shape[-1] if addend is not None else len(weights[0])
+    C = K // len(blocks)
+    kept = empty(like, B, T, K) if keep else None
+    states, shown = empty(like, B, T, C), empty(like, B, T, C) if "output" in blocks else None
+    carry = like.new_zeros(B, C) if initial_state is None else initial_state.contiguous().clone()
+    skip = _skip(inputs, skip, form)
+    for part in _parts(B, T, K):
+        products = _products(inputs, weights, bias, addend, part, kept)
+        arrays = _blocks(products, blocks) | _cut(part, skip=skip, states=states, shown=shown)
+        arrays["carry"] = carry[part[0]]
+        _launch(_forward, arrays, None if reset is None else reset[part], form)
+    return kept, shown, states, carry
+
+
+def backward(
+    grad_shown: Float[Tensor, "B T C"] | None,
+    grad_states: Float[Tensor, "B T C"] | None,
+    grad_final: Float[Tensor, "B C"] | None,
+    kept: Float[Tensor, "B T K"] | None,
+    states: Float[Tensor, "B T C"],
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    bias: Float[Tensor, "K"] | None,
+    addend: Float[Tensor, "B T K"] | None,
+    initial_state: Float[Tensor, "B C"] | None,
+    skip: Float[Tensor, "B T C"] | None,
+    reset: Bool[Tensor, "B T"] | None,
+    form: tuple,
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor | None, Float[Tensor, "B C"], Tensor | None]:
+    """The gradients of inputs, weights, bias, addend, initial state and skip."""
+    (B, T, C), blocks, skips_input = states.shape, form[0], form[-1]
+    K = C * len(blocks)
+    grad_inputs, grad_weights = [empty(x, *x.shape) for x in inputs], [torch.zeros_like(w) for w in weights]
+    grad_bias = None if bias is None else torch.zeros_like(bias)
+    grad_addend = None if addend is None else empty(addend, B, T, K)
+    grad_skip = None if skip is None else empty(skip, B, T, C)
+    carry = states.new_zeros(B, C) if grad_final is None else grad_final.contiguous().clone()
+    first = states.new_zeros(B, C) if initial_state is None else initial_state
+    if "output" in blocks and grad_shown is None:
+        grad_shown = states.new_zeros(()).expand(B, T, C)
+    for part in reversed(_parts(B, T, K)):
+        rows, steps = part
+        products = _products(inputs, weights, bias, addend, part, kept) if kept is None else kept[part]
+        grad_products = torch.empty_like(products) if grad_addend is None else grad_addend[part]
+        arrays = _blocks(products, blocks) | {f"grad_{k}": x for k, x in _blocks(grad_products, blocks).items()}
+        arrays |= _cut(part, skip=_skip(inputs, skip, form), states=states, grad_states=grad_states)
+        arrays |= _cut(part, grad_shown=grad_shown, grad_skip=grad_inputs[0] if skips_input else grad_skip)
+        arrays |= {"carry": carry[rows], "initial": states[rows, steps.start - 1] if steps.start else first[rows]}
+        _launch(_backward, arrays, None if reset is None else reset[part], form)
+        flat = grad_products.flatten(0, 1)  # (rows * steps, K)
+        for i, (x, w) in enumerate(zip(inputs, weights, strict=True)):
+            grad_weights[i].addmm_(flat.mT, x[part].flatten(0, 1))
+            beta = 1 if skips_input and i == 0 else 0
+            grad_inputs[i][part].view(len(flat), -1).addmm_(flat, w, beta=beta)
+        if grad_bias is not None:
+            grad_bias += flat.sum(0)
+    return grad_inputs, grad_weights, grad_bias, grad_addend, carry, grad_skip
+
+
+def _parts(B: int, T: int, K: int) -> list[tuple[slice, slice]]:
+    """Batch rows and steps, in order of time, whose products stay in the cache from one pass over them to the next."""
+    steps = max(1, _PART_NUMBERS // K)
+    rows = max(1, steps // max(T, 1))
+    return [
+        (slice(b, min(b + rows, B)), slice(t, min(t + steps, T)))
+        for b in range(0, B, rows)
+        for t in range(0, max(T, 1), steps)
+    ]
+
+
+def _products(inputs, weights, bias, addend, part, kept):
+    """addend + bias + the sum of weight x, of one part: in its place in ``kept``, or in memory of its own."""
+    if not inputs:
+        return addend[part]
+    rows, steps = (s.stop - s.start for s in part)
+    out = inputs[0].new_empty(rows, steps, len(weights[0])) if kept is None else kept[part]
+    flat = out.view(-1, out.shape[-1])
+    if addend is not None:
+        out.copy_(addend[part] if bias is None else addend[part] + bias)
+    elif bias is not None:
+        flat.copy_(bias)
+    for i, (x, w) in enumerate(zip(inputs, weights, strict=True)):
+        flat.addmm_(x[part].flatten(0, 1), w.mT, beta=1 if i or addend is not None or bias is not None else 0)
+    return out
+
+
+def _skip(inputs: list[Tensor], skip: Tensor | None, form: tuple) -> Tensor | None:
+    return inputs[0] if form[-1] else skip
+
+
+def _blocks(products: Tensor, blocks: tuple[str, ...]) -> dict[str, Tensor | None]:
+    return dict(zip(blocks, products.chunk(len(blocks), dim=-1), strict=True))
+
+
+def _cut(part: tuple[slice, slice], **arrays: Tensor | None) -> dict[str, Tensor | None]:
+    """Their part of all that are there."""
+    return {name: x[part] for name, x in arrays.items() if x is not None}
+
+
+# The products of a part: 4 MiB. Twice that leaves the second-level caches, half of it shows the cost of launches.
+_PART_NUMBERS = 1 << 20
+# Channels a task: a dozen rows of them fit the L1 cache.
+_WIDEST = 512
+
+# The table of arrays that a launch hands over: address, bytes a batch row, bytes a step. An address of 0: not there.
+_NAMES = ("forget", "write", "candidate", "output", "skip", "states", "shown", "carry")
+_NAMES += (*(f"grad_{name}" for name in _NAMES[:-1]), "initial")
+_FORGET, _WRITE, _CANDIDATE, _OUTPUT, _SKIP, _STATES, _SHOWN, _CARRY = range(8)
+_GRAD_FORGET, _GRAD_WRITE, _GRAD_CANDIDATE, _GRAD_OUTPUT, _GRAD_SKIP, _GRAD_STATES, _GRAD_SHOWN, _INITIAL = range(8, 16)
+# The words: sizes, flags, the resets, the table.
+_T, _C, _SQUASH, _SHOW_TANH, _DELAYED, _RESET = range(HEADER, HEADER + 6)
+_TABLE = HEADER + 6
+
+
+# --- exp, sigmoid and tanh in float32, as arithmetic that the compiler turns into vector instructions ---
+
+
+@intrinsic
+def _bits(_, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def _float_of(_, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
+def _contracted(kernel: Callable) -> Any:
+    """Compiled, with a product and the sum that follows it as one instruction."""
+    return compiled(kernel, fastmath={"contract"})
+
+
+# Adding this rounds to an integer, which then stands in the last bits.
+_ROUNDER = np.float32(1.5 * 2**23)
+_LOG2_E = np.float32(1.44269504)
+# ln 2 in two parts, the first of few bits: k times it is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194442e-4)
+# Below this exp underflows; it is taken as 0.
+_LOWEST = np.float32(-87.3)
+# (exp(r) - 1 - r) / r^2 on abs(r) <= ln(2) / 2, interpolated at Chebyshev points: the error of exp is 1e-9.
+_P0, _P1, _P2 = np.float32(0.5), np.float32(0.16666667), np.float32(0.041666467)
+_P3, _P4, _P5 = np.float32(0.0083332984), np.float32(0.0013933652), np.float32(1.9899287e-4)
+_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
+
+
+@_contracted
+def _parts_of_exp(x):
+    """s and p of exp(x) = s + s p with s a power of two; x <= 0."""
+    x = _LOWEST if x < _LOWEST else x  # NaN passes
+    shifted = x * _LOG2_E + _ROUNDER
+    k = shifted - _ROUNDER
+    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+    p = r + r * r * (_P0 + r * (_P1 + r * (_P2 + r * (_P3 + r * (_P4 + r * _P5)))))
+    s = _float_of((_bits(shifted) << np.int32(23)) + np.int32(0x3F800000))
+    return s, p
+
+
+@_contracted
+def _sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), each to a few units in the last place of its own."""
+    a = -abs(x)
+    s, p = _parts_of_exp(a)
+    e = _ZERO if a < _LOWEST else s + s * p
+    large = _ONE / (_ONE + e)
+    small = e * large
+    return (large if x >= _ZERO else small), (small if x >= _ZERO else large)
+
+
+@_contracted
+def _tanh(x):
+    """-expm1(-2 abs(x)) / (2 + expm1(-2 abs(x))) with the sign of x."""
+    s, p = _parts_of_exp(-_TWO * abs(x))
+    m = s * p + (s - _ONE)
+    y = (_ZERO - m) / (_TWO + m)
+    return y if x >= _ZERO else -y
+
+
+@compiled
+def _gate_row(x, gate, complement):
+    for i in range(x.size):
+        gate[i], complement[i] = _sigmoids(x[i])
+
+
+@compiled
+def _tanh_row(x, y):
+    for i in range(x.size):
+        y[i] = _tanh(x[i])
+
+
+# --- one step: rows of channels, each a small function over 1-D arrays that stay in the L1 cache ---
+
+
+@compiled
+def _update_row(h, f, w, v, states):
+    for i in range(h.size):
+        state = f[i] * h[i] + w[i] * v[i]
+        h[i] = state
+        states[i] = state
+
+
+@compiled
+def _show_row(o, y, shown):
+    for i in range(o.size):
+        shown[i] = o[i] * y[i]
+
+
+@compiled
+def _show_past_row(o, past, y, skip, shown):
+    for i in range(o.size):
+        shown[i] = o[i] * y[i] + past[i] * skip[i]
+
+
+@compiled
+def _row(words, which, b, t, d0, n):
+    entry = _TABLE + 3 * which
+    address = words[entry] + b * words[entry + 1] + t * words[entry + 2] + 4 * d0
+    return carray(pointer(address), (n,), np.float32)
+
+
+@compiled
+def _there(words, which):
+    return words[_TABLE + 3 * which] != 0
+
+
+@compiled
+def _ask_for(words, first, last, b, t, d0, n):
+    for which in range(first, last):
+        if _there(words, which):
+            prefetch(_row(words, which, b, t, d0, n))
+
+
+@compiled
+def _reset_at(words, b, t):
+    if words[_RESET] == 0:
+        return False
+    return carray(pointer(words[_RESET] + b * words[_T] + t), (1,), np.bool_)[0]
+
+
+@compiled
+def _forward_task(words, b, d0, n):
+    T, squash, show_tanh, delayed = words[_T], words[_SQUASH] != 0, words[_SHOW_TANH] != 0, words[_DELAYED] != 0
+    tied, shows, skips = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
+    scratch = np.empty((6, n), np.float32)
+    h, f, w, unused, v, y = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
+    carry = _row(words, _CARRY, b, 0, d0, n)
+    h[:] = carry
+    distance = -(-PREFETCH_BYTES // (4 * n))
+    for t in range(T):
+        if t + distance < T:
+            _ask_for(words, _FORGET, _CARRY, b, t + distance, d0, n)
+        if _reset_at(words, b, t):
+            h[:] = 0
+        _gate_row(_row(words, _FORGET, b, t, d0, n), f, w)
+        if not tied:
+            _gate_row(_row(words, _WRITE, b, t, d0, n), w, unused)
+        written = _row(words, _CANDIDATE, b, t, d0, n)
+        if squash:
+            _tanh_row(written, v)
+            written = v
+        states = _row(words, _STATES, b, t, d0, n)
+        if delayed:
+            states[:] = h
+            states = y
+        _update_row(h, f, w, written, states)
+        if shows:
+            if show_tanh:
+                _tanh_row(h, y)
+            else:
+                y[:] = h
+            _gate_row(_row(words, _OUTPUT, b, t, d0, n), f, w)
+            if skips:
+                _show_past_row(f, w, y, _row(words, _SKIP, b, t, d0, n), _row(words, _SHOWN, b, t, d0, n))
+            else:
+                _show_row(f, y, _row(words, _SHOWN, b, t, d0, n))
+    carry[:] = h
+
+
+@compiled
+def _add_row(total, x):
+    for i in range(total.size):
+        total[i] += x[i]
+
+
+@compiled
+def _shown_row(g, grad, o, past, y, grad_output):
+    for i in range(g.size):
+        g[i] += grad[i] * o[i]
+        grad_output[i] = grad[i] * y[i] * o[i] * past[i]
+
+
+@compiled
+def _shown_past_row(g, grad, o, past, y, skip, grad_output, grad_skip):
+    for i in range(g.size):
+        g[i] += grad[i] * o[i]
+        grad_output[i] = grad[i] * (y[i] - skip[i]) * o[i] * past[i]
+        grad_skip[i] = grad[i] * past[i]
+
+
+@compiled
+def _times_tanh_slope_row(g, y):
+    for i in range(g.size):
+        g[i] *= _ONE - y[i] * y[i]
+
+
+@compiled
+def _tied_row(g, f, w, v, before, grad_forget, grad_written):
+    for i in range(g.size):
+        here = g[i]
+        grad_forget[i] = here * (before[i] - v[i]) * f[i] * w[i]
+        grad_written[i] = here * w[i]
+        g[i] = here * f[i]
+
+
+@compiled
+def _forget_row(g, f, closed, before, grad_forget):
+    for i in range(g.size):
+        here = g[i]
+        grad_forget[i] = here * before[i] * f[i] * closed[i]
+
+
+@compiled
+def _written_row(g, w, closed, v, grad_write, grad_written):
+    for i in range(g.size):
+        here = g[i]
+        grad_write[i] = here * v[i] * w[i] * closed[i]
+        grad_written[i] = here * w[i]
+
+
+@compiled
+def _backward_task(words, b, d0, n):
+    T, squash, show_tanh, delayed = words[_T], words[_SQUASH] != 0, words[_SHOW_TANH] != 0, words[_DELAYED] != 0
+    tied, shows, skips = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
+    scratch = np.zeros((6, n), np.float32)
+    g, f, closed, v, y, zeros = (
+        scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5],
+    )  # fmt: skip
+    carry = _row(words, _CARRY, b, 0, d0, n)
+    g[:] = carry
+    distance = -(-PREFETCH_BYTES // (4 * n))
+    for step in range(T):
+        t = T - 1 - step
+        if t >= distance:
+            _ask_for(words, _FORGET, _STATES + 1, b, t - distance, d0, n)
+            _ask_for(words, _GRAD_FORGET, _INITIAL, b, t - distance, d0, n)
+        dropped = _reset_at(words, b, t)
+        if dropped:
+            before = zeros
+        elif delayed:
+            before = _row(words, _STATES, b, t, d0, n)
+        elif t > 0:
+            before = _row(words, _STATES, b, t - 1, d0, n)
+        else:
+            before = _row(words, _INITIAL, b, 0, d0, n)
+        # What arrives at c_t: from the output, and from those who read the states.
+        if shows:
+            grad = _row(words, _GRAD_SHOWN, b, t, d0, n)
+            state = _row(words, _STATES, b, t, d0, n)
+            grad_output = _row(words, _GRAD_OUTPUT, b, t, d0, n)
+            _gate_row(_row(words, _OUTPUT, b, t, d0, n), f, closed)
+            if show_tanh:
+                _tanh_row(state, y)
+                state = y
+                v[:] = g
+                g[:] = 0
+            if skips:
+                skip, grad_skip = _row(words, _SKIP, b, t, d0, n), _row(words, _GRAD_SKIP, b, t, d0, n)
+                _shown_past_row(g, grad, f, closed, state, skip, grad_output, grad_skip)
+            else:
+                _shown_row(g, grad, f, closed, state, grad_output)
+            if show_tanh:
+                _times_tanh_slope_row(g, y)
+                _add_row(g, v)
+        if _there(words, _GRAD_STATES) and not delayed:
+            _add_row(g, _row(words, _GRAD_STATES, b, t, d0, n))
+        # What it hands to the gates and to the step before.
+        written = _row(words, _CANDIDATE, b, t, d0, n)
+        if squash:
+            _tanh_row(written, v)
+            written = v
+        grad_forget, grad_candidate = _row(words, _GRAD_FORGET, b, t, d0, n), _row(words, _GRAD_CANDIDATE, b, t, d0, n)
+        if tied:
+            _gate_row(_row(words, _FORGET, b, t, d0, n), f, closed)
+            _tied_row(g, f, closed, written, before, grad_forget, grad_candidate)
+        else:
+            _gate_row(_row(words, _WRITE, b, t, d0, n), f, closed)
+            _written_row(g, f, closed, written, _row(words, _GRAD_WRITE, b, t, d0, n), grad_candidate)
+            _gate_row(_row(words, _FORGET, b, t, d0, n), f, closed)
+            _forget_row(g, f, closed, before, grad_forget)
+            _times_row(g, f)
+        if squash:
+            _times_tanh_slope_row(grad_candidate, v)
+        if dropped:
+            g[:] = 0
+        elif delayed and _there(words, _GRAD_STATES):
+            _add_row(g, _row(words, _GRAD_STATES, b, t, d0, n))
+    carry[:] = g
+
+
+@compiled
+def _times_row(g, f):
+    for i in range(g.size):
+        g[i] *= f[i]
+
+
+# --- launching ---
+
+
+@cache
+def _forward() -> Any:
+    def run(words):
+        while True:
+            b, d0, d1 = next_task(words, words[_C])
+            if b < 0:
+                return
+            _forward_task(words, b, d0, d1 - d0)
+
+    return c_function(run)
+
+
+@cache
+def _backward() -> Any:
+    def run(words):
+        while True:
+            b, d0, d1 = next_task(words, words[_C])
+            if b < 0:
+                return
+            _backward_task(words, b, d0, d1 - d0)
+
+    return c_function(run)
+
+
+def _launch(kernel: Callable, arrays: dict[str, Tensor | None], reset: Tensor | None, form: tuple) -> None:
+    arrays = {name: _with_rows(x) for name, x in arrays.items()}
+    reset = None if reset is None else reset.contiguous()
+    states: Any = arrays["states"]
+    B, T, C = states.shape
+    if B * C == 0:
+        return
+    table = []
+    for name in _NAMES:
+        x = arrays.get(name)
+        table += (0, 0, 0) if x is None else (x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1) if x.ndim == 3 else 0)
+    words = (T, C, *form[1:4], 0 if reset is None else reset.data_ptr(), *table)
+    threads = threads_for(B * T * C)
+    launch(kernel(), B, C, block_width(B, C, _WIDEST, 4, threads), threads, words)
+
+
+def _with_rows(x: Tensor | None) -> Tensor | None:
+    """x with channels that lie side by side; time and batch may have any stride."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,281 @@
+"""The gated unit: its kernel against the definition, values and all gradients, and what goes to the definition."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import legato
+from legato.ops import gated, kernels
+from legato.ops.gated import gated_recurrence, gated_unit
+
+EPS = torch.finfo(torch.float32).eps
+PLAIN, CELL = ("forget", "candidate"), ("forget", "write", "output", "candidate")
+OUTPUT, SKIP = ("forget", "output", "candidate"), ("forget", "output", "skip", "candidate")
+
+pytestmark = pytest.mark.skipif(kernels.gated(torch.device("cpu")) is None, reason="the kernel needs numba")
+
+
+@pytest.fixture
+def filled():
+    """New memory is full of NaN: an output that is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def example(blocks, B, T, C, *, widths=(7,), products=False, skip=None, resets=True, seed=0):
+    """Tensors in float64, by name; ``skip`` "own" is a tensor, "input" the first input."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    K, widths = C * len(blocks), (C, *widths[1:]) if skip == "input" else widths
+    return {
+        "blocks": blocks,
+        "inputs": [draw(B, T, width) for width in widths],
+        "weights": [draw(K, width) / width**0.5 for width in widths],
+        "bias": draw(K) if widths else None,
+        "products": draw(B, T, K) if products or not widths else None,
+        "initial_state": draw(B, C),
+        "skip": draw(B, T, C) if skip == "own" else skip,
+        "reset": torch.rand(B, T, generator=generator) < 0.05 if resets else None,
+    }
+
+
+def evaluate(function, tensors, dtype=torch.float32, **options):
+    """Outputs and the gradients of a weighted sum of them by every tensor, in float64."""
+
+    def leaf(x):
+        return x.to(dtype).detach().requires_grad_() if isinstance(x, torch.Tensor) else x
+
+    inputs, weights = ([leaf(x) for x in tensors[name]] for name in ("inputs", "weights"))
+    names = ("bias", "products", "initial_state", "skip")
+    bias, products, initial_state, skip = given = [leaf(tensors[name]) for name in names]
+    leaves = [x for x in (*inputs, *weights, *given) if isinstance(x, torch.Tensor)]
+    skip = inputs[0] if skip == "input" else skip
+    options = {"products": products, "skip": skip, "reset": tensors["reset"], **options}
+    outputs = function(tuple(inputs), tuple(weights), bias, tensors["blocks"], initial_state, **options)
+    generator = torch.Generator().manual_seed(1)
+    sums = [(y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum() for y in outputs]
+    return [x.detach().double() for x in (*outputs, *torch.autograd.grad(torch.stack(sums).sum(), leaves))]
+
+
+def by_definition(
+    inputs, weights, bias, blocks, initial_state, *, products, skip, reset, squash=False, activation=None, delayed=False
+):
+    form = ("/".join(blocks), squash, activation is not None, delayed, False)
+    return gated._definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
+
+
+def agree(tensors, **options):
+    """The kernel is as near to float64 as the definition in float32 is, within a factor of two and a rounding."""
+    fused = evaluate(gated_unit, tensors, **options)
+    assert "gated_unit: numba" in legato.explain()
+    plain = evaluate(by_definition, tensors, **options)
+    exact = evaluate(by_definition, tensors, torch.float64, **options)
+    for a, b, c in zip(fused, plain, exact, strict=True):
+        bound = 2 * ((b - c).abs().max() + EPS * c.abs().max())
+        assert (a - c).abs().max() <= bound
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("T", [1, 63, 65, 1000])
+def test_the_plain_unit_agrees_at_awkward_lengths(filled, T, squash):
+    agree(example(PLAIN, 2, T, 5), squash=squash)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("activation", [None, torch.tanh])
+@pytest.mark.parametrize(
+    ("blocks", "more"),
+    [
+        (OUTPUT, {}),
+        (OUTPUT, {"skip": "own"}),
+        (OUTPUT, {"skip": "input"}),
+        (SKIP, {}),
+        (CELL, {"widths": (3, 4)}),
+        (CELL, {"products": True}),
+        (CELL, {"widths": ()}),
+    ],
+)
+def test_every_form_agrees(filled, blocks, more, squash, activation):
+    agree(example(blocks, 3, 40, 33, **more), squash=squash, activation=activation)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("more", [{}, {"widths": ()}])
+def test_delayed_states_agree(filled, more, resets):
+    agree(example(PLAIN, 3, 65, 33, resets=resets, **more), squash=True, delayed=True)
+
+
+@pytest.mark.parametrize(("B", "T", "C"), [(1, 700, 70), (5, 100, 70), (40, 9, 70), (1, 20, 1200)])
+def test_sequences_of_several_parts_agree(filled, two_threads, monkeypatch, B, T, C):
+    """The products of a part are limited: here to 100 steps or so, or to a few batch rows."""
+    from legato.ops.kernels import gated_cpu
+
+    monkeypatch.setattr(gated_cpu, "_PART_NUMBERS", 300 * 70)
+    agree(example(OUTPUT, B, T, C, widths=(40,), skip="input"), activation=torch.tanh)
+    agree(example(PLAIN, B, T, C), squash=True, delayed=True)
+
+
+@pytest.mark.parametrize("widths", [(4,), (40,)])
+def test_any_number_of_threads_gives_the_same_states(two_threads, widths):
+    tensors = example(PLAIN, 1, 500, 200, widths=widths)
+    many = evaluate(gated_unit, tensors)[0]
+    torch.set_num_threads(1)
+    # The matrix products may be summed in another order; the walk over them is the same for each channel.
+    bound = 2 * EPS * sum(widths) * many.abs().max()
+    torch.testing.assert_close(evaluate(gated_unit, tensors)[0], many, rtol=0, atol=float(bound))
+
+
+def test_strided_tensors_agree():
+    tensors = example(CELL, 2, 65, 6, widths=(5,), products=True)
+
+    def with_strides(inputs, weights, bias, blocks, initial_state, **options):
+        inputs, weights = (tuple(x.mT.contiguous().mT for x in xs) for xs in (inputs, weights))
+        wide = torch.cat([options.pop("products")] * 2, dim=-1)[..., : 6 * len(blocks)]
+        return gated_unit(inputs, weights, bias, blocks, initial_state.mT.contiguous().mT, products=wide, **options)
+
+    bound = 2 * (5 + 65) * EPS  # the matrix products may be summed in another order, over 5 channels or 2 * 65 steps
+    for a, b in zip(evaluate(with_strides, tensors), evaluate(gated_unit, tensors), strict=True):
+        assert (a - b).abs().max() <= bound * b.abs().max()
+
+
+def test_sigmoid_and_tanh_are_exact_to_a_few_units_in_the_last_place():
+    """One step: c_1 = sigmoid(forget) c_0 + sigmoid(-forget) g(candidate), of which one term is made zero."""
+    x = torch.cat([torch.linspace(-87, 87, 4001), torch.linspace(-1, 1, 4001), torch.logspace(-20, 0, 50)])[None, None]
+    zero, state = torch.zeros_like(x), torch.ones_like(x[0])
+    kept = gated_unit((), (), None, PLAIN, state, products=torch.cat([x, zero], -1))[0]
+    written = gated_unit((), (), None, PLAIN, products=torch.cat([x, zero + 1], -1))[0]
+    squashed = gated_unit((), (), None, PLAIN, products=torch.cat([zero - 200, x], -1), squash=True)[0]
+    exact = x.double()
+    for got, expected in ((kept, exact.sigmoid()), (written, (-exact).sigmoid()), (squashed, exact.tanh())):
+        assert ((got - expected).abs() <= 4 * EPS * expected.abs()).all()
+
+
+@pytest.mark.parametrize("large", [90.0, 1e30, torch.inf])
+def test_saturated_gates_hold_exactly(large):
+    state = torch.full((1, 1), 3.0)
+    for forget, expected in ((large, 3.0), (-large, 1.0)):
+        products = torch.tensor([[[forget, large]]])
+        assert gated_unit((), (), None, PLAIN, state, products=products, squash=True)[1].item() == expected
+
+
+def test_nan_goes_on_until_a_reset():
+    products, reset = torch.randn(1, 6, 2), torch.tensor([[False, False, False, False, True, False]])
+    products[0, 2, 0] = torch.nan
+    states = gated_unit((), (), None, PLAIN, products=products, reset=reset)[1]
+    assert states.isnan().flatten().tolist() == [False, False, True, True, False, False]
+
+
+def test_the_gradient_is_that_of_finite_differences_through_the_definition_in_float64():
+    tensors = example(OUTPUT, 2, 5, 3, skip="own")
+    leaves = [x.requires_grad_() for x in (*tensors["inputs"], *tensors["weights"], tensors["bias"], tensors["skip"])]
+
+    def unit(x, weight, bias, skip):
+        return gated_unit((x,), (weight,), bias, OUTPUT, skip=skip, activation=torch.tanh, squash=True)
+
+    assert gradcheck(unit, leaves)
+
+
+def test_second_derivatives_are_those_of_the_definition():
+    tensors = example(OUTPUT, 2, 9, 3, skip="input", resets=False)
+
+    def second(function):
+        x, weight = (tensors[name][0].float().requires_grad_() for name in ("inputs", "weights"))
+        bias, state = tensors["bias"].float(), tensors["initial_state"].float()
+        y = function((x,), (weight,), bias, OUTPUT, state, products=None, skip=x, reset=None, activation=torch.tanh)[0]
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), (x, weight))
+
+    for a, b in zip(second(gated_unit), second(by_definition), strict=True):
+        # Sums over 9 steps and 9 products each way, of terms no larger than the largest result.
+        assert (a - b).abs().max() <= 4 * 9 * 9 * EPS * b.abs().max()
+
+
+def test_a_tensor_in_two_places_gets_the_gradient_of_each():
+    x = torch.randn(1, 6, 4, requires_grad=True)
+    weights = torch.randn(8, 4), torch.randn(8, 4)
+    both = gated_unit((x, x), weights, None, PLAIN)[0].sum()
+    (once,) = torch.autograd.grad(both, x, retain_graph=True)
+    (again,) = torch.autograd.grad(both, x, create_graph=True)
+    assert (once - again).abs().max() <= 32 * EPS * once.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x: x.double(), "float32"),
+        (lambda x: x.bfloat16(), "float32"),
+        (lambda x: x[:0], "nothing"),
+        (lambda x: x[:, :0], "nothing"),
+        (lambda x: x.to("meta"), "no kernel for meta"),
+    ],
+)
+def test_what_the_kernel_does_not_know_goes_to_the_definition(change, why):
+    products = change(torch.randn(2, 5, 6))
+    states, _, final = gated_unit((), (), None, PLAIN, products=products)
+    assert states.shape == (*products.shape[:2], 3)
+    assert final.shape == (len(products), 3)
+    assert why in legato.explain()
+
+
+def test_torch_func_and_forward_mode_go_to_the_definition():
+    products, tangent = torch.randn(2, 2, 5, 6)
+
+    def last(products):
+        return gated_unit((), (), None, PLAIN, products=products)[2]
+
+    bound = 16 * EPS
+    forward = torch.func.jvp(last, (products,), (tangent,))[1]
+    assert "torch.func" in legato.explain()
+    x = products.clone().requires_grad_()
+    y = last(x)
+    (backward,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    by_vmap = torch.func.vmap(torch.func.grad(lambda x: last(x[None]).sum()))(products)
+    torch.testing.assert_close(by_vmap, backward, rtol=0, atol=bound * float(backward.abs().max()))
+    torch.testing.assert_close((backward * tangent).sum(), forward.sum(), rtol=0, atol=5 * 12 * bound)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_as_one_graph(dynamic):
+    def unit(x, weight, bias, state):
+        return gated_unit((x,), (weight,), bias, OUTPUT, state, skip=x, activation=torch.tanh)
+
+    compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for T in (7, 12):
+        given = torch.randn(2, T, 3), torch.randn(9, 3), torch.randn(9), torch.randn(2, 3)
+        results = []
+        for function in (unit, compiled):
+            leaves = [x.clone().requires_grad_() for x in given]
+            output, _, final = function(*leaves)
+            results.append((output, final, *torch.autograd.grad(output.sum() + final.sum(), leaves)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=16 * EPS * float(a.detach().abs().max()))
+
+
+def test_tied_and_free_gates_follow_the_equation():
+    f, z, w = torch.randn(3, 2, 4, 3, dtype=torch.float64)
+    for write, gate in ((None, 1 - f.sigmoid()), (w, w.sigmoid())):
+        h = torch.zeros(2, 3, dtype=torch.float64)
+        for t in range(4):
+            h = f.sigmoid()[:, t] * h + gate[:, t] * z[:, t].tanh()
+        states, final = gated_recurrence(f, z, write, squash=True)
+        torch.testing.assert_close(final, h, rtol=0, atol=4 * 8 * torch.finfo(h.dtype).eps)
+        assert torch.equal(states[:, -1], final)
+
+
+@pytest.mark.bad_input
+def test_delayed_states_behind_an_output_gate_raise():
+    with pytest.raises(ValueError, match="output gate"):
+        gated_unit((), (), None, OUTPUT, products=torch.zeros(1, 2, 3), delayed=True)
