@@ -18,6 +18,7 @@ from legato.layers import (
     RecurrentLMU,
     Stack,
     StronglyTypedRNN,
+    in_segments,
     spread_time_scales,
 )
 from legato.legendre import delay_network, window_decoder
@@ -43,6 +44,7 @@ __all__ = [
     "StronglyTypedRNN",
     "delay_network",
     "explain",
+    "in_segments",
     "linear_recurrence",
     "lti",
     "matrix_recurrence",

@@ -10,6 +10,7 @@ from legato.layers.lru import LRU
 from legato.layers.min_rnn import MinGRU, MinLSTM
 from legato.layers.qrnn import QRNN
 from legato.layers.recurrent_lmu import RecurrentLMU
+from legato.layers.segments import in_segments
 from legato.layers.sru import SRU
 from legato.layers.stack import Stack
 from legato.layers.strongly_typed import StronglyTypedRNN
@@ -33,5 +34,6 @@ __all__ = [
     "RecurrentLMU",
     "Stack",
     "StronglyTypedRNN",
+    "in_segments",
     "spread_time_scales",
 ]

@@ -11,7 +11,9 @@ from ..task import Paper, Task
 _MODULES = {
     "adding": "adding",
     "capacity": "capacity",
+    "copy-memory": "copy_memory",
     "long-dependency": "long_dependency",
+    "long-dependency-paper": "long_dependency_paper",
     "mackey-glass": "mackey_glass",
     "psmnist": "psmnist",
 }

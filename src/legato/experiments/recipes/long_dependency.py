@@ -34,6 +34,10 @@ PAPER = Paper(
     digits=2,
 )
 
+# Bytes that a layer keeps or passes on in training, a step and unit: about 40 arrays as wide as its units.
+A_STEP = 40 * 4
+# A training step that holds no more than this is not computed again in the backward.
+WHOLE_BYTES = 2**30
 #: Fresh sequences on which a converged network is verified.
 TEST_SEQUENCES = 256
 
@@ -46,6 +50,8 @@ class Model:
         kind: gilr-lstm, or lstm (PyTorch's, sequential).
         units: of each layer; null is the paper's: 512, and 64 from 65,536 steps on.
         layers: recurrent layers.
+        activation: of the GILR-LSTM's cell on its way out. The paper's is identity; a cell then grows with the length,
+            as a sum of a million terms does, and tanh keeps the output in bounds.
         symbols: dimensions of the one-hot vectors.
         forget_bias: of all forget gates at first; null spreads their time scales from 1 step to longest.
         longest: longest time scale in steps; null is the length, and no less than 65,536.
@@ -54,6 +60,7 @@ class Model:
     kind: Literal["gilr-lstm", "lstm"] = "gilr-lstm"
     units: int | None = None
     layers: int = 2
+    activation: Literal["tanh", "identity"] = "tanh"
     symbols: int = 128
     forget_bias: float | None = None
     longest: float | None = None
@@ -72,7 +79,7 @@ class Curriculum(Training):
 
     epochs: int = 4000
     updates_per_epoch: int | None = 5
-    batch_size: int = 16
+    batch_size: int = 8
     learning_rate: float = 3e-3
     schedule: Literal["one-cycle", "linear", "constant"] = "constant"
     max_norm: float | None = 1.0
@@ -193,7 +200,7 @@ def lengths(final: int, training: Curriculum) -> list[int]:
 def network(config: Config) -> nn.Module:
     """The network of one kind with its gate biases."""
     model = config.model
-    longest = model.longest or max(config.length, 65_536)
+    longest = float(model.longest or max(config.length, 65_536))
     if model.kind == "lstm":
         return SignLSTM(model, _units(config), longest)
     return SignGILRLSTM(model, _units(config), longest, config.training)
@@ -205,7 +212,7 @@ class SignGILRLSTM(nn.Module):
     def __init__(self, config: Model, units: int, longest: float, training: Curriculum):
         super().__init__()
         sizes = [config.symbols] + [units] * config.layers
-        self.layers = nn.ModuleList(GILRLSTM(*pair) for pair in itertools.pairwise(sizes))
+        self.layers = nn.ModuleList(GILRLSTM(*pair, activation=config.activation) for pair in itertools.pairwise(sizes))
         self.head = nn.Linear(units, 1)
         self.segment = training.segment or segment_steps(training.batch_size, units)
         for layer in self.layers:
@@ -215,7 +222,9 @@ class SignGILRLSTM(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
         """The score of each sequence, above zero for +e_0."""
         state = tuple(layer.initial_state(len(tokens)) for layer in self.layers)  # type: ignore[operator]
-        last, _ = in_segments(self._read, tokens, state, steps=self.segment, last_only=True)
+        whole = tokens.numel() * len(self.layers) * A_STEP * self.head.in_features
+        recompute = whole > WHOLE_BYTES
+        last, _ = in_segments(self._read, tokens, state, steps=self.segment, last_only=True, recompute=recompute)
         return self.head(last)[:, 0]
 
     def _read(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -257,7 +266,7 @@ def segment_steps(batch_size: int, units: int) -> int:
 
 def _start(bias: Tensor, forget_bias: float | None, longest: float) -> None:
     if forget_bias is None:
-        spread_time_scales(bias, 1, longest, shuffle=True)
+        spread_time_scales(bias, 1.0, longest, shuffle=True)
     else:
         bias.fill_(forget_bias)
 
@@ -270,7 +279,7 @@ def _check(config: Config) -> None:
     training = config.training
     at_least = {
         "length": (config.length, 1),
-        "model.units": (_units(config), 1),
+        "model.units": (1 if config.model.units is None else config.model.units, 1),
         "model.layers": (config.model.layers, 1),
         "model.symbols": (config.model.symbols, 2),
         "training.first_length": (training.first_length or 1, 1),
@@ -310,5 +319,5 @@ def needed_bytes(config: Config, length: int | None = None) -> int:
         return length * batch * a_step
     segment = min(length, config.training.segment or segment_steps(batch, units))
     states = -(-length // segment) * batch * layers * 2 * units * 4
-    # Tokens twice (a batch and its copy in order); of each layer about 40 arrays as wide as its units, kept or passing.
-    return 2 * length * batch * 4 + states + segment * batch * layers * 40 * units * 4
+    kept = segment if length * batch * layers * units * A_STEP > WHOLE_BYTES else length
+    return 2 * length * batch * 4 + states + kept * batch * layers * units * A_STEP  # the symbols: a batch and the next

@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from legato import GILRLSTM, LMU, Stack, in_segments
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def network():
+    torch.manual_seed(0)
+    return Stack(LMU(3, 4, order=4, theta=6), GILRLSTM(4, 5)).double()
+
+
+def leaves(state):
+    return [tensor for part in state for tensor in part]
+
+
+def results(layer, run):
+    """Output, final states and all gradients of a weighted sum of both, from random states."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 65, 3, dtype=torch.float64, requires_grad=True)
+    state = tuple(type(part)(*(torch.randn_like(s).requires_grad_() for s in part)) for part in layer.initial_state(2))
+    output, final = run(x, state)
+    found = [output, *leaves(final)]
+    loss = sum((torch.randn_like(value) * value).sum() for value in found)
+    return found + list(torch.autograd.grad(loss, [x, *leaves(state), *layer.parameters()]))
+
+
+def assert_close(found, expected, steps=65):
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=16 * steps * EPS * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("steps", [1, 16, 64, 65, 1000])
+def test_segments_equal_one_pass_with_every_gradient(steps, recompute):
+    layer = network()
+    found = results(layer, lambda x, state: in_segments(layer, x, state, steps=steps, recompute=recompute))
+    assert_close(found, results(layer, layer))
+
+
+def test_the_last_output_alone_equals_that_of_one_pass():
+    layer = network()
+
+    def last(x, state):
+        output, state = layer(x, state)
+        return output[:, -1], state
+
+    found = results(layer, lambda x, state: in_segments(layer, x, state, steps=16, last_only=True))
+    assert_close(found, results(layer, last))
+
+
+def test_what_is_inside_the_segments_is_not_kept():
+    """Saved for the backward: with recompute one state a segment, without it what every step needs."""
+
+    def saved_elements(recompute):
+        layer, x = GILRLSTM(3, 8), torch.randn(2, 640, 3)
+        seen = {}
+
+        def pack(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output, _ = in_segments(layer, x, steps=64, last_only=True, recompute=recompute)
+        assert output.requires_grad
+        return sum(seen.values()) - x.numel() - sum(p.numel() for p in layer.parameters())
+
+    a_state = 2 * 2 * 8
+    whole = saved_elements(False)
+    assert whole >= 640 * a_state
+    assert saved_elements(True) <= whole / 10 + 11 * a_state  # a first look at one segment, and the states
+
+
+def test_dropout_draws_the_same_numbers_again_in_the_backward():
+    torch.manual_seed(0)
+    layer = Stack.of(GILRLSTM, 3, 8, num_layers=2, dropout=0.5).double()
+    x = torch.randn(2, 64, 3, dtype=torch.float64)
+    found = []
+    for recompute in (True, False):
+        torch.manual_seed(3)
+        output, _ = in_segments(layer, x, steps=16, recompute=recompute)
+        found.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
+    assert torch.equal(found[0][0], found[1][0])
+    assert_close(*found)
+
+
+def test_autocast_is_the_same_in_the_second_pass():
+    layer, x = GILRLSTM(3, 8), torch.randn(2, 64, 3)
+    found = []
+    for recompute in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            output, _ = in_segments(layer, x, steps=16, recompute=recompute)
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), list(layer.parameters()))])
+    # Sums over segments in another order: as many roundings as there are segments, in 16 bits where a product was.
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * b.abs().max()
+
+
+def test_tokens_and_functions_do_as_well_as_channels_and_layers():
+    embedding, layer = torch.nn.Embedding(7, 3), GILRLSTM(3, 4)
+    tokens = torch.randint(7, (2, 20))
+    output, _ = in_segments(lambda x, state: layer(embedding(x), state), tokens, steps=6)
+    assert torch.allclose(output, layer(embedding(tokens))[0], atol=1e-6)
+
+
+def test_no_steps_give_no_outputs():
+    output, state = in_segments(GILRLSTM(3, 4), torch.zeros(2, 0, 3), steps=4)
+    assert output.shape == (2, 0, 4)
+    assert not state.memory.any()
+
+
+@pytest.mark.bad_input
+def test_wrong_arguments_raise_errors_that_help():
+    layer, x = GILRLSTM(3, 4), torch.zeros(2, 0, 3)
+    with pytest.raises(ValueError, match="expected steps to be an int of at least 1, got 0"):
+        in_segments(layer, x, steps=0)
+    with pytest.raises(ValueError, match="expected at least one step for the last output"):
+        in_segments(layer, x, steps=4, last_only=True)
