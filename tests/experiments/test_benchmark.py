@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,14 +18,22 @@ def run(capsys, *words):
     return status, captured.out, captured.err
 
 
-def trained(network, context):
-    """Output and all gradients, in float64, of a two-layer network over 2 x 33 steps."""
+def trained(network, dtype, context):
+    """Output and all gradients of a two-layer network over 2 x 33 steps."""
     torch.manual_seed(0)
-    model = legato.Stack.of(network.layer, 3, 5, num_layers=2, **network.options).double()
+    model = legato.Stack.of(network.layer, 3, 5, num_layers=2, **network.options).to(dtype)
+    x, weight = torch.randn(2, 33, 3), torch.randn(2, 33, 5)
     with context:
-        output, _ = model(torch.randn(2, 33, 3, dtype=torch.float64))
-        output.backward(torch.randn(output.shape, dtype=torch.float64))
+        output, _ = model(x.to(dtype))
+        output.backward(weight.to(dtype))
     return [output, *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_as_exact(got, plain, exact):
+    """err(got, float64) <= 2 (err(plain, float64) + eps max|exact|)"""
+    for x, y, z in zip(got, plain, exact, strict=True):
+        eps = torch.finfo(x.dtype).eps * z.abs().max()
+        assert (x - z).abs().max() <= 2 * ((y - z).abs().max() + eps)
 
 
 def test_candidates_take_turns_and_the_warm_up_is_not_counted():
@@ -56,22 +65,20 @@ def test_the_loop_computes_the_recurrence_and_its_gradients(reverse):
     exact, plain = results(torch.float64), results(torch.float32)
     with serial.looped():
         got = results(torch.float32)
-    for x, y, z in zip(got, plain, exact, strict=True):
-        eps = torch.finfo(torch.float32).eps * z.abs().max()
-        assert (x - z).abs().max() <= 2 * ((y - z).abs().max() + eps)
+    assert_as_exact(got, plain, exact)
 
 
 @pytest.mark.parametrize("name", list(benchmark.NETWORKS))
 def test_a_looped_network_is_the_same_network_and_only_the_loop_runs(name, monkeypatch):
     calls, loop = [], serial._forward
     monkeypatch.setattr(serial, "_forward", lambda *arguments: calls.append(1) or loop(*arguments))
-    got = trained(benchmark.NETWORKS[name], serial.looped())
+    network, double = benchmark.NETWORKS[name], torch.float64
+    got = trained(network, torch.float32, serial.looped())
     recurrences = 2 * (2 if name == "gilr-lstm" else 1)  # of both layers
     assert len(calls) == 2 * recurrences  # there and back
-    for x, y in zip(got, trained(benchmark.NETWORKS[name], benchmark.nullcontext()), strict=True):
-        # Both are right to float64's rounding, whatever that adds up to: far below float32's.
-        assert (x - y).abs().max() <= torch.finfo(torch.float32).eps * y.abs().max()
+    exact, plain = trained(network, double, nullcontext()), trained(network, torch.float32, nullcontext())
     assert len(calls) == 2 * recurrences
+    assert_as_exact(got, plain, exact)
 
 
 def test_what_runs_serially_is_undone_after_an_error():
@@ -104,7 +111,8 @@ def test_a_sweep_on_cuda_is_one_pass_where_time_is_otherwise_cut():
             assert triton_gpu._plan(impulse).chunks == 1
 
 
-def test_the_table_of_the_kernel_stands_beside_the_papers(capsys, tmp_path):
+def test_the_table_of_the_kernel_stands_beside_the_papers(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "_STEPS_A_TURN", 32)
     words = "--lengths 16 3 --features 4 7 --rounds 1 --device cpu --threads 1 --out".split()  # noqa: SIM905
     threads = torch.get_num_threads()
     status, out, _ = run(capsys, "kernel", *words, tmp_path)

@@ -24,7 +24,7 @@ def looped() -> Iterator[None]:
     # Without the kernel of whole gated units they run by their definition, which is a linear_recurrence.
     with (
         patch.object(kernels, "choose", lambda device, name=None: loop),
-        patch.object(kernels, "gated", lambda device: None, create=True),
+        patch.object(kernels, "gated", lambda device: None),
     ):
         yield
 
