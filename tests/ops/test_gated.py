@@ -211,6 +211,19 @@ def test_a_tensor_in_two_places_gets_the_gradient_of_each():
     assert (once - again).abs().max() <= 32 * EPS * once.abs().max()
 
 
+def test_what_needs_no_gradient_gets_none():
+    x, weight, bias = torch.randn(1, 6, 4), torch.randn(12, 4, requires_grad=True), torch.randn(12)
+    for skip in (None, x):
+        output = gated_unit((x,), (weight,), bias, OUTPUT, skip=skip)[0]
+        output.sum().backward()
+        assert x.grad is None
+        (expected,) = torch.autograd.grad(
+            gated_unit((x.clone().requires_grad_(),), (weight,), bias, OUTPUT, skip=skip)[0].sum(), weight
+        )
+        torch.testing.assert_close(weight.grad, expected, rtol=0, atol=0)
+        weight.grad = None
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -113,10 +113,19 @@ def gated_unit(
     if not _fusible(tensors, activation):
         return _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
     skip = None if form[-1] else skip
+    keep = _keeps(inputs) and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     _, shown, states, final = _GatedUnit.apply(
-        form, len(inputs), bias, products, initial_state, skip, reset, *inputs, *weights
+        (*form, keep), len(inputs), bias, products, initial_state, skip, reset, *inputs, *weights
     )
     return (shown if "output" in blocks else states), states, final
+
+
+# The products of so few input channels in all are formed again in the backward: that is less work than to keep them.
+_FORMED_AGAIN = 32
+
+
+def _keeps(inputs: tuple[Tensor, ...]) -> bool:
+    return sum(x.shape[-1] for x in inputs) > _FORMED_AGAIN
 
 
 def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None) -> bool:
@@ -188,7 +197,7 @@ class _GatedUnit(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.form, ctx.count, *tensors = inputs
+        (*ctx.form, _), ctx.count, *tensors = inputs
         kept, _, states, _ = output
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
@@ -208,10 +217,11 @@ class _GatedUnit(Function):
             )
             return None, None, *found
         grads = torch.ops.legato.gated_unit_backward(
-            grad_shown, grad_states, grad_final, kept, states, inputs, weights, bias, products, initial_state, skip,
-            reset, *ctx.form,
+            grad_shown, grad_states, grad_final, kept, states, ctx.needs_input_grad[7 : 7 + ctx.count],
+            inputs, weights, bias, products, initial_state, skip, reset, *ctx.form,
         )  # fmt: skip
         matrices, others = grads[: 2 * ctx.count], grads[2 * ctx.count :]
+        matrices = [grad if wanted else None for grad, wanted in zip(matrices, ctx.needs_input_grad[7:], strict=True)]
         given = (bias, products, initial_state, skip)
         others = [None if x is None else grad for x, grad in zip(given, others, strict=True)]
         return None, None, *others, None, *matrices
@@ -241,15 +251,16 @@ _arguments = (
     "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? products, Tensor? initial_state, Tensor? skip,"
     " Tensor? reset, str blocks, bool squash, bool show_tanh, bool delayed, bool skips_input"
 )
-_library.define(f"gated_unit({_arguments}) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"gated_unit({_arguments}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     "gated_unit_backward(Tensor? grad_shown, Tensor? grad_states, Tensor? grad_final, Tensor kept, Tensor states,"
-    f" {_arguments}) -> Tensor[]"
+    f" bool[] wanted, {_arguments}) -> Tensor[]"
 )
 
 
-def _run(inputs, weights, bias, products, initial_state, skip, reset, *form):
+def _run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_keep):
     """The products that are kept (of size 0: none), h_t (likewise, without an output gate), c_t and the last c."""
+    *form, keep = form_and_keep
     like = (*inputs, products)[0]
     kernel = kernels.gated(like.device)
     _choices.record("gated_unit", *_choice(kernel, like))
@@ -260,12 +271,12 @@ def _run(inputs, weights, bias, products, initial_state, skip, reset, *form):
     products, initial_state, skip = map(_plain, (products, initial_state, skip))
     form = (tuple(form[0].split("/")), *form[1:])
     tensors = (inputs, weights, bias, products, initial_state, skip, reset)
-    kept, shown, *rest = kernel.forward(*tensors, form, _keeps(inputs))
+    kept, shown, *rest = kernel.forward(*tensors, form, keep)
     return *(like.new_empty(0) if x is None else x for x in (kept, shown)), *rest
 
 
-def _run_backward(grad_shown, grad_states, grad_final, kept, states, *arguments):
-    """The gradients of inputs, weights, bias, products, initial state and skip (of size 0: it was not given)."""
+def _run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *arguments):
+    """The gradients of inputs, weights, bias, products, initial state and skip (of size 0: not wanted or not given)."""
     (inputs, weights, bias, products, initial_state, skip, reset), form = arguments[:7], arguments[7:]
     kernel = kernels.gated(states.device)
     if kernel is None:
@@ -280,20 +291,12 @@ def _run_backward(grad_shown, grad_states, grad_final, kept, states, *arguments)
         products, initial_state, skip = map(_plain, (products, initial_state, skip))
         form = (tuple(form[0].split("/")), *form[1:])
         inputs, weights, bias, products, initial_state, skip = kernel.backward(
-            *grads, kept if kept.numel() else None, states,
+            *grads, kept if kept.numel() else None, states, wanted,
             inputs, weights, bias, products, initial_state, skip, reset, form,
         )  # fmt: skip
         matrices = [*inputs, *weights]
     given = (*matrices, bias, products, initial_state, skip)
     return [states.new_empty(0) if x is None else x.detach() for x in given]
-
-
-# The products of so few input channels in all are formed again in the backward: that is less work than to keep them.
-_FORMED_AGAIN = 32
-
-
-def _keeps(inputs: list[Tensor]) -> bool:
-    return sum(x.shape[-1] for x in inputs) > _FORMED_AGAIN
 
 
 def _choice(kernel, like: Tensor) -> tuple[str, str]:
@@ -310,18 +313,20 @@ def _plain(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.resolve_neg()
 
 
-def _fake_run(inputs, weights, bias, products, initial_state, skip, reset, *form):
+def _fake_run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_keep):
+    *form, keep = form_and_keep
     like, blocks = (*inputs, products)[0], form[0].split("/")
     B, T = like.shape[:2]
     K = products.shape[-1] if products is not None else weights[0].shape[0]
     C = K // len(blocks)
-    kept = like.new_empty((B, T, K) if _keeps(inputs) else (0,))
+    kept = like.new_empty((B, T, K) if keep else (0,))
     shown = like.new_empty((B, T, C) if "output" in blocks else (0,))
     return kept, shown, like.new_empty((B, T, C)), like.new_empty((B, C))
 
 
-def _fake_run_backward(grad_shown, grad_states, grad_final, kept, states, *arguments):
+def _fake_run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *arguments):
     inputs, weights, bias, products, _, skip = arguments[:6]
+    inputs = [x if want else None for x, want in zip(inputs, wanted, strict=True)]
     given = (*inputs, *weights, bias, products, states[:, 0], skip)
     return [states.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
