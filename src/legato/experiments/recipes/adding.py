@@ -1,7 +1,8 @@
 """Adding: the sum of two marked numbers among 10,000, given at the end (Hochreiter & Schmidhuber 1997).
 
 Every step has a number, uniform from 0 to 1, and a marker, which is one at a step of the first half and one of the
-second. Whoever remembers nothing does best to say 1, with a mean squared error of 1/6. Solved is an error below 1e-3.
+second. Whoever remembers nothing does best to say 1, with a mean squared error of 1/6. Solved is an error below 1e-3;
+training stops at half of that in validation, so that the test is not at the border.
 """
 
 import itertools
@@ -74,7 +75,7 @@ class Adding(Curriculum):
     batch_size: int = 8
     first_length: int | None = 300
     good: float = 1e-3
-    solved: float = 1e-3
+    solved: float = 5e-4
 
 
 @dataclass
