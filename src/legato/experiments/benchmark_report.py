@@ -42,6 +42,8 @@ def show(panels: list[Panel]) -> None:
 
 def draw(panels: list[Panel], path: Path) -> None:
     """Draw every panel over the length on logarithmic axes: ours solid, the K80's dashed."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes = _figure(len(panels))
     for axis, (title, ours, k80) in zip(axes, panels, strict=True):
         for number, (name, figures) in enumerate(ours.items()):
@@ -56,7 +58,9 @@ def draw(panels: list[Panel], path: Path) -> None:
         lengths = sorted({length for figures in [*ours.values(), *k80.values()] for length in figures})
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title, loc="left", fontweight="bold")
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes[-1].set_xlabel("length")
