@@ -91,7 +91,7 @@ def test_the_curriculum_ends_at_the_length():
 
 
 def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
-    task = build(small(first_length=50, growth=2, streak=3), 0)
+    task = build(small(first_length=50, growth=2, streak=3, practice=0), 0)
     assert task.length == 50
     for right in (True, True, False, True, True):
         task._count(right)
@@ -99,7 +99,7 @@ def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
     task._count(True)
     assert task.length == 100
     assert not task.finished({})
-    resumed = build(small(first_length=50, growth=2, streak=3), 0)
+    resumed = build(small(first_length=50, growth=2, streak=3, practice=0), 0)
     resumed.restore(json.loads(json.dumps(task.state())))
     for one in (task, resumed):
         for _ in range(6):
@@ -111,9 +111,28 @@ def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
         }
 
 
+def test_the_first_lengths_ask_for_more_practice():
+    task = build(small(first_length=10, growth=4, streak=3, practice=20), 0)
+    asked = []
+    for stage in range(len(task.lengths)):
+        task.stage = stage
+        asked.append(task._streak())
+    assert task.lengths == [10, 40, 160, 200]
+    assert asked == [20, 5, 3, 3]
+
+
 def test_a_short_dependency_is_learnt_and_verified(tmp_path):
     command = ["train", "long-dependency", "--length", "60", "--model.units", "16", "--model.symbols", "8"]
-    command += ["--training.first_length", "15", "--training.growth", "4", "--training.batch_size", "16"]
+    command += [
+        "--training.first_length",
+        "15",
+        "--training.growth",
+        "4",
+        "--training.batch_size",
+        "16",
+        "--training.practice",
+        "5",
+    ]
     command += ["--training.learning_rate", "0.01", "--run-dir", str(tmp_path / "run")]
     assert main(command) == 0
     result = json.loads((tmp_path / "run/seed-0/result.json").read_text())

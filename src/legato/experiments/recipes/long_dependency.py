@@ -74,6 +74,8 @@ class Curriculum(Training):
         first_length: the length to begin with; null begins with the final one.
         growth: factor from one length to the next.
         streak: minibatches in a row that must be all right.
+        practice: the same at the first length of several; longer ones ask for fewer in proportion, but for a streak.
+            Short sequences are cheap, and what is learnt well there holds at the next length.
         segment: steps computed at a time, for memory and speed only; null chooses by units and batch size.
     """
 
@@ -86,6 +88,7 @@ class Curriculum(Training):
     first_length: int | None = 128
     growth: int = 8
     streak: int = 5
+    practice: int = 300
     segment: int | None = None
 
 
@@ -147,10 +150,16 @@ class LongDependency(Task):
         """One more minibatch; after a streak of right ones the curriculum goes on to the next length."""
         self.updates += 1
         self.right_in_a_row = self.right_in_a_row + 1 if all_right else 0
-        if self.right_in_a_row == self.config.training.streak and self.stage < len(self.lengths):
+        if self.stage < len(self.lengths) and self.right_in_a_row >= self._streak():
             self.solved.append({"length": self.length, "update": self.updates})
             self.stage += 1
             self.right_in_a_row = 0
+
+    def _streak(self) -> int:
+        """Right minibatches in a row that this stage asks for."""
+        training, first = self.config.training, self.lengths[0]
+        is_last = self.stage == len(self.lengths) - 1
+        return training.streak if is_last else max(training.streak, training.practice * first // self.length)
 
     def finished(self, figures: dict[str, float]) -> bool:
         return self.stage == len(self.lengths)
@@ -286,6 +295,7 @@ def _check(config: Config) -> None:
         "training.growth": (training.growth, 2),
         "training.batch_size": (training.batch_size, 1),
         "training.streak": (training.streak, 1),
+        "training.practice": (training.practice, 0),
         "training.segment": (training.segment or 1, 1),
     }
     for name, (value, lowest) in at_least.items():
