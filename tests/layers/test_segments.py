@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from legato import GILRLSTM, LMU, Stack, in_segments
+from legato import GILR, GILRLSTM, LMU, SRU, Bidirectional, Stack, in_segments
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -105,6 +105,44 @@ def test_tokens_and_functions_do_as_well_as_channels_and_layers():
     assert torch.allclose(output, layer(embedding(tokens))[0], atol=1e-6)
 
 
+def test_layers_whose_weights_are_held_fixed_are_passed_by():
+    layer = network()
+    layer.layers[0].requires_grad_(False)
+    x = torch.randn(2, 20, 3, dtype=torch.float64)
+    trained = list(layer.layers[1].parameters())
+    found, expected = (
+        torch.autograd.grad(run()[0].square().sum(), trained)
+        for run in (lambda: in_segments(layer, x, steps=6), lambda: layer(x))
+    )
+    assert_close(found, expected, steps=20)
+    assert not in_segments(layer.requires_grad_(False), x, steps=6)[0].requires_grad
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+def test_a_read_out_is_trained_over_weights_held_fixed(last_only):
+    layer, head = network().requires_grad_(False), torch.nn.Linear(5, 2).double()
+    x = torch.randn(2, 20, 3, dtype=torch.float64)
+
+    def read(x, state):
+        output, state = layer(x, state)
+        return head(output), state
+
+    output = in_segments(read, x, steps=6, last_only=last_only)[0]
+    expected = read(x, None)[0][:, -1 if last_only else slice(None)]
+    found, expected = (torch.autograd.grad(o.square().sum(), list(head.parameters())) for o in (output, expected))
+    assert_close(found, expected, steps=20)
+
+
+def test_a_second_derivative_is_refused_where_it_would_be_lost():
+    layer, x = GILR(3, 4), torch.randn(2, 20, 3, requires_grad=True)
+    output, _ = in_segments(layer, x, steps=6)
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*recompute=False"):
+        torch.autograd.grad(output.sum(), x, create_graph=True)
+    output, _ = in_segments(layer, x, steps=6, recompute=False)
+    (first,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), x)[0].any()
+
+
 def test_no_steps_give_no_outputs():
     output, state = in_segments(GILRLSTM(3, 4), torch.zeros(2, 0, 3), steps=4)
     assert output.shape == (2, 0, 4)
@@ -118,3 +156,28 @@ def test_wrong_arguments_raise_errors_that_help():
         in_segments(layer, x, steps=0)
     with pytest.raises(ValueError, match="expected at least one step for the last output"):
         in_segments(layer, x, steps=4, last_only=True)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Bidirectional(GILR(3, 4), GILR(3, 4)),
+        Stack.of(SRU, 3, 4, bidirectional=True),
+        torch.nn.ModuleList([Stack.of(SRU, 3, 4, bidirectional=True)]),
+        torch.nn.LSTM(3, 4, bidirectional=True, batch_first=True),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("steps", [5, 20])
+def test_a_layer_that_reads_from_the_end_is_refused(layer, steps, recompute):
+    with pytest.raises(ValueError, match=r"expected a layer that reads forward only, got a .* bidirectional"):
+        in_segments(layer, torch.randn(2, 20, 3), steps=steps, recompute=recompute)
+
+
+@pytest.mark.bad_input
+def test_a_layer_that_gives_its_last_output_only_is_refused():
+    layer = LMU(3, 4, order=4, theta=6, return_sequences=False)
+    for refused in (layer, Stack(GILR(3, 3), layer)):
+        with pytest.raises(ValueError, match="return_sequences=True and last_only=True"):
+            in_segments(refused, torch.randn(2, 20, 3), steps=5, last_only=True)

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from legato._shapes import Shaped, Tensor
@@ -29,8 +29,9 @@ def in_segments(
     asked for, nothing is computed twice. First derivatives only, in reverse mode; ``recompute=False`` has them all.
 
     Args:
-        layer: a recurrent layer, a ``Stack``, or any function of (x, state) to (output, state) that computes what it
-            needs from its parameters inside, and the same when called again: dropout draws the same numbers twice.
+        layer: a recurrent layer that reads forward only, a ``Stack``, or any function of (x, state) to (output, state)
+            that computes what it needs from its parameters inside, and the same when called again: dropout draws the
+            same numbers twice.
         x: (batch, time, *channels), tokens (batch, time) too.
         state: as the layer takes it.
         steps: of a segment, 1 or more. A segment whose arrays stay under 32 MiB each is also quicker: the allocator
@@ -42,7 +43,9 @@ def in_segments(
         The output and the state after the last step.
 
     Raises:
-        ValueError: steps is below 1, or last_only is asked of a sequence without steps.
+        ValueError: steps is below 1, last_only is asked of a sequence without steps, or the layer, or one inside it,
+            is bidirectional or gives its last output only.
+        RuntimeError: by the backward with create_graph=True, where recompute is not False.
 
     Example:
         >>> from legato import GILR
@@ -53,6 +56,7 @@ def in_segments(
     Source: recomputation as in Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
     positive_int(steps, "steps")
+    _check_layer(layer)
     if last_only and x.shape[1] == 0:
         raise ValueError("expected at least one step for the last output, got x with none: leave last_only out")
     if recompute and torch.is_grad_enabled() and x.shape[1] > steps:
@@ -62,6 +66,22 @@ def in_segments(
         output, state = layer(segment, state)
         outputs = [output] if last_only else [*outputs, output]
     return outputs[0][:, -1] if last_only else torch.cat(outputs, dim=1), state
+
+
+def _check_layer(layer: Callable) -> None:
+    """Layers whose segments are not parts of their one pass: a function's own, nobody can see."""
+    name = type(layer).__name__
+    inside = layer.modules() if isinstance(layer, nn.Module) else ()
+    if any(getattr(module, "bidirectional", False) is True for module in inside):
+        raise ValueError(
+            f"expected a layer that reads forward only, got a {name} that is bidirectional: a segment does not know "
+            "what comes after it. Give whole sequences to the layer itself"
+        )
+    if getattr(layer, "return_sequences", True) is False:
+        raise ValueError(
+            f"expected a layer that gives all its outputs, got a {name} that gives its last alone: build it with "
+            "return_sequences=True and last_only=True gives that of the last segment"
+        )
 
 
 def _recomputed(layer, x, state, steps, last_only):
@@ -115,8 +135,12 @@ class _Segments(Function):
         return output, *leaves
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected a backward without create_graph=True: in_segments has first derivatives only, a second would "
+                "silently lack its share. Give it recompute=False"
+            )
         x, *tensors = ctx.saved_tensors
         cut = len(tensors) - ctx.kept
         given, parameters, kept = tensors[: ctx.count], tensors[ctx.count : cut], tensors[cut:]
@@ -136,6 +160,8 @@ class _Segments(Function):
                 pairs.append((output, grad_output[:, part]))
             elif part.stop >= x.shape[1]:
                 pairs.append((output, grad_output))
+            # Of a layer whose weights are held fixed, the first segment's state has no gradient.
+            pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
             found = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [*parameters, *leaves, *([] if grad_x is None else [segment])],
