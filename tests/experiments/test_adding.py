@@ -90,7 +90,8 @@ def test_no_update_of_a_run_sees_a_sequence_again():
 
 def test_lengths_grow_by_the_factor_up_to_the_last():
     assert lengths(300, 10_000, 6.0) == [300, 1800, 10_000]
-    assert lengths(50, 50, 6.0) == [50]
+    assert lengths(100, 1000, 3) == [100, 300, 900, 1000]
+    assert lengths(50, 50, 6.0) == lengths(128, 50, 8.0) == [50]
 
 
 def test_a_solved_length_leads_to_the_next_in_batches_of_as_many_steps():

@@ -10,7 +10,7 @@ from legato.cli import main
 from legato.experiments.data.long_dependency import long_dependency
 from legato.experiments.recipes import long_dependency as recipe
 from legato.experiments.recipes import long_dependency_paper as paper
-from legato.experiments.recipes.long_dependency import Config, Curriculum, Model, build, lengths, needed_bytes
+from legato.experiments.recipes.long_dependency import Config, Curriculum, Model, build, needed_bytes
 from legato.experiments.task import ExperimentError
 
 
@@ -84,14 +84,8 @@ def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
     assert torch.allclose((-1 / lstm.bias_ih_l1[8:16].sigmoid().log()).max(), torch.tensor(65_536.0), rtol=0.02)
 
 
-def test_the_curriculum_ends_at_the_length():
-    assert lengths(1024, Curriculum(first_length=None)) == [1024]
-    assert lengths(1000, Curriculum(first_length=100, growth=3)) == [100, 300, 900, 1000]
-    assert lengths(50, Curriculum(first_length=128)) == [50]
-
-
 def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
-    task = build(small(first_length=50, growth=2, streak=3, practice=0), 0)
+    task = build(small(first_length=50, growth=2.0, streak=3, practice=0), 0)
     assert task.length == 50
     for right in (True, True, False, True, True):
         task._count(right)
@@ -99,7 +93,7 @@ def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
     task._count(True)
     assert task.length == 100
     assert not task.finished({})
-    resumed = build(small(first_length=50, growth=2, streak=3, practice=0), 0)
+    resumed = build(small(first_length=50, growth=2.0, streak=3, practice=0), 0)
     resumed.restore(json.loads(json.dumps(task.state())))
     for one in (task, resumed):
         for _ in range(6):
@@ -112,7 +106,7 @@ def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
 
 
 def test_the_first_lengths_ask_for_more_practice():
-    task = build(small(first_length=10, growth=4, streak=3, practice=20), 0)
+    task = build(small(first_length=10, growth=4.0, streak=3, practice=20), 0)
     asked = []
     for stage in range(len(task.lengths)):
         task.stage = stage
@@ -188,7 +182,7 @@ def test_a_length_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
         (Config(0), "expected --length to be 1 or more, got 0"),
         (Config(9, Model(units=0)), "expected --model.units to be 1 or more, got 0"),
         (Config(9, Model(symbols=1)), "expected --model.symbols to be 2 or more, got 1"),
-        (Config(9, training=Curriculum(growth=1)), "expected --training.growth to be 2 or more, got 1"),
+        (Config(9, training=Curriculum(growth=1.0)), "expected --training.growth to be 1.1 or more, got 1.0"),
         (Config(9, training=Curriculum(segment=-1)), "expected --training.segment to be 1 or more, got -1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A task at one length after the other, short ones first: ``recipes/adding.py`` and ``recipes/copy_memory.py``.
+"""A task at one length after the other, short ones first: adding, copy memory and the long dependency in ``recipes``.
 
 A network that remembers over 300 steps and holds its state where nothing happens is nearly one that remembers over
 10,000, and learns it from sequences that cost a thirtieth.
@@ -17,21 +17,30 @@ class Curriculum(Training):
     """Trained at one length after the other, each until it is solved.
 
     Args:
-        batch_size: sequences in an update at the full length; shorter ones come in batches of as many steps in all.
-        largest_batch: but of no more sequences than this.
         first_length: the length to begin with; null begins with the full one.
         growth: factor from one length to the next.
         segment: steps computed at a time, for memory and speed only; null chooses by units and batch size.
     """
 
-    largest_batch: int = 64
     first_length: int | None = None
     growth: float = 6.0
     segment: int | None = None
 
 
+@dataclass
+class ValidatedCurriculum(Curriculum):
+    """Trained at one length after the other, each until validation finds it solved.
+
+    Args:
+        batch_size: sequences in an update at the full length; shorter ones come in batches of as many steps in all.
+        largest_batch: but of no more sequences than this.
+    """
+
+    largest_batch: int = 64
+
+
 class Growing(Task):
-    """A task whose sequences grow: after every epoch ``is_good`` decides on going on to the next length.
+    """A task whose sequences grow; ``go_on`` when a length is solved, and training ends when all are.
 
     The weights of the last epoch are tested, at the full length: a shorter one's figure says nothing about that.
     """
@@ -41,27 +50,61 @@ class Growing(Task):
     def __init__(self, length: int, training: Curriculum) -> None:
         at_least(
             {
+                "length": (length, 1),
                 "training.batch_size": (training.batch_size, 1),
-                "training.largest_batch": (training.largest_batch, 1),
-                "training.first_length": (training.first_length or 2, 2),
+                "training.first_length": (training.first_length or 1, 1),
                 "training.growth": (training.growth, 1.1),
                 "training.segment": (training.segment or 1, 1),
             }
         )
-        self.training = training
         self.full_length = length
         self.lengths = lengths(training.first_length or length, length, training.growth)
-        self.stage = self.epochs = 0
-        self.course: list[dict[str, int]] = []
-
-    @abstractmethod
-    def is_good(self, figures: dict[str, float], *, at_the_end: bool) -> bool:
-        """Whether the validation figures are good enough for the next length, or, at the end, to stop."""
+        self.stage = 0
+        self.solved: list[dict[str, int]] = []
 
     @property
     def length(self) -> int:
         """That of the sequences in training and validation at present."""
         return self.lengths[min(self.stage, len(self.lengths) - 1)]
+
+    @property
+    def all_solved(self) -> bool:
+        """Whether the full length is behind us too."""
+        return self.stage == len(self.lengths)
+
+    def go_on(self, **when: int) -> None:
+        """The present length is solved: on to the next."""
+        self.solved.append({"length": self.length} | when)
+        self.stage += 1
+
+    def finished(self, figures: dict[str, float]) -> bool:
+        return self.all_solved
+
+    def status(self) -> str:
+        return f"length {self.length:,}" + (" solved" if self.all_solved else "")
+
+    def state(self) -> dict[str, Any]:
+        return {"stage": self.stage, "solved": list(self.solved)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def outcome(self) -> dict[str, Any]:
+        return {"solved": self.all_solved, "curriculum": self.solved}
+
+
+class GrowingByValidation(Growing):
+    """After every epoch ``is_good`` decides on going on to the next length."""
+
+    def __init__(self, length: int, training: ValidatedCurriculum) -> None:
+        super().__init__(length, training)
+        at_least({"training.largest_batch": (training.largest_batch, 1)})
+        self.training = training
+        self.epochs = 0
+
+    @abstractmethod
+    def is_good(self, figures: dict[str, float], *, at_the_end: bool) -> bool:
+        """Whether the validation figures are good enough for the next length, or, at the end, to stop."""
 
     @property
     def batch_size(self) -> int:
@@ -73,26 +116,19 @@ class Growing(Task):
         # Asked once after every epoch; a resumed run asks again for the epoch that its checkpoint was written after.
         self.epochs += 1
         if self.is_good(figures, at_the_end=self.length == self.full_length):
-            self.course.append({"length": self.length, "epochs": self.epochs})
-            self.stage += 1
+            self.go_on(epochs=self.epochs)
             self.train.batch_size = self.batch_size
-        return self.stage == len(self.lengths)
-
-    def status(self) -> str:
-        return f"length {self.length:,}"
+        return super().finished(figures)
 
     def state(self) -> dict[str, Any]:
-        return {"stage": self.stage, "epochs": self.epochs, "course": list(self.course)}
+        return super().state() | {"epochs": self.epochs}
 
     def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        super().restore(state)
         self.train.batch_size = self.batch_size
 
-    def outcome(self) -> dict[str, Any]:
-        return {"solved": self.stage == len(self.lengths), "curriculum": self.course}
 
-
-def lengths(first: int, last: int, growth: float) -> list[int]:
+def lengths(first: int, last: int, growth: float | int) -> list[int]:
     """From the first on by the factor, in whole steps, and the last."""
     found = []
     while first < last:

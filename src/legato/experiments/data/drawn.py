@@ -1,10 +1,12 @@
 """Examples that are drawn when they are asked for: nothing is kept, and training never sees one twice.
 
 Example number n of a stream is a pure function of (stream, seed, n), so a resumed run sees what it would have seen, and
-training, validation and test are streams of their own. The recipes ``capacity``, ``adding`` and ``copy-memory`` draw.
+training, validation and test are streams of their own. Who draws: the recipes ``capacity``, ``adding``, ``copy-memory``
+and ``long-dependency``.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,15 +16,24 @@ from legato._shapes import Int, Tensor
 from ..task import Batch, Examples
 
 _STREAMS = {"train": 0, "validation": 1, "test": 2}
-_EPOCH = 2**32  # more examples than an epoch has
 
 
+@dataclass
 class Drawn(Examples):
-    """Examples without end: every update of every epoch has new ones."""
+    """Examples without end: every update of every epoch has new ones.
+
+    Args:
+        per_epoch: numbers kept for an epoch, more than it uses; null counts on from the epoch before without a gap,
+            which takes epochs of as many updates, and batches of one size.
+    """
+
+    per_epoch: int | None = 2**32
 
     def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
         """The numbers of the next ``updates`` batches. The run's seed is in the stream already."""
-        yield from (epoch * _EPOCH + torch.arange(updates * self.batch_size)).split(self.batch_size)
+        used = updates * self.batch_size
+        first = epoch * (self.per_epoch or used)
+        yield from torch.arange(first, first + used).split(self.batch_size)
 
 
 def drawn(

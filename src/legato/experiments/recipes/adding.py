@@ -22,7 +22,7 @@ from legato.layers.stack import Stack
 from legato.layers.time_scales import spread_time_scales
 
 from ..baselines import LSTM
-from ..curriculum import Curriculum, Growing, at_least
+from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least
 from ..data.drawn import drawn
 from ..task import Batch, Paper
 from .long_dependency import segment_steps
@@ -57,7 +57,7 @@ class Model:
 
 
 @dataclass
-class Adding(Curriculum):
+class Adding(ValidatedCurriculum):
     """Trained at 300 steps, then 1,800, then 10,000.
 
     Args:
@@ -97,7 +97,7 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "AddingTas
     return AddingTask(config, seed)
 
 
-class AddingTask(Growing):
+class AddingTask(GrowingByValidation):
     metric, higher_is_better = "mse", False
 
     def __init__(self, config: Config, seed: int) -> None:
@@ -108,6 +108,7 @@ class AddingTask(Growing):
                 "model.units": (model.units, 1),
                 "model.layers": (model.layers, 1),
                 "model.longest": (model.longest or 100, 100),
+                "training.first_length": (config.training.first_length or 2, 2),
             }
         )
         super().__init__(config.length, config.training)

@@ -20,7 +20,7 @@ from legato.layers.segments import in_segments
 from legato.layers.time_scales import spread_time_scales
 
 from ..baselines import LSTM
-from ..curriculum import Curriculum, Growing, at_least
+from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least
 from ..data.drawn import drawn
 from ..task import Batch, Paper
 from .long_dependency import segment_steps
@@ -60,7 +60,7 @@ class Model:
 
 
 @dataclass
-class Copying(Curriculum):
+class Copying(ValidatedCurriculum):
     """Trained at 10 blanks, then at 40, ..., 10,000.
 
     Args:
@@ -104,14 +104,13 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "CopyMemor
     return CopyMemory(config, seed)
 
 
-class CopyMemory(Growing):
+class CopyMemory(GrowingByValidation):
     metric, higher_is_better = "accuracy", True
 
     def __init__(self, config: Config, seed: int) -> None:
         model = config.model
         at_least(
             {
-                "length": (config.length, 1),
                 "model.clock_units": (model.clock_units, 1),
                 "model.units": (model.units, 1),
                 "model.head_units": (model.head_units, 1),

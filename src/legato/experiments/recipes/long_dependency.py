@@ -6,7 +6,6 @@ gradient runs through the whole sequence: it is cut into segments that are compu
 """
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,9 +19,12 @@ from legato.layers.gilr import GILRLSTM
 from legato.layers.segments import in_segments
 from legato.layers.time_scales import spread_time_scales
 
+from .. import curriculum
+from ..curriculum import Growing, at_least
+from ..data.drawn import Drawn
 from ..data.long_dependency import long_dependency
 from ..environment import free_memory
-from ..task import Batch, Examples, ExperimentError, Paper, Task, Training
+from ..task import Batch, ExperimentError, Paper
 
 PAPER = Paper(
     source="Martin & Cundy 2018, table 3",
@@ -67,16 +69,13 @@ class Model:
 
 
 @dataclass
-class Curriculum(Training):
+class Curriculum(curriculum.Curriculum):
     """Trained until a streak of minibatches is right to the last sequence, at one length after the other.
 
     Args:
-        first_length: the length to begin with; null begins with the final one.
-        growth: factor from one length to the next.
         streak: minibatches in a row that must be all right.
         practice: the same at the first length of several; longer ones ask for fewer in proportion, but for a streak.
             Short sequences are cheap, and what is learnt well there holds at the next length.
-        segment: steps computed at a time, for memory and speed only; null chooses by units and batch size.
     """
 
     epochs: int = 4000
@@ -86,10 +85,9 @@ class Curriculum(Training):
     schedule: Literal["one-cycle", "linear", "constant"] = "constant"
     max_norm: float | None = 1.0
     first_length: int | None = 128
-    growth: int = 8
+    growth: float = 8.0
     streak: int = 5
     practice: int = 300
-    segment: int | None = None
 
 
 @dataclass
@@ -115,26 +113,20 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "LongDepen
     return LongDependency(config, seed)
 
 
-class LongDependency(Task):
-    metric, higher_is_better, keeps_last = "accuracy", True, True
+class LongDependency(Growing):
+    metric, higher_is_better = "accuracy", True
 
     def __init__(self, config: Config, seed: int):
         _check(config)
+        super().__init__(config.length, config.training)
         self.config = config
-        self.final_length, self.lengths = config.length, lengths(config.length, config.training)
-        self.stage = self.right_in_a_row = self.updates = 0
-        self.solved: list[dict[str, int]] = []
+        self.right_in_a_row = self.updates = 0
         self.model = network(config)
         _check_memory(config, self.model)
-        batch_size = config.training.batch_size
-        self.train = InOrder(batch_size, batch_size, lambda indices: self._sequences(indices, 3 * seed, self.length))
-        self.validation = Examples(batch_size, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
-        self.test = Examples(TEST_SEQUENCES, 8, lambda i: self._sequences(i, 3 * seed + 2, self.final_length))
-
-    @property
-    def length(self) -> int:
-        """Steps of the sequences at this stage of the curriculum."""
-        return self.lengths[min(self.stage, len(self.lengths) - 1)]
+        size = config.training.batch_size
+        self.train = Drawn(size, size, lambda i: self._sequences(i, 3 * seed, self.length), per_epoch=None)
+        self.validation = Drawn(size, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
+        self.test = Drawn(TEST_SEQUENCES, 8, lambda i: self._sequences(i, 3 * seed + 2, self.full_length))
 
     def _sequences(self, indices: Tensor, stream: int, length: int) -> Batch:
         return long_dependency(indices, length, self.config.model.symbols, stream)
@@ -150,9 +142,8 @@ class LongDependency(Task):
         """One more minibatch; after a streak of right ones the curriculum goes on to the next length."""
         self.updates += 1
         self.right_in_a_row = self.right_in_a_row + 1 if all_right else 0
-        if self.stage < len(self.lengths) and self.right_in_a_row >= self._streak():
-            self.solved.append({"length": self.length, "update": self.updates})
-            self.stage += 1
+        if not self.all_solved and self.right_in_a_row >= self._streak():
+            self.go_on(update=self.updates)
             self.right_in_a_row = 0
 
     def _streak(self) -> int:
@@ -161,20 +152,11 @@ class LongDependency(Task):
         is_last = self.stage == len(self.lengths) - 1
         return training.streak if is_last else max(training.streak, training.practice * first // self.length)
 
-    def finished(self, figures: dict[str, float]) -> bool:
-        return self.stage == len(self.lengths)
-
-    def status(self) -> str:
-        return f"length {self.length:,}" + (" solved" if self.stage == len(self.lengths) else "")
-
     def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("stage", "right_in_a_row", "updates", "solved")}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        return super().state() | {"right_in_a_row": self.right_in_a_row, "updates": self.updates}
 
     def outcome(self) -> dict[str, Any]:
-        return {"converged": self.stage == len(self.lengths), "curriculum": self.solved}
+        return {"converged": self.all_solved, "curriculum": self.solved}
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
         tokens, classes = batch
@@ -184,26 +166,6 @@ class LongDependency(Task):
     def metrics(self, totals: Tensor) -> dict[str, float]:
         right, count = totals.tolist()
         return {"accuracy": right / count}
-
-
-@dataclass
-class InOrder(Examples):
-    """Sequences made when asked for: no two batches of a run share one."""
-
-    def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
-        """The indices of ``updates`` batches, counted on from those of the epochs before."""
-        for update in range(epoch * updates, (epoch + 1) * updates):
-            yield torch.arange(update * self.batch_size, (update + 1) * self.batch_size)
-
-
-def lengths(final: int, training: Curriculum) -> list[int]:
-    """The lengths of the curriculum: from the first on by the factor, and the final one."""
-    found = []
-    length = training.first_length or final
-    while length < final:
-        found.append(length)
-        length *= training.growth
-    return [*found, final]
 
 
 def network(config: Config) -> nn.Module:
@@ -285,22 +247,16 @@ def _units(config: Config) -> int:
 
 
 def _check(config: Config) -> None:
-    training = config.training
-    at_least = {
-        "length": (config.length, 1),
-        "model.units": (1 if config.model.units is None else config.model.units, 1),
-        "model.layers": (config.model.layers, 1),
-        "model.symbols": (config.model.symbols, 2),
-        "training.first_length": (training.first_length or 1, 1),
-        "training.growth": (training.growth, 2),
-        "training.batch_size": (training.batch_size, 1),
-        "training.streak": (training.streak, 1),
-        "training.practice": (training.practice, 0),
-        "training.segment": (training.segment or 1, 1),
-    }
-    for name, (value, lowest) in at_least.items():
-        if value < lowest:
-            raise ExperimentError(f"expected --{name} to be {lowest} or more, got {value}")
+    model, training = config.model, config.training
+    at_least(
+        {
+            "model.units": (1 if model.units is None else model.units, 1),
+            "model.layers": (model.layers, 1),
+            "model.symbols": (model.symbols, 2),
+            "training.streak": (training.streak, 1),
+            "training.practice": (training.practice, 0),
+        }
+    )
 
 
 def _check_memory(config: Config, model: nn.Module) -> None:
