@@ -259,6 +259,35 @@ def test_torch_func_and_forward_mode_go_to_the_definition():
     torch.testing.assert_close((backward * tangent).sum(), forward.sum(), rtol=0, atol=5 * 12 * bound)
 
 
+def test_a_batch_of_output_gradients_is_that_many_backward_passes():
+    x, weight = torch.randn(1, 6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    output, _, final = gated_unit((x,), (weight,), torch.randn(9), OUTPUT, torch.randn(1, 3), activation=torch.tanh)
+    grads = torch.randn(5, *output.shape), torch.randn(5, *final.shape)
+    batched = torch.autograd.grad((output, final), (x, weight), grads, is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        single = torch.autograd.grad((output, final), (x, weight), [g[i] for g in grads], retain_graph=True)
+        for a, b in zip(batched, single, strict=True):
+            assert (a[i] - b).abs().max() <= 4 * 6 * 9 * EPS * b.abs().max()
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_outputs_whose_gradient_is_not_there_give_none(create_graph):
+    products = torch.randn(2, 5, 6, requires_grad=True)
+    output = NoGradient.apply(gated_unit((), (), None, PLAIN, products=products)[0])
+    (found,) = torch.autograd.grad(output.sum(), products, create_graph=create_graph, allow_unused=True)
+    assert found is None or not found.any()
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_as_one_graph(dynamic):
@@ -292,3 +321,26 @@ def test_tied_and_free_gates_follow_the_equation():
 def test_delayed_states_behind_an_output_gate_raise():
     with pytest.raises(ValueError, match="output gate"):
         gated_unit((), (), None, OUTPUT, products=torch.zeros(1, 2, 3), delayed=True)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initial_state": torch.zeros(1, 3)}, r"initial_state of shape \(2, 3\), got \(1, 3\)"),
+        ({"skip": torch.zeros(2, 4, 3)}, r"skip of shape \(2, 5, 3\), got \(2, 4, 3\)"),
+        ({"products": torch.zeros(2, 5, 8)}, r"products of shape \(2, 5, 9\), got \(2, 5, 8\)"),
+        ({"bias": torch.zeros(8)}, r"bias of shape \(9,\), got \(8,\)"),
+        ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset of shape \(2, 5\), got \(2, 4\)"),
+        (
+            {"inputs": (torch.zeros(2, 5, 4), torch.zeros(1, 5, 4))},
+            r"inputs\[1\] of shape \(2, 5, 4\), got \(1, 5, 4\)",
+        ),
+        ({"weights": (torch.zeros(9, 4), torch.zeros(6, 4))}, r"weights\[1\] of shape \(9, 4\), got \(6, 4\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_raise_before_the_kernel_reads_beyond_an_end(changes, message):
+    inputs, weights = (torch.zeros(2, 5, 4),) * 2, (torch.zeros(9, 4),) * 2
+    given = {"inputs": inputs, "weights": weights, "bias": None, "blocks": OUTPUT, **changes}
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        gated_unit(**given)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 from legato import _choices
@@ -107,6 +108,7 @@ def gated_unit(
         activation = None
     elif delayed:
         raise ValueError("delayed states have no output gate: leave either away")
+    _check_shapes(inputs, weights, len(blocks), bias, initial_state, products, skip, reset)
     skips_input = skip is not None and len(inputs) > 0 and skip is inputs[0]
     form = ("/".join(blocks), squash, activation is not None, delayed, skips_input)
     tensors = (*inputs, *weights, bias, products, initial_state, skip)
@@ -118,6 +120,21 @@ def gated_unit(
         (*form, keep), len(inputs), bias, products, initial_state, skip, reset, *inputs, *weights
     )
     return (shown if "output" in blocks else states), states, final
+
+
+def _check_shapes(inputs, weights, blocks, bias, initial_state, products, skip, reset) -> None:
+    """The kernel takes addresses: a tensor that is too small would be read beyond its end."""
+    (B, T), K = (*inputs, products)[0].shape[:2], weights[0].shape[0] if weights else products.shape[-1]
+    given = {"bias": (bias, (K,)), "products": (products, (B, T, K)), "reset": (reset, (B, T))}
+    given |= {"initial_state": (initial_state, (B, K // blocks)), "skip": (skip, (B, T, K // blocks))}
+    for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+        given |= {f"inputs[{i}]": (x, (B, T, x.shape[-1])), f"weights[{i}]": (weight, (K, x.shape[-1]))}
+    for name, (x, shape) in given.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(
+                f"expected {name} of shape {tuple(shape)}, got {tuple(x.shape)}: batch, time and channels must be "
+                "those of the other tensors"
+            )
 
 
 # The products of so few input channels in all are formed again in the backward: that is less work than to keep them.
@@ -209,8 +226,13 @@ class _GatedUnit(Function):
         inputs, weights = matrices[: ctx.count], matrices[ctx.count :]
         if "output" not in ctx.form[0]:
             grad_shown = None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # With create_graph the gradient is itself differentiated: it is that of the definition.
+        if grad_shown is None and grad_states is None and grad_final is None:
+            return (None,) * (7 + len(matrices))
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or any(map(_mapped, (grad_shown, grad_states, grad_final)))
+        ):
+            # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped: that of the
+            # definition can be.
             grads = (grad_shown, grad_states, grad_final)
             found = _gradients_of_definition(
                 grads, inputs, weights, bias, products, initial_state, skip, reset, ctx.form
@@ -225,6 +247,10 @@ class _GatedUnit(Function):
         given = (bias, products, initial_state, skip)
         others = [None if x is None else grad for x, grad in zip(given, others, strict=True)]
         return None, None, *others, None, *matrices
+
+
+def _mapped(grad: Tensor | None) -> bool:
+    return grad is not None and is_legacy_batchedtensor(grad)
 
 
 def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, skip, reset, form):
