@@ -40,7 +40,7 @@ def test_scales_rise_from_the_shortest_to_the_longest_unless_shuffled():
 def test_a_view_of_a_parameter_is_changed_in_place():
     bias = torch.nn.Parameter(torch.zeros(6))
     given = bias[:3]
-    assert spread_time_scales(given, 1.0, 10.0) is given
+    assert spread_time_scales(given, 1, 10) is given
     assert bias[:3].all()
     assert not bias[3:].any()
     assert bias.requires_grad
@@ -48,6 +48,19 @@ def test_a_view_of_a_parameter_is_changed_in_place():
 
 def test_no_units_are_fine():
     assert spread_time_scales(torch.empty(0), 1.0, 10.0).shape == (0,)
+
+
+def test_time_scales_far_below_a_step_have_a_finite_bias():
+    bias = spread_time_scales(torch.empty(2, dtype=torch.float64), 1e-4, 1e-3)
+    # log(f / (1 - f)) with f = exp(-1 / tau) too small to matter beside one.
+    torch.testing.assert_close(bias, torch.tensor([-1e4, -1e3], dtype=torch.float64))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("bias", [torch.zeros(4, dtype=torch.int64), torch.zeros(2, 2), [0.0, 0.0]])
+def test_what_is_no_bias_raises(bias):
+    with pytest.raises(ValueError, match=r"expected the bias as a tensor of floats of shape \(channels,\), got"):
+        spread_time_scales(bias, 1.0, 10.0)
 
 
 @pytest.mark.bad_input

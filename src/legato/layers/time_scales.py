@@ -9,7 +9,7 @@ from legato._shapes import Float, Tensor
 
 @torch.no_grad()
 def spread_time_scales(
-    bias: Float[Tensor, "C"], shortest: float, longest: float, *, shuffle: bool = False
+    bias: Float[Tensor, "C"], shortest: float | int, longest: float | int, *, shuffle: bool = False
 ) -> Float[Tensor, "C"]:
     """bias_i = log(f_i / (1 - f_i)), f_i = exp(-1 / tau_i), tau_i evenly spread in log from shortest to longest.
 
@@ -25,7 +25,7 @@ def spread_time_scales(
         The bias.
 
     Raises:
-        ValueError: the range is not 0 < shortest <= longest.
+        ValueError: the range is not 0 < shortest <= longest, or the bias is not of floats with one axis.
 
     Example:
         >>> spread_time_scales(torch.empty(3), 1, 100).sigmoid().log().neg().reciprocal()
@@ -36,8 +36,13 @@ def spread_time_scales(
     """
     if not 0 < shortest <= longest < float("inf"):
         raise ValueError(f"expected time scales with 0 < shortest <= longest, got {shortest} and {longest} steps")
+    if not isinstance(bias, torch.Tensor) or bias.ndim != 1 or not bias.is_floating_point():
+        got = f"{tuple(bias.shape)} in {bias.dtype}" if isinstance(bias, torch.Tensor) else type(bias).__name__
+        raise ValueError(
+            f"expected the bias as a tensor of floats of shape (channels,), got {got}: give that of the forget gates"
+        )
     taus = torch.logspace(math.log10(shortest), math.log10(longest), bias.numel(), dtype=torch.float64)
     if shuffle:
         taus = taus[torch.randperm(len(taus))]
-    # f / (1 - f) = 1 / (exp(1 / tau) - 1), with all digits where f is close to one.
-    return bias.copy_(-torch.expm1(1 / taus).log())
+    # log f - log(1 - f), with all digits where f is close to one.
+    return bias.copy_(-1 / taus - torch.expm1(-1 / taus).neg().log())
