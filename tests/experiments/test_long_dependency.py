@@ -181,6 +181,7 @@ def test_a_length_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
     [
         (Config(0), "expected --length to be 1 or more, got 0"),
         (Config(9, Model(units=0)), "expected --model.units to be 1 or more, got 0"),
+        (Config(9, Model(longest=0.5)), "expected --model.longest to be 1 or more, got 0.5"),
         (Config(9, Model(symbols=1)), "expected --model.symbols to be 2 or more, got 1"),
         (Config(9, training=Curriculum(growth=1.0)), "expected --training.growth to be 1.1 or more, got 1.0"),
         (Config(9, training=Curriculum(segment=-1)), "expected --training.segment to be 1 or more, got -1"),

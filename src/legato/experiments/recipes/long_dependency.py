@@ -56,7 +56,7 @@ class Model:
             as a sum of a million terms does, and tanh keeps the output in bounds.
         symbols: dimensions of the one-hot vectors.
         forget_bias: of all forget gates at first; null spreads their time scales from 1 step to longest.
-        longest: longest time scale in steps; null is the length, and no less than 65,536.
+        longest: longest time scale in steps, 1 or more; null is the length, and no less than 65,536.
     """
 
     kind: Literal["gilr-lstm", "lstm"] = "gilr-lstm"
@@ -74,8 +74,8 @@ class Curriculum(curriculum.Curriculum):
 
     Args:
         streak: minibatches in a row that must be all right.
-        practice: the same at the first length of several; longer ones ask for fewer in proportion, but for a streak.
-            Short sequences are cheap, and what is learnt well there holds at the next length.
+        practice: the same at the first length of several; longer ones ask for fewer in proportion, but no fewer than
+            ``streak``. Short sequences are cheap, and what is learnt well there holds at the next length.
     """
 
     epochs: int = 4000
@@ -253,6 +253,7 @@ def _check(config: Config) -> None:
             "model.units": (1 if model.units is None else model.units, 1),
             "model.layers": (model.layers, 1),
             "model.symbols": (model.symbols, 2),
+            "model.longest": (model.longest or 1, 1),
             "training.streak": (training.streak, 1),
             "training.practice": (training.practice, 0),
         }
