@@ -64,8 +64,19 @@ def test_version_and_help(capsys):
         ("train mackey-glass --run_dir x", "there is no option --run_dir (did you mean --run-dir?)"),
         ("train mackey-glass --model.order many", "--model.order: expected int or null, got 'many'"),
         ("train mackey-glass --model.kind gru", "--model.kind: expected one of"),
-        ("train", "expected a recipe: adding, capacity, "),
-        ("", "expected a command: list, train"),
+        (
+            "train",
+            "expected a recipe: adding, capacity, copy-memory, long-dependency, long-dependency-paper, mackey-glass",
+        ),
+        ("benchmark", "expected a table: kernel, networks: see legato benchmark --help"),
+        ("benchmark network", "there is no table network (did you mean networks?)"),
+        (
+            "benchmark networks --length 7",
+            "no option --length (did you mean --lengths?): see legato benchmark networks",
+        ),
+        ("benchmark kernel --features x", "--features: expected int, got 'x': see legato benchmark kernel --help"),
+        ("", "expected a command: list, train, evaluate, report, benchmark, demo: see legato --help"),
+        ("report --markdwn x", "there is no option --markdwn (did you mean --markdown?): see legato report --help"),
         ("evaluate", "legato evaluate --help"),
     ],
 )

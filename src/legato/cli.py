@@ -30,14 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         raise
     # A recipe's own parser reads what follows its name: through two levels of commands, errors in files get lost.
-    level = arguments[1] if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1] in parsers else ""
+    level = " ".join(arguments[:2]) if arguments[:1] == ["train"] and len(arguments) > 1 else ""
+    level = level if level in parsers else ""
     try:
         chosen = parsers[level].parse_args(arguments[2:] if level else arguments)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         print(f"legato: error: {_explain(str(error), arguments, parsers)}", file=sys.stderr)
         return 2
     try:
-        return _train(level, chosen) if level else _run(chosen)
+        return _train(arguments[1], chosen) if level else _run(chosen)
     except (ExperimentError, OSError) as error:
         print(f"legato: error: {error}", file=sys.stderr)
         return 1
@@ -98,7 +99,7 @@ def _benchmark(table: str, given: Any) -> None:
 
 
 def _parsers() -> dict[str, Any]:
-    """The parser of the whole command line under "", and that of every recipe under its name."""
+    """The parser of the whole command line under "", those of its commands under the one or two words of each."""
     from jsonargparse import ArgumentParser
 
     from legato.experiments.benchmark import FEATURES, NETWORKS
@@ -116,9 +117,8 @@ def _parsers() -> dict[str, Any]:
         allow_abbrev=False,
     )
     commands = root.add_subcommands(dest="command", title="commands")
-    commands.add_subcommand(
-        "list", parser("legato list", "The recipes, with what their papers report."), help="list the recipes"
-    )
+    listing = parser("legato list", "The recipes, with what their papers report.")
+    commands.add_subcommand("list", listing, help="list the recipes")
 
     training = parser(
         "legato train RECIPE [options]", "Train a network, choose its weights by validation, test them once."
@@ -157,7 +157,9 @@ def _parsers() -> dict[str, Any]:
     commands.add_subcommand("demo", showing, help="the main job in under three minutes")
 
     recipes = training.add_subcommands(dest="recipe", title="recipes")
-    parsers: dict[str, Any] = {"": root}
+    parsers: dict[str, Any] = {"": root, "list": listing, "train": training, "evaluate": evaluating}
+    parsers |= {"report": reporting, "benchmark": measuring, "demo": showing}
+    parsers |= {"benchmark kernel": kernel, "benchmark networks": networks}
     for name in names():
         which = recipe(name)
         # For the list of recipes only: a parser that hangs below another loses --print_config when it is used alone.
@@ -165,7 +167,7 @@ def _parsers() -> dict[str, Any]:
         one = parser(f"legato train {name} [--config FILE] [--FIELD VALUE ...] [options]", which.description)
         _add_options(one)
         one.add_class_arguments(which.config)
-        parsers[name] = one
+        parsers[f"train {name}"] = one
     return parsers
 
 
@@ -216,43 +218,42 @@ def _add_columns(parser: Any, option: str, columns: list[Any], rounds: int) -> N
 def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str:
     """The parser's message in one or two lines, with the nearest name that exists."""
     words = [word for word in arguments if not word.startswith("-")]
-    recipe = words[1] if len(words) > 1 and words[0] == "train" and words[1] in parsers else ""
-    keys = list(parsers[recipe].get_defaults().keys()) if recipe else []
+    level = next(name for name in (" ".join(words[:2]), *words[:1], "") if name in parsers)
+    see = f"see legato {level} --help".replace("  ", " ")
+    keys = list(parsers[level].get_defaults().keys())
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         wanted = unknown[1].split("=")[0]
         options = ["--" + (key if "." in key else key.replace("_", "-")) for key in keys]
-        return f"there is no option {wanted}{_nearest(wanted, options)}: see {_help(recipe, words)}"
+        return f"there is no option {wanted}{_nearest(wanted, options)}: {see}"
     field = re.search(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", message)
     if field:
         wanted = ".".join(part for part in field.groups() if part)
-        return f"there is no field {wanted}{_nearest(wanted, keys)}: see {_help(recipe, words)}"
+        return f"there is no field {wanted}{_nearest(wanted, keys)}: {see}"
     choice = re.search(r"invalid choice: '?([^']+?)'? \(choose from (.*)\)", message)
     if choice:
         names = [name.strip(" '") for name in choice[2].split(",")]
-        kind = "recipe" if words[:1] == ["train"] else "command"
+        kind = {"train": "recipe", "benchmark": "table"}.get(words[0], "command")
         return f"there is no {kind} {choice[1]}{_nearest(choice[1], names)}: expected one of {', '.join(names)}"
-    missing = re.search(r'expected "(?:train\.)?(recipe|command)" to be one of {(.*)}', message)
+    missing = re.search(r'expected "(?:\w+\.)?(recipe|table|command)" to be one of', message)
     if missing:
-        return f"expected a {missing[1]}: {missing[2].replace(',', ', ')}: see {_help(recipe, words)}"
+        depth = len(level.split())  # the parser itself cuts a long list short
+        names = [name.split()[-1] for name in parsers if name.startswith(level) and len(name.split()) == depth + 1]
+        return f"expected a {missing[1]}: {', '.join(names)}: {see}"
     value = re.search(r'Parser key "([\w.]+)"(.*?)(?:Given|Got) value: (.*)', message, re.DOTALL)
     if value:
         kinds = re.findall(r"Expected an? <class '(\w+)'>", value[2])
         literal = re.search(r"Expected a typing\.Literal\[(.*?)\]", value[2])
         wanted = f"one of {literal[1]}" if literal else " or ".join(dict.fromkeys(kinds)).replace("NoneType", "null")
         if wanted:
-            return f"--{value[1]}: expected {wanted}, got {value[3].strip()!r}: see {_help(recipe, words)}"
+            return f"--{value[1]}: expected {wanted}, got {value[3].strip()!r}: {see}"
     message = re.sub(r"arguments are required: \w+\.", "arguments are required: ", message)
-    return f"{' '.join(message.split())}: see {_help(recipe, words)}"
+    return f"{' '.join(message.split())}: {see}"
 
 
 def _nearest(wanted: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _help(recipe: str, words: list[str]) -> str:
-    return " ".join(["legato", *(["train", recipe] if recipe else words[:1]), "--help"])
 
 
 if __name__ == "__main__":

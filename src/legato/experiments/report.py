@@ -39,7 +39,10 @@ def list_recipes() -> None:
             which.paper.source,
             f"{which.paper.metric} {_figure(which.paper.value, which.paper)}",
         )
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    if any(recipe(name).paper.remembered for name in names()):
+        console.print(REMEMBERED)
 
 
 def show(results: list[dict[str, Any]]) -> None:
