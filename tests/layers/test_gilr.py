@@ -79,8 +79,35 @@ def test_products_that_the_caller_formed_give_the_same():
         torch.testing.assert_close(a, b, rtol=0, atol=32 * 9 * EPS)
 
 
-def test_gilr_lstm_has_2n_of_n_plus_m_parameters_more_than_an_lstm():
-    """And 2 n biases more; torch.nn.LSTM has each of its biases twice."""
+def test_products_are_padded_as_inputs_are():
+    layer = GILRLSTM(3, 5, dtype=torch.float64)
+    x, lengths, reset = torch.randn(3, 9, 3, dtype=torch.float64), torch.tensor([0, 4, 9]), torch.rand(3, 9) < 0.3
+    state = layer.State(*torch.randn(2, 3, 5, dtype=torch.float64))
+    products = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    products[1, 4:] = torch.nan
+    output, final = layer.from_products(products, state, lengths=lengths, reset=reset)
+    expected, expected_final = layer(x, state, lengths=lengths, reset=reset)
+    for a, b in ((output, expected), *zip(final, expected_final, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=32 * 9 * EPS)
+
+
+@pytest.mark.bad_input
+def test_products_that_do_not_fit_raise():
+    layer, products = GILRLSTM(3, 5), torch.randn(2, 4, 30)
+    for given, state, message in (
+        (products[..., :-1], None, r"expected products of shape \(B, T, 6 hidden_size\) = \(.*30\), got \(2, 4, 29\)"),
+        (products.double(), None, "expected products in torch.float32"),
+        (products, torch.zeros(2, 5), "expected a GILRLSTMState, got Tensor"),
+        (products, layer.initial_state(1), r"expected state.memory of shape \(2, 5\), got \(1, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.from_products(given, state)
+    with pytest.raises(ValueError, match="expected lengths from 0 to T = 4, got 5 to 5"):
+        layer.from_products(products, lengths=torch.tensor([5, 5]))
+
+
+def test_gilr_lstm_has_the_parameters_of_a_gilr_more_than_an_lstm():
+    """2 n (m + 1), as the equations have it; the paper counts 2 n (n + m). torch.nn.LSTM has each bias twice."""
     n, m = 256, 4
     assert sum(p.numel() for p in GILR(m, n).parameters()) == 2 * n * (m + 1)
     lstm = sum(p.numel() for p in torch.nn.LSTM(m, n).parameters()) - 4 * n

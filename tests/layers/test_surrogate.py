@@ -129,6 +129,14 @@ def test_a_stack_can_be_the_surrogate():
     compare(pytree.tree_leaves(state), pytree.tree_leaves(final))
 
 
+@pytest.mark.parametrize("cell", [nn.LSTMCell(3, 4), nn.GRUCell(3, 4)], ids=["lstm", "gru"])
+def test_the_state_holds_itself_alone(cell):
+    """A view of the last step would keep, and save, all steps."""
+    _, state = LinearSurrogate(cell, GILR(3, 4))(torch.randn(2, 9, 3))
+    for tensor in pytree.tree_leaves(state):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def test_a_cell_without_biases_works():
     layer = LinearSurrogate(nn.LSTMCell(3, 4, bias=False), GILR(3, 4))
     assert layer(torch.randn(2, 9, 3))[0].shape == (2, 9, 4)
@@ -154,6 +162,11 @@ class OwnLSTM(nn.LSTMCell):
         (GILR(3, 4), GILR(3, 4), "expected cell to be one step, got GILR"),
         ("lstm", GILR(3, 4), "expected cell to be one step, got str"),
         (OwnLSTM(3, 4), GILR(3, 4), "got a OwnLSTM with a forward of its own"),
+        (
+            nn.GRUCell(3, 4, dtype=torch.float64),
+            GILR(3, 4),
+            "expected a cell in torch.float32 on cpu like the surrogate, got a GRUCell in torch.float64 on cpu",
+        ),
         (nn.GRUCell(3, 4), nn.GRU(3, 4), "expected surrogate to be a RecurrentLayer, got GRU: give a layer"),
         (nn.GRUCell(3, 4), GILR, "expected surrogate to be a RecurrentLayer, got type: give a layer"),
         (

@@ -162,6 +162,9 @@ class RecurrentLayer(nn.Module):
 
     def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
         self._check_input(x, "(B, T, input_size)", 3)
+        self._check_options(x, state, lengths, reset)
+
+    def _check_options(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
         if state is not None:
             self._check_state(state, x.shape[0])
         if lengths is not None:
@@ -170,13 +173,17 @@ class RecurrentLayer(nn.Module):
             _check_reset(reset, x)
 
     def _check_input(self, x: Tensor, axes: str, ndim: int) -> None:
-        weight, name = self._weight(), "x" if ndim == 3 else "x_t"
+        name = "x" if ndim == 3 else "x_t"
         _check_tensor(name, x)
         if x.ndim != ndim or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"expected {name} of shape {axes} with input_size {self.input_size}, got {tuple(x.shape)}: "
                 "axes are batch, time, channels"
             )
+        self._check_kind(name, x)
+
+    def _check_kind(self, name: str, x: Tensor) -> None:
+        weight = self._weight()
         if x.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} like the layer, got {x.device}: move one with .to()")
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato._shapes import Bool, Float, Int, Tensor
+from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int, zero_padding
 from legato.layers._gated import GatedLayer
 from legato.ops.gated import gated_unit
 
@@ -70,7 +70,8 @@ class GILRLSTM(RecurrentLayer):
 
     An LSTM whose gates read h~_{t-1}, a GILR of the input, in place of its own output h_{t-1}. The cell is linear in
     time as in any LSTM, so both recurrences are parallel over time. It is ``LinearSurrogate`` over an LSTM cell, with
-    the products of x in one matrix product.
+    the products of x in one matrix product, and has the parameters of a ``GILR`` more than that LSTM: 2 n (m + 1) for m
+    input channels, where the paper counts 2 n (n + m).
 
     Args:
         input_size: channels of x.
@@ -139,13 +140,31 @@ class GILRLSTM(RecurrentLayer):
         return self._from_parts(hold, of_x, x.dtype, state, lengths, reset)
 
     def from_products(
-        self, products: Float[Tensor, "B T C"], state: Any = None, lengths: Any = None, reset: Any = None
+        self,
+        products: Float[Tensor, "B T K"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, GILRLSTMState]:
         """The layer from weight x_t + bias, (B, T, 6 n), where the caller has a shorter way to those products than a
-        matrix product: for a one-hot x_t they are a row of a table."""
+        matrix product: for a one-hot x_t they are a row of a table. All else is as for ``layer(x, ...)``."""
+        width = len(self.weight)
+        if products.ndim != 3 or products.shape[-1] != width:
+            raise ValueError(
+                f"expected products of shape (B, T, 6 hidden_size) = (B, T, {width}), got {tuple(products.shape)}: "
+                "they are weight x_t + bias"
+            )
+        self._check_kind("products", products)
+        self._check_options(products, state, lengths, reset)
+        if lengths is not None:
+            lengths = lengths.to(products.device)
+            products = zero_padding(products, lengths)
+            reset = None if reset is None else zero_padding(reset, lengths)
         parts = products.split((2 * self.hidden_size, 4 * self.hidden_size), dim=-1)
         hold, of_x = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
-        return self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
+        output, state = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
+        return (output if lengths is None else zero_padding(output, lengths)), state
 
     def _from_parts(self, hold, of_x, dtype, state, lengths, reset):
         """The layer, from what makes the products of the surrogate and those of the cell that are of x."""

@@ -89,7 +89,8 @@ class LinearSurrogate(RecurrentLayer):
         if lengths is not None:
             lengths = lengths.to(x.device)
             x = zero_padding(x, lengths)
-        last = at_length(s, start, s[:, -1].to(start.dtype) if s.shape[1] else start, lengths)
+        # A copy: a view would hold all of s~ for as long as the state lives.
+        last = at_length(s, start, s[:, -1].to(start.dtype, copy=True) if s.shape[1] else start, lengths)
         before = one_step_later(s, start, reset).to(x.dtype)
         if isinstance(self.cell, nn.LSTMCell):
             output, states, final = _lstm(self.cell, x, before, state.cell, reset)
@@ -195,3 +196,9 @@ def _check_cell(cell: Any, surrogate: RecurrentLayer) -> None:
                 f"expected a cell of {what} {ours}, the channels that the surrogate {gives}, got a {name} of {theirs}: "
                 "make them equal"
             )
+    theirs, ours = cell.weight_ih, surrogate._weight()
+    if (theirs.dtype, theirs.device) != (ours.dtype, ours.device):
+        raise ValueError(
+            f"expected a cell in {ours.dtype} on {ours.device} like the surrogate, got a {name} in {theirs.dtype} on "
+            f"{theirs.device}: convert one with .to()"
+        )
