@@ -66,28 +66,6 @@ def test_a_perfect_adder_has_no_error_and_saying_one_errs_by_a_sixth():
     assert says_one == pytest.approx(1 / 6, abs=4 * 0.197 / 16)
 
 
-def test_a_sequence_is_a_function_of_stream_seed_and_number():
-    task, again, other = build(small(), 3), build(small(), 3), build(small(), 4)
-    numbers = next(iter(task.train.shuffled(3, 5, 2)))
-    assert torch.equal(task.train.take(numbers)[0], again.train.take(numbers)[0])
-    assert torch.equal(task.train.take(numbers[2:4])[0], task.train.take(numbers)[0][2:4])
-    assert not torch.equal(task.train.take(numbers)[0], other.train.take(numbers)[0])
-    assert torch.equal(task.test.take(numbers)[0], other.test.take(numbers)[0])
-
-
-def test_training_validation_and_test_share_no_sequence():
-    task = build(small(), 0)
-    numbers = torch.arange(30)
-    seen = torch.cat([part.take(numbers)[0] for part in (task.train, task.validation, task.test)])
-    assert len(seen.flatten(1).unique(dim=0)) == 90
-
-
-def test_no_update_of_a_run_sees_a_sequence_again():
-    train = build(small(), 0).train
-    numbers = torch.cat([batch for epoch in range(4) for batch in train.shuffled(0, epoch, 5)])
-    assert len(numbers.unique()) == len(numbers) == 4 * 5 * train.batch_size
-
-
 def test_lengths_grow_by_the_factor_up_to_the_last():
     assert lengths(300, 10_000, 6.0) == [300, 1800, 10_000]
     assert lengths(100, 1000, 3) == [100, 300, 900, 1000]

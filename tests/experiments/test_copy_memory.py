@@ -64,21 +64,6 @@ def test_a_perfect_memory_is_right_everywhere_and_none_has_the_entropy_of_the_fo
     assert forgets["accuracy"] == pytest.approx(1 / 8, abs=4 * 0.0092)
 
 
-def test_a_sequence_is_a_function_of_stream_seed_and_number():
-    task, again, other = build(small(), 3), build(small(), 3), build(small(), 4)
-    numbers = next(iter(task.train.shuffled(3, 5, 2)))
-    assert torch.equal(task.train.take(numbers)[0], again.train.take(numbers)[0])
-    assert not torch.equal(task.train.take(numbers)[0], other.train.take(numbers)[0])
-    assert torch.equal(task.test.take(numbers)[0], other.test.take(numbers)[0])
-
-
-def test_training_validation_and_test_share_no_sequence():
-    task = build(small(), 0)
-    numbers = torch.arange(30)
-    seen = torch.cat([part.take(numbers)[0] for part in (task.train, task.validation, task.test)])
-    assert len(seen.unique(dim=0)) == 90
-
-
 @pytest.mark.parametrize("kind", ["gilr-lstm", "lstm"])
 def test_segments_change_neither_scores_nor_gradients(kind):
     config = small(40, kind)

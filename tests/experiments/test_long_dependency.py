@@ -41,16 +41,6 @@ def test_a_sequence_depends_on_its_index_and_stream_alone():
         assert not torch.equal(other[1], tokens[1])
 
 
-def test_training_validation_and_test_share_no_sequence():
-    task = build(Config(400, Model(units=8), Curriculum(batch_size=4, first_length=None)), 1)
-    seen = [
-        tuple(row)
-        for examples in (task.train, task.validation, task.test)
-        for row in examples.take(torch.arange(4))[0].tolist()
-    ]
-    assert len(set(seen)) == 12
-
-
 def test_every_batch_of_a_run_is_new_and_the_same_when_resumed():
     examples = build(small(), 0).train
     batches = [indices for epoch in range(3) for indices in examples.shuffled(0, epoch, 5)]
