@@ -82,13 +82,13 @@ def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
     assert task.length == 50
     task._count(True)
     assert task.length == 100
-    assert not task.finished({})
+    assert not task.finished({"accuracy": 1.0})
     resumed = build(small(first_length=50, growth=2.0, streak=3, practice=0), 0)
     resumed.restore(json.loads(json.dumps(task.state())))
     for one in (task, resumed):
         for _ in range(6):
             one._count(True)
-        assert one.finished({})
+        assert one.finished({"accuracy": 1.0})
         assert one.outcome() == {
             "converged": True,
             "curriculum": [{"length": 50, "update": 6}, {"length": 100, "update": 9}, {"length": 200, "update": 12}],
@@ -103,6 +103,18 @@ def test_the_first_lengths_ask_for_more_practice():
         asked.append(task._streak())
     assert task.lengths == [10, 40, 160, 200]
     assert asked == [20, 5, 3, 3]
+
+
+def test_a_streak_that_validation_does_not_confirm_is_none():
+    task = build(small(first_length=None, streak=2), 0)
+    for _ in range(2):
+        task._count(True)
+    assert not task.finished({"accuracy": 63 / 64})
+    assert task.outcome() == {"converged": False, "curriculum": []}
+    for _ in range(2):
+        task._count(True)
+    assert task.finished({"accuracy": 1.0})
+    assert task.outcome() == {"converged": True, "curriculum": [{"length": 200, "update": 4}]}
 
 
 def test_a_short_dependency_is_learnt_and_verified(tmp_path):

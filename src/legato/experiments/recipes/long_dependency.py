@@ -70,7 +70,7 @@ class Model:
 
 @dataclass
 class Curriculum(curriculum.Curriculum):
-    """Trained until a streak of minibatches is right to the last sequence, at one length after the other.
+    """Trained until a streak of minibatches is all right at one length after the other, validation too at the last.
 
     Args:
         streak: minibatches in a row that must be all right.
@@ -125,7 +125,7 @@ class LongDependency(Growing):
         _check_memory(config, self.model)
         size = config.training.batch_size
         self.train = Drawn(size, size, lambda i: self._sequences(i, 3 * seed, self.length), per_epoch=None)
-        self.validation = Drawn(size, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
+        self.validation = Drawn(64, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
         self.test = Drawn(TEST_SEQUENCES, 8, lambda i: self._sequences(i, 3 * seed + 2, self.full_length))
 
     def _sequences(self, indices: Tensor, stream: int, length: int) -> Batch:
@@ -145,6 +145,21 @@ class LongDependency(Growing):
         if not self.all_solved and self.right_in_a_row >= self._streak():
             self.go_on(update=self.updates)
             self.right_in_a_row = 0
+            self._validate_on_fewer()
+
+    def _validate_on_fewer(self) -> None:
+        """64 sequences; of long ones as many as make four million steps, but a minibatch."""
+        self.validation.size = max(self.config.training.batch_size, min(64, 2**22 // self.length))
+
+    def finished(self, figures: dict[str, float]) -> bool:
+        if self.all_solved and figures["accuracy"] < 1:  # an update after the streak undid it
+            self.stage -= 1
+            self.solved.pop()
+        return self.all_solved
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self._validate_on_fewer()
 
     def _streak(self) -> int:
         """Right minibatches in a row that this stage asks for."""
