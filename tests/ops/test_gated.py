@@ -290,6 +290,20 @@ def test_outputs_whose_gradient_is_not_there_give_none(create_graph):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_without_gradients(dynamic):
+    def unit(x, weight):
+        return gated_unit((x,), (weight,), None, OUTPUT, skip=x, activation=torch.tanh)[0]
+
+    compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    weight = torch.randn(9, 3, requires_grad=True)
+    for without in (torch.no_grad, torch.inference_mode):
+        x = torch.randn(2, 7, 3)
+        with without():
+            assert torch.equal(compiled(x, weight), unit(x, weight))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_as_one_graph(dynamic):
     def unit(x, weight, bias, state):
         return gated_unit((x,), (weight,), bias, OUTPUT, state, skip=x, activation=torch.tanh)

@@ -115,10 +115,12 @@ def gated_unit(
     if not _fusible(tensors, activation):
         return _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
     skip = None if form[-1] else skip
-    keep = _keeps(inputs) and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    _, shown, states, final = _GatedUnit.apply(
-        (*form, keep), len(inputs), bias, products, initial_state, skip, reset, *inputs, *weights
-    )
+    others = bias, products, initial_state, skip, reset
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        found = _GatedUnit.apply((*form, _keeps(inputs)), len(inputs), *others, *inputs, *weights)
+    else:  # without gradients torch.compile gives the Function's forward its arguments one place too far
+        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *form, False)
+    _, shown, states, final = found
     return (shown if "output" in blocks else states), states, final
 
 
