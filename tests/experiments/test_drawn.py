@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from legato.experiments import curriculum
 from legato.experiments.recipes import adding, copy_memory, long_dependency
+from legato.experiments.task import ExperimentError
 
 
 def task_of(recipe, seed):
@@ -45,3 +47,18 @@ def test_no_update_of_a_run_sees_a_sequence_again(recipe):
     train = task_of(recipe, 0).train
     numbers = torch.cat([batch for epoch in range(4) for batch in train.shuffled(0, epoch, 5)])
     assert len(numbers.unique()) == len(numbers) == 4 * 5 * train.batch_size
+
+
+@pytest.mark.parametrize("kind", ["gilr-lstm", "lstm"])
+@pytest.mark.parametrize("recipe", [adding, copy_memory, long_dependency])
+def test_a_length_that_does_not_fit_is_refused_with_one_that_does(recipe, kind, monkeypatch):
+    monkeypatch.setattr(curriculum, "free_memory", lambda device: 2**30)
+    config = recipe.Config(10**9)
+    config.model.units, config.model.kind = 8, kind
+    with pytest.raises(
+        ExperimentError, match=r"--length 1,000,000,000 needs about .* GiB and 1.0 GiB are free"
+    ) as error:
+        recipe.build(config, 0)
+    config.length = int(str(error.value).split("about ")[-1].split(" steps fit")[0].replace(",", ""))
+    recipe.build(config, 0)
+    assert recipe.needed_bytes(config, 2 * config.length) > 0.9 * 2**30

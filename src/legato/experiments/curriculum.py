@@ -5,10 +5,13 @@ A network that remembers over 300 steps and holds its state where nothing happen
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from .environment import free_memory
 from .task import ExperimentError, Task, Training
 
 
@@ -142,3 +145,26 @@ def at_least(fields: Mapping[str, tuple[int | float, int | float]]) -> None:
     for name, (value, least) in fields.items():
         if value < least:
             raise ExperimentError(f"expected --{name} to be {least} or more, got {value}")
+
+
+def refuse_what_does_not_fit(length: int, needed: Callable[[int], int], device: torch.device) -> None:
+    """Raise, before anything of that size is made, where training at the full length needs more memory than is free.
+
+    Args:
+        length: steps of the longest sequences.
+        needed: bytes that training at a length holds at the most, rising with the length.
+        device: where.
+
+    Raises:
+        ExperimentError: with a length that fits.
+    """
+    free = free_memory(device)
+    if free is None or needed(length) <= 0.9 * free:
+        return
+    fits = 1
+    while needed(2 * fits) <= 0.9 * free:
+        fits *= 2
+    raise ExperimentError(
+        f"--length {length:,} needs about {needed(length) / 2**30:,.1f} GiB and {free / 2**30:.1f} GiB are free: about "
+        f"{fits:,} steps fit; fewer units or a smaller --training.batch_size need less"
+    )

@@ -7,6 +7,7 @@ training stops at half of that in validation, so that the test is not at the bor
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -22,7 +23,7 @@ from legato.layers.stack import Stack
 from legato.layers.time_scales import spread_time_scales
 
 from ..baselines import LSTM
-from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least
+from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least, refuse_what_does_not_fit
 from ..data.drawn import drawn
 from ..task import Batch, Paper
 from .long_dependency import segment_steps
@@ -113,8 +114,8 @@ class AddingTask(GrowingByValidation):
         )
         super().__init__(config.length, config.training)
         self.config = config
+        refuse_what_does_not_fit(config.length, partial(needed_bytes, config), torch.device("cpu"))
         self.model = Adder(config)
-
         self.train = drawn(self._now, "train", seed, self.batch_size, self.batch_size)
         self.validation = drawn(self._now, "validation", 0, 64, 16)
         self.test = drawn(lambda random: adding(random, self.full_length), "test", 0, 256, 16)
@@ -147,6 +148,12 @@ def adding(random: np.random.Generator, length: int) -> tuple[np.ndarray, np.nda
     marked = [random.integers(length // 2), random.integers(length // 2, length)]
     sequence[marked, 1] = 1
     return sequence, sequence[marked, 0].sum(keepdims=True)
+
+
+def needed_bytes(config: Config, length: int) -> int:
+    """What training holds at the most: two batches of two numbers a step; of PyTorch's LSTM eight a unit too."""
+    kept = 8 * config.model.units * config.model.layers if config.model.kind == "lstm" else 0
+    return max(16, config.training.batch_size) * length * 4 * (2 * 2 + kept)
 
 
 class Adder(nn.Module):

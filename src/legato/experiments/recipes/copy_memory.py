@@ -6,6 +6,7 @@ and guesses one symbol in eight.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from legato.layers.segments import in_segments
 from legato.layers.time_scales import spread_time_scales
 
 from ..baselines import LSTM
-from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least
+from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least, refuse_what_does_not_fit
 from ..data.drawn import drawn
 from ..task import Batch, Paper
 from .long_dependency import segment_steps
@@ -121,6 +122,7 @@ class CopyMemory(GrowingByValidation):
         )
         super().__init__(config.length, config.training)
         self.config = config
+        refuse_what_does_not_fit(config.length, partial(needed_bytes, config), torch.device("cpu"))
         self.model = Copier(config)
         self.train = drawn(self._now, "train", seed, self.batch_size, self.batch_size)
         self.validation = drawn(self._now, "validation", 0, 64, 8)
@@ -170,6 +172,13 @@ def copy_memory(random: np.random.Generator, length: int) -> tuple[np.ndarray, n
 def memoryless(length: int) -> float:
     """10 ln 8 / (T + 20): the cross-entropy, in nats a step, of who knows when to speak, and guesses."""
     return MEMORISED * float(np.log(KINDS)) / (length + 2 * MEMORISED)
+
+
+def needed_bytes(config: Config, length: int) -> int:
+    """What training holds at the most: tokens and targets twice, the scores about six times; of PyTorch's LSTM eight
+    numbers a unit too."""
+    kept = 8 * 4 * (config.model.units + config.model.clock_units) if config.model.kind == "lstm" else 0
+    return max(8, config.training.batch_size) * length * (4 * 8 + 6 * 4 * (KINDS + 1) + kept)
 
 
 class Copier(nn.Module):

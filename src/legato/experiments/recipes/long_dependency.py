@@ -7,6 +7,7 @@ gradient runs through the whole sequence: it is cut into segments that are compu
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,11 +21,10 @@ from legato.layers.segments import in_segments
 from legato.layers.time_scales import spread_time_scales
 
 from .. import curriculum
-from ..curriculum import Growing, at_least
+from ..curriculum import Growing, at_least, refuse_what_does_not_fit
 from ..data.drawn import Drawn
 from ..data.long_dependency import long_dependency
-from ..environment import free_memory
-from ..task import Batch, ExperimentError, Paper
+from ..task import Batch, Paper
 
 PAPER = Paper(
     source="Martin & Cundy 2018, table 3",
@@ -122,7 +122,7 @@ class LongDependency(Growing):
         self.config = config
         self.right_in_a_row = self.updates = 0
         self.model = network(config)
-        _check_memory(config, self.model)
+        refuse_what_does_not_fit(config.length, partial(needed_bytes, config), torch.device("cpu"))
         size = config.training.batch_size
         self.train = Drawn(size, size, lambda i: self._sequences(i, 3 * seed, self.length), per_epoch=None)
         self.validation = Drawn(64, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
@@ -275,26 +275,8 @@ def _check(config: Config) -> None:
     )
 
 
-def _check_memory(config: Config, model: nn.Module) -> None:
-    """Refuse a length whose training would not fit, before anything of that size is made."""
-    free = free_memory(next(model.parameters()).device)
-    if free is None:
-        return
-    needed, most = needed_bytes(config), int(0.9 * free)
-    if needed > most:
-        fits = 1
-        while needed_bytes(config, 2 * fits) <= most:
-            fits *= 2
-        raise ExperimentError(
-            f"--length {config.length:,} in batches of {config.training.batch_size} needs about "
-            f"{needed / 2**30:,.1f} GiB and {free / 2**30:.1f} GiB are free: about {fits:,} steps fit; fewer units or "
-            "a smaller --training.batch_size need less"
-        )
-
-
-def needed_bytes(config: Config, length: int | None = None) -> int:
+def needed_bytes(config: Config, length: int) -> int:
     """What a training step holds at the most: symbols, the states between segments, and one segment's arrays."""
-    length = config.length if length is None else length
     batch, units, layers = max(8, config.training.batch_size), _units(config), config.model.layers
     if config.model.kind == "lstm":
         a_step = 4 * (2 * config.model.symbols + layers * 8 * units)
