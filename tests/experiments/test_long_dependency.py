@@ -116,7 +116,7 @@ def test_a_streak_that_validation_does_not_confirm_is_none():
     assert task.outcome() == {"converged": True, "curriculum": [{"length": 200, "update": 4}]}
 
 
-def test_a_short_dependency_is_learnt_and_verified(tmp_path):
+def test_a_short_dependency_is_learnt_and_verified(tmp_path, capsys):
     command = ["train", "long-dependency", "--length", "60", "--model.units", "16", "--model.symbols", "8"]
     command += [
         "--training.first_length",
@@ -135,7 +135,9 @@ def test_a_short_dependency_is_learnt_and_verified(tmp_path):
     assert [stage["length"] for stage in result["curriculum"]] == [15, 60]
     assert result["updates"] - result["curriculum"][-1]["update"] < 5  # it ends with the epoch
     assert result["test"]["accuracy"] > 0.9  # chance is 0.5 +- 0.03
-    assert result["peak_memory_gib"] > 0
+    printed = capsys.readouterr().out
+    assert f"{result['peak_memory_gib']:.2f} GiB" in printed
+    assert "length 60 solved" in printed
     assert main([*command, "--resume"]) == 0
 
 

@@ -31,6 +31,7 @@ _COLUMNS = [
 def list_recipes() -> None:
     """Print every recipe with its description and its paper's figure."""
     table = Table("recipe", "what", "paper", "figure", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
     for name in names():
         which = recipe(name)
         table.add_row(
@@ -51,10 +52,18 @@ def show(results: list[dict[str, Any]]) -> None:
         return
     paper = recipe(results[0]["recipe"]).paper
     metrics = list(results[0]["test"])
-    table = Table("seed", *[f"test {name}" for name in metrics], f"validation {paper.metric}", box=None, pad_edge=False)
+    trained = "seconds" in results[0]  # not evaluated only
+    costs = ["updates", "seconds", "peak memory"] if trained else []
+    table = Table(
+        "seed", *[f"test {name}" for name in metrics], f"validation {paper.metric}", *costs, box=None, pad_edge=False
+    )
     for result in results:
         figures = [_scaled(result["test"][name], paper) for name in metrics]
-        table.add_row(str(result["seed"]), *figures, _scaled(result["validation"][paper.metric], paper))
+        figures.append(_scaled(result["validation"][paper.metric], paper))
+        if trained:
+            figures += [f"{result['updates']:,}", f"{result['seconds']:,.0f}"]
+            figures.append(f"{result['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in result else "")
+        table.add_row(str(result["seed"]), *figures)
     if len(results) > 1:
         table.add_row("mean", *[_spread([r["test"][name] for r in results], paper) for name in metrics], "")
     table.add_row("paper", *[_figure(paper.value, paper) if name == paper.metric else "" for name in metrics], "")
