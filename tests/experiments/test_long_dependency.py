@@ -62,15 +62,17 @@ def test_the_network_is_that_of_one_hot_vectors(units):
 
 
 def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
+    roundings = 16 * torch.finfo(torch.float32).eps  # of a bias up to 11, whose exponential the time scale is
     for layer in build(small(), 0).model.layers:
         for bias in layer.forget_biases():
             taus = -1 / bias.double().sigmoid().log().sort().values
             expected = torch.logspace(0, np.log10(65_536), 8, dtype=torch.float64)
-            assert torch.allclose(taus, expected, rtol=1e-4)  # biases near 11 are rounded to 1e-6 in float32
+            assert torch.allclose(taus, expected, rtol=roundings, atol=0)
     for layer in paper.build(paper.Config(50), 0).model.layers:
         assert all((bias == 5).all() for bias in layer.forget_biases())
     lstm = build(Config(50, Model(kind="lstm", units=8)), 0).model.lstm
-    assert torch.allclose((-1 / lstm.bias_ih_l1[8:16].sigmoid().log()).max(), torch.tensor(65_536.0), rtol=0.02)
+    longest = (-1 / lstm.bias_ih_l1[8:16].detach().double().sigmoid().log()).max().item()
+    assert abs(longest / 65_536 - 1) < roundings
 
 
 def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
@@ -102,6 +104,12 @@ def test_the_first_lengths_ask_for_more_practice():
         asked.append(task._streak())
     assert task.lengths == [10, 40, 160, 200]
     assert asked == [20, 5, 3, 3]
+
+
+def test_validation_has_fewer_sequences_where_they_are_long():
+    assert build(small(first_length=None), 0).validation.size == 64
+    million = Config(2**20, Model(units=8), Curriculum(first_length=None))
+    assert build(million, 0).validation.size == million.training.batch_size == 8
 
 
 def test_a_streak_that_validation_does_not_confirm_is_none():

@@ -147,18 +147,17 @@ def at_least(fields: Mapping[str, tuple[int | float, int | float]]) -> None:
             raise ExperimentError(f"expected --{name} to be {least} or more, got {value}")
 
 
-def refuse_what_does_not_fit(length: int, needed: Callable[[int], int], device: torch.device) -> None:
+def refuse_what_does_not_fit(length: int, needed: Callable[[int], int]) -> None:
     """Raise, before anything of that size is made, where training at the full length needs more memory than is free.
 
     Args:
         length: steps of the longest sequences.
         needed: bytes that training at a length holds at the most, rising with the length.
-        device: where.
 
     Raises:
         ExperimentError: with a length that fits.
     """
-    free = free_memory(device)
+    free = free_memory(torch.device("cpu"))  # where every task is built
     if free is None or needed(length) <= 0.9 * free:
         return
     fits = 1

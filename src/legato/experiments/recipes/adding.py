@@ -114,7 +114,7 @@ class AddingTask(GrowingByValidation):
         )
         super().__init__(config.length, config.training)
         self.config = config
-        refuse_what_does_not_fit(config.length, partial(needed_bytes, config), torch.device("cpu"))
+        refuse_what_does_not_fit(config.length, partial(needed_bytes, config))
         self.model = Adder(config)
         self.train = drawn(self._now, "train", seed, self.batch_size, self.batch_size)
         self.validation = drawn(self._now, "validation", 0, 64, 16)

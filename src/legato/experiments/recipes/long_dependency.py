@@ -122,10 +122,10 @@ class LongDependency(Growing):
         self.config = config
         self.right_in_a_row = self.updates = 0
         self.model = network(config)
-        refuse_what_does_not_fit(config.length, partial(needed_bytes, config), torch.device("cpu"))
+        refuse_what_does_not_fit(config.length, partial(needed_bytes, config))
         size = config.training.batch_size
         self.train = Drawn(size, size, lambda i: self._sequences(i, 3 * seed, self.length), per_epoch=None)
-        self.validation = Drawn(64, 8, lambda i: self._sequences(i, 3 * seed + 1, self.length))
+        self.validation_stream = 3 * seed + 1
         self.test = Drawn(TEST_SEQUENCES, 8, lambda i: self._sequences(i, 3 * seed + 2, self.full_length))
 
     def _sequences(self, indices: Tensor, stream: int, length: int) -> Batch:
@@ -145,21 +145,18 @@ class LongDependency(Growing):
         if not self.all_solved and self.right_in_a_row >= self._streak():
             self.go_on(update=self.updates)
             self.right_in_a_row = 0
-            self._validate_on_fewer()
 
-    def _validate_on_fewer(self) -> None:
-        """64 sequences; of long ones as many as make four million steps, but a minibatch."""
-        self.validation.size = max(self.config.training.batch_size, min(64, 2**22 // self.length))
+    @property
+    def validation(self) -> Drawn:
+        """64 sequences of the present length; of long ones as many as make four million steps, but a minibatch."""
+        size = max(self.config.training.batch_size, min(64, 2**22 // self.length))
+        return Drawn(size, 8, lambda i: self._sequences(i, self.validation_stream, self.length))
 
     def finished(self, figures: dict[str, float]) -> bool:
         if self.all_solved and figures["accuracy"] < 1:  # an update after the streak undid it
             self.stage -= 1
             self.solved.pop()
         return self.all_solved
-
-    def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
-        self._validate_on_fewer()
 
     def _streak(self) -> int:
         """Right minibatches in a row that this stage asks for."""
