@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Kernel sources are compiled by numba and triton, which cannot read decorated functions: they are not shape-checked.
 CHECKED := legato.legendre,legato.layers,legato.models,legato.experiments,legato.ops.recurrence,legato.ops.gated,legato.ops.lti,legato.ops.matrix,legato.ops.kernels.reference,legato.ops.kernels.torch_scan,beartype.beartype
-SUBJECT ?= recurrence lti training
+SUBJECT ?= all
 
 .PHONY: help demo test lint bench wheel clean
 help:  ## list the targets
@@ -40,8 +40,9 @@ lint: .venv/.dev  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/.dev  ## measure this machine (CPU), results under benchmarks/results
-	for subject in $(SUBJECT); do $(BIN)/python benchmarks/run.py $$subject || exit 1; done
+bench: .venv/.dev  ## measure this machine, results under benchmarks/results; SUBJECT="recurrence lti" for some
+	$(BIN)/python benchmarks/run.py $(SUBJECT)
+	$(BIN)/python benchmarks/report.py
 
 wheel: .venv/.dev  ## build dist/legato-*.whl
 	$(BIN)/pip wheel --quiet --no-deps -w dist .

@@ -16,6 +16,8 @@ SHAPES = [(1, 65536), (8, 2048)]
 INPUTS, UNITS = 4, 256
 ROUNDS = 3
 
+TESTS = ("tests/ops/test_gated.py", "tests/layers/test_gilr.py", "tests/layers/test_sru.py")
+
 
 def measure() -> list[dict]:
     torch.manual_seed(0)

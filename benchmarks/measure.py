@@ -1,31 +1,122 @@
-"""What the subjects here share: ``interleave`` to measure, ``save`` and ``table`` for their rows."""
+"""What the subjects here share: time (``interleave``), bandwidth, peak memory, targets, and where the figures go.
 
+A subject is a module beside this one; ``run.py`` says what it consists of.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from legato.experiments.measure import interleave, machine, write
+from legato.experiments.measure import interleave, machine
 
-__all__ = ["interleave", "machine", "save", "table"]
+__all__ = ["Target", "copy_bandwidth", "find", "interleave", "judge", "machine", "peak_memory", "results_file", "save"]
 
 RESULTS = Path(__file__).parent / "results"
+_COPY_BYTES = 256 * 2**20  # an array; the three of an addition are more than any cache holds
 
 
-def save(subject: str, rows: list[dict]) -> Path:
-    """Write the rows of one subject, with what they were measured on, to ``results/<device>-<subject>-<date>.json``."""
-    return write(RESULTS, "cuda" if torch.cuda.is_available() else "cpu", subject, rows)
+class Target(NamedTuple):
+    """A figure that is asked for: ``column`` of the rows that match ``where``, the worst of them, against ``bound``."""
+
+    what: str
+    column: str
+    bound: float
+    unit: str = ""
+    where: dict[str, Any] = {}  # noqa: RUF012
+    at_most: bool = False
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as aligned text; numbers with three significant digits."""
-    if not rows:
-        return ""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[_text(row.get(key, "")) for key in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+def judge(targets: tuple[Target, ...], rows: list[dict]) -> list[dict]:
+    """Every target with what was measured and whether it is met; None for both where no row has the figure."""
+    judged = []
+    for target in targets:
+        figures = [row[target.column] for row in find(rows, **target.where) if row.get(target.column) is not None]
+        worst = None if not figures else max(figures) if target.at_most else min(figures)
+        met = None if worst is None else worst <= target.bound if target.at_most else worst >= target.bound
+        judged.append({
+            "target": target.what, "at_most": target.at_most, "bound": target.bound, "unit": target.unit,
+            "measured": worst, "met": met,
+        })  # fmt: skip
+    return judged
 
 
-def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def find(rows: list[dict], **where: Any) -> list[dict]:
+    """The rows that have these values in these columns."""
+    return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def copy_bandwidth(rounds: int = 7) -> dict[str, float]:
+    """This machine's own bandwidth now, in GB/s: of torch.add(a, b, out=c) and of c.copy_(a), far beyond the caches."""
+    a, b, c = (torch.ones(_COPY_BYTES // 4, device=device()) for _ in range(3))
+    times = interleave({"add": lambda: torch.add(a, b, out=c), "copy": lambda: c.copy_(a)}, rounds=rounds, warmup=1)
+    return {name: arrays * _COPY_BYTES / times[name]["median_ms"] / 1e6 for name, arrays in (("add", 3), ("copy", 2))}
+
+
+def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int | None:
+    """Bytes of resident memory that ``prepare(*arguments)()`` adds at its peak; None where the system is not Linux.
+
+    Both run in a process of their own with as many threads as here. ``prepare`` is a function of a module, and does
+    what is not to be counted: making the inputs, compiling kernels (run something small).
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak, torch.get_num_threads(), prepare, arguments).result()
+
+
+def _peak(threads: int, prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int:
+    torch.set_num_threads(threads)
+    run = prepare(*arguments)
+    gc.collect()
+    # Memory that was freed but not given back would be taken again without being seen.
+    _trim()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory so far is that of now
+    before = _resident("VmRSS")
+    kept = run()
+    peak = _resident("VmHWM")
+    del kept
+    return peak - before
+
+
+def _trim() -> None:
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def results_file() -> Path:
+    """``results/<device>-<date>.json``: one file a day, a section a subject."""
+    return RESULTS / f"{device()}-{date.today().isoformat()}.json"
+
+
+def save(subject: str, section: dict[str, Any]) -> Path:
+    """Put the section of one subject into the results of today, in place of an earlier one; all others stay."""
+    path = results_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = json.loads(path.read_text()) if path.exists() else {"subjects": {}}
+    report["subjects"][subject] = section
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)  # readers see the old file or the new one
+    return path

@@ -17,6 +17,8 @@ from legato.layers import LMU, RecurrentLMU
 ROUNDS = 5
 PARALLEL_STEPS = 10  # in each of its turns, which are short
 
+TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_recurrent_lmu.py", "tests/layers/test_legendre_memory.py")
+
 
 def measure() -> list[dict]:
     torch.manual_seed(0)

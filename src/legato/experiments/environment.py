@@ -6,6 +6,7 @@ import subprocess
 import sys
 from datetime import datetime
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
+            "numba": _version("numba"),
         },
         "legato": legato.__version__,
         "commit": commit(),
@@ -51,17 +53,24 @@ def free_memory(device: torch.device) -> int | None:
 
 @cache
 def commit() -> str | None:
-    """The commit of this source tree; None where the package is installed without one."""
+    """The commit of this source tree, "-dirty" after it where code differs; None where there is no source tree."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
-        found = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
-        )
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        code = (":(top)src", ":(top)benchmarks/*.py")
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return found.stdout.strip() + ("-dirty" if changed else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
