@@ -3,6 +3,7 @@
 A subject is a module beside this one; ``run.py`` says what it consists of.
 """
 
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -18,7 +19,19 @@ import torch
 
 from legato.experiments.measure import interleave, machine
 
-__all__ = ["Target", "copy_bandwidth", "find", "interleave", "judge", "machine", "peak_memory", "results_file", "save"]
+__all__ = [
+    "Target",
+    "copy_bandwidth",
+    "find",
+    "in_own_process",
+    "interleave",
+    "judge",
+    "machine",
+    "peak_memory",
+    "resident",
+    "results_file",
+    "save",
+]
 
 RESULTS = Path(__file__).parent / "results"
 _COPY_BYTES = 256 * 2**20  # an array; the three of an addition are more than any cache holds
@@ -71,35 +84,33 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> i
     Both run in a process of their own with as many threads as here. ``prepare`` is a function of a module, and does
     what is not to be counted: making the inputs, compiling kernels (run something small).
     """
-    if not Path("/proc/self/clear_refs").exists():
-        return None
+    return in_own_process(_peak, prepare, arguments) if Path("/proc/self/clear_refs").exists() else None
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's ``function`` returns in a fresh process with as many threads as here."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_peak, torch.get_num_threads(), prepare, arguments).result()
+        process.submit(torch.set_num_threads, torch.get_num_threads())
+        return process.submit(function, *arguments).result()
 
 
-def _peak(threads: int, prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int:
-    torch.set_num_threads(threads)
+def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int:
     run = prepare(*arguments)
     gc.collect()
     # Memory that was freed but not given back would be taken again without being seen.
-    _trim()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory so far is that of now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     kept = run()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     del kept
     return peak - before
 
 
-def _trim() -> None:
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _resident(name: str) -> int:
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process in memory, on Linux: now, or with "VmHWM" at most so far."""
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])
