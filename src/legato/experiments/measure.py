@@ -18,6 +18,10 @@ import torch
 from .environment import environment
 
 
+class Seconds(float):
+    """What a candidate returns that runs in another process and has measured itself."""
+
+
 def interleave(
     candidates: dict[str, Callable[[], Any]],
     *,
@@ -29,7 +33,7 @@ def interleave(
     """Time each candidate once a round, in turn (A B C A B C ...), so that a noisy neighbour disturbs all alike.
 
     Args:
-        candidates: what to run, by name.
+        candidates: what to run, by name; what one returns counts only where it is ``Seconds``, in place of its time.
         rounds: how often each is timed.
         warmup: runs of each before the first round.
         patience: seconds after which a candidate takes no more turns, its warm-up counted; one whose warm-up alone
@@ -86,9 +90,9 @@ def _time(run: Callable[[], Any]) -> float:
     """Seconds of one run, from an idle device to an idle device."""
     _wait_for_device()
     start = time.perf_counter()
-    run()
+    result = run()
     _wait_for_device()
-    return time.perf_counter() - start
+    return result if isinstance(result, Seconds) else time.perf_counter() - start
 
 
 def _wait_for_device() -> None:
