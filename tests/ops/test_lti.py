@@ -1,5 +1,7 @@
 """Every method of the time-invariant recurrence against the loop that defines it."""
 
+import sys
+
 import jaxtyping
 import pytest
 import torch
@@ -200,6 +202,79 @@ def test_narrow_inputs_are_computed_and_carried_in_32_bits(method, dtype):
     want_u, want_state = torch.autograd.grad(want.sum() + want_final.sum(), (u, state))
     assert_close(gradient_u, want_u, 150, dtype)
     assert_close(gradient_state, want_state, 150, torch.float32)
+
+
+def inputs(steps):
+    """Rough and smooth inputs (B, T, 1), a constant, and one that ends at once."""
+    time = torch.arange(steps)
+    rough, smooth = torch.randn(steps), torch.sin(time / 40)
+    return torch.stack([rough, smooth, torch.full((steps,), 0.7), (time < steps // 3).float()]).unsqueeze(-1)
+
+
+def within(got, plain, exact, eps):
+    """err <= 2 (err(plain) + eps max|exact|)."""
+    largest = exact.abs().max()
+    error, of_plain = (got - exact).abs().max(), (plain - exact).abs().max()
+    assert error <= 2 * (of_plain + eps * largest), f"{error / largest / eps} eps, plain {of_plain / largest / eps}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("order", "theta"), [(1, 100.0), (32, 50.0), (64, 512.0), (256, 784.0)])
+def test_products_of_16_bits_keep_the_error_bound_of_16_bits(order, theta, dtype, monkeypatch):
+    """As on CUDA: 16-bit factors, sums in float32; held to what float32 gives once it is rounded to 16 bits."""
+    module, steps = sys.modules["legato.ops.lti"], 1000
+    A, B = delay_network(order, theta)
+    u = inputs(steps).to(dtype).requires_grad_()
+    state = torch.randn(len(u), 1, order).requires_grad_()
+    weight = torch.randn(len(u), steps, 1, order)
+
+    def run(dtype, carry):
+        x, m = (z.detach().to(d).requires_grad_() for z, d in ((u, dtype), (state, carry)))
+        memory, final = lti(x, A, B, m, method="chunked")
+        grads = torch.autograd.grad(memory, (x, m), weight.to(dtype).to(memory.dtype), retain_graph=True)
+        return [y.double() for y in (memory, final, *grads)], memory.dtype, final.dtype
+
+    exact, _, _ = run(torch.float64, torch.float64)
+    plain, _, _ = run(dtype, torch.float32)
+    monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype in (torch.float16, torch.bfloat16))
+    got, of_memory, of_final = run(dtype, torch.float32)
+    assert (of_memory, of_final) == (dtype, torch.float32)
+    assert not torch.equal(got[0], plain[0])  # another path
+    assert torch.equal(got[1], plain[1])  # the final state is float32's
+    eps = torch.finfo(dtype).eps
+    for x, y, z in zip(got, plain, exact, strict=True):
+        within(x, y, z, eps)
+
+
+@pytest.mark.parametrize(("order", "theta"), [(32, 50.0), (256, 784.0)])
+def test_factors_of_eleven_bits_keep_the_error_bound_of_eleven_bits(order, theta, monkeypatch):
+    """What torch's switch for TF32 does on CUDA, the carry's products included: their roundings do not pile up."""
+    module, steps = sys.modules["legato.ops.lti"], 4000
+    A, B = delay_network(order, theta)
+    u = inputs(steps)
+    exact, exact_final = lti(u.double(), A, B, method="chunked")
+
+    def tf32(x):
+        if x.dtype != torch.float32:
+            return x
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0x0FFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+    times = module._times
+    monkeypatch.setattr(module, "_times", lambda rows, matrix: times(tf32(rows), tf32(matrix)))
+    memory, final = lti(u, A, B, method="chunked")
+    eps = 2.0**-10
+    within(memory.double(), tf32(exact.float()).double(), exact, eps)
+    within(final.double(), tf32(exact_final.float()).double(), exact_final, eps)
+
+
+def test_a_carry_of_32_bits_holds_over_a_million_steps_of_16_bits(monkeypatch):
+    module, steps = sys.modules["legato.ops.lti"], 2**20
+    monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype == torch.bfloat16)
+    A, B = delay_network(2, 100_000.0)
+    u = torch.cat([torch.randn(1, steps, 1), torch.ones(1, steps, 1)]).bfloat16()
+    (memory, _), (exact, _) = lti(u, A, B, method="chunked"), lti(u.double(), A, B, method="chunked")
+    within(memory.double(), exact.bfloat16().double(), exact, torch.finfo(torch.bfloat16).eps)
 
 
 def test_autocast_changes_nothing():

@@ -58,7 +58,8 @@ def lti(
     """m_t = A m_{t-1} + B u_t for every channel of u; differentiable in u, A, B and initial_state.
 
     Args:
-        u: inputs (B, T, C), real or complex; float16 and bfloat16 are computed and carried in float32.
+        u: inputs (B, T, C), real or complex; float16 and bfloat16 are carried in float32, and computed in it too, but
+            for the one large product of "chunked" on CUDA: it takes 16-bit factors and adds them up in float32.
         A: (N, N), or (C, N, N) for one system per channel. Its powers are formed in float64: give it in float64.
         B: (N,), or (C, N).
         initial_state: m before the first step, (B, C, N); zeros when None.
@@ -157,7 +158,8 @@ def apply(
     with without_autocast(u):
         carry = kernels.powers.dtype
         # One row a channel: (C, B, T). All methods keep channels first, which makes each a plain matrix product.
-        rows = u.to(carry).permute(2, 0, 1)
+        narrow = kernels.method == "chunked" and reset is None and _multiplied_in_16_bits(u)
+        rows = (u if narrow else u.to(carry)).permute(2, 0, 1)
         state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
         if u.numel() == 0:
             memory, final_state = _nothing(rows, kernels, state)
@@ -286,14 +288,22 @@ def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None
     return memory, memory[:, :, -1].clone()
 
 
+def _multiplied_in_16_bits(u: Tensor) -> bool:
+    """Whether the large product of "chunked" takes 16-bit factors: tensor cores do, a CPU may be slower with them."""
+    return u.is_cuda and u.dtype in (torch.float16, torch.bfloat16)
+
+
 def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[u of the chunk, m before it] @ W for all chunks at once, after the m before each chunk is known."""
+    """[u of the chunk, m before it] @ W for all chunks at once, after the m before each chunk is known.
+
+    That product has the dtype of u; what is carried from chunk to chunk, and the final state, that of the kernels.
+    """
     channels, batch, steps = u.shape
-    W, order = kernels.inputs, kernels.powers.shape[-1]
+    W, order, carry = kernels.inputs, kernels.powers.shape[-1], kernels.powers.dtype
     length = W.shape[-2] - order
     if steps <= length and reset is None:
         # A short input, such as a piece of a stream, takes the part of W that it needs.
-        W = W[..., : steps * order]
+        W, u = W[..., : steps * order], u.to(carry)
         memory = _times(u, W[..., :steps, :])
         final_state = _times(u, W[..., :steps, -order:])
         if state is not None:
@@ -306,12 +316,13 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
         reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
         memory = _chunked_with_reset(u, kernels, state, reset)[:, :, :steps]
         return memory, memory[:, :, -1].clone()
-    before = _before_chunks(_times(u, W[..., :length, -order:]), kernels, state)
-    rows = torch.cat([u, before], dim=-1)
-    memory = _times(rows, W).reshape(channels, batch, chunks * length, order)[:, :, :steps]
+    before = _before_chunks(_times(u.to(carry), W[..., :length, -order:]), kernels, state)
+    rows = torch.cat([u, before.to(u.dtype)], dim=-1)
+    memory = _times(rows, W.to(u.dtype)).reshape(channels, batch, chunks * length, order)[:, :, :steps]
     # Computed once more, because the gradient of memory[:, :, -1] is zeros of the size of the memory.
     end = (steps - (chunks - 1) * length) * order
-    return memory, _times(rows[:, :, -1], W[..., end - order : end])
+    last = torch.cat([u[:, :, -1].to(carry), before[:, :, -1]], dim=-1)
+    return memory, _times(last, W[..., end - order : end])
 
 
 def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
