@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 CHECKED := legato.legendre,legato.layers,legato.models,legato.experiments,legato.ops.recurrence,legato.ops.gated,legato.ops.lti,legato.ops.matrix,legato.ops.kernels.reference,legato.ops.kernels.torch_scan,beartype.beartype
 SUBJECT ?= all
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test lint bench bench-peers wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -43,6 +43,14 @@ lint: .venv/.dev  ## ruff and pyright
 bench: .venv/.dev  ## measure this machine, results under benchmarks/results; SUBJECT="recurrence lti" for some
 	$(BIN)/python benchmarks/run.py $(SUBJECT)
 	$(BIN)/python benchmarks/report.py
+
+# Two environments: TensorFlow and the others do not agree on what they need.
+bench-peers: .venv-peers/.built .venv-peers-keras/.built  ## install the libraries that are measured beside this one
+
+.venv-%/.built: benchmarks/environments/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 wheel: .venv/.dev  ## build dist/legato-*.whl
 	$(BIN)/pip wheel --quiet --no-deps -w dist .

@@ -1,0 +1,72 @@
+"""Pictures of candidates side by side: bars for sizes that stand alone, curves for a cost that grows."""
+
+from pathlib import Path
+
+from legato.experiments.plots import _figure, _save
+
+_OURS, _PEER = "#1f5fbf", "#8a8f98"
+_CURVES = ("#c0392b", "#2e8b57", "#8e5ea2", "#d98c1f", "#6b7280", "#17a2b8", "#a05a2c", "#4b5563")
+
+
+def bars(panels: dict[str, list[dict]], path: Path) -> None:
+    """A panel each title: the median time of every timed row, fastest first, on a logarithmic axis."""
+    panels = {title: sorted(_timed(rows), key=lambda row: row["median_ms"]) for title, rows in panels.items()}
+    figure, axes = _figure(len(panels))
+    figure.set_size_inches(10, 1 + sum(0.8 + 0.36 * len(rows) for rows in panels.values()))
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        times = [row["median_ms"] for row in rows]
+        names = [f"{row['by']} ({row['version'].split()[-1]})" for row in rows]
+        spread = [
+            [row["median_ms"] - row["min_ms"] for row in rows],
+            [row["max_ms"] - row["median_ms"] for row in rows],
+        ]
+        drawn = axis.barh(names, times, color=[_OURS if _is_ours(row) else _PEER for row in rows], xerr=spread,
+                          error_kw={"ecolor": "#30343b", "elinewidth": 0.8})  # fmt: skip
+        ours = min((row["median_ms"] for row in rows if _is_ours(row)), default=None)
+        labels = [f"{time:.3g} ms" + (f", {time / ours:.3g} x" if ours else "") for time in times]
+        high = max(row["max_ms"] for row in rows)
+        for bar, row, label in zip(drawn, rows, labels, strict=True):
+            axis.text(row["max_ms"] * 1.08, bar.get_y() + bar.get_height() / 2, label, va="center", fontsize=9)
+        axis.set(xscale="log", xlim=(min(times) / 3, high * 6), xlabel="milliseconds")
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.invert_yaxis()
+    _save(figure, path)
+
+
+def curves(panels: dict[str, list[dict]], x: dict[str, str], path: Path) -> None:
+    """A panel each title: median time over the size named by ``x[title]``, a curve a candidate, logarithmic axes."""
+    names = sorted({row["by"] for rows in panels.values() for row in _timed(rows) if not _is_ours(row)})
+    colours = dict(zip(names, _CURVES * (1 + len(names) // len(_CURVES)), strict=False))
+    figure, axes = _figure(len(panels))
+    figure.set_size_inches(9, 3.8 * len(panels))
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        found: dict[str, list[dict]] = {}
+        for row in _timed(rows):
+            found.setdefault(row["by"], []).append(row)
+        for name, own in found.items():
+            ours = _is_ours(own[0])
+            axis.plot(
+                [row[x[title]] for row in own],
+                [row["median_ms"] for row in own],
+                marker="o",
+                markersize=3.5,
+                linewidth=2.4 if ours else 1.2,
+                color=_OURS if ours else colours[name],
+                label=name,
+                zorder=3 if ours else 2,
+            )
+        ticks = sorted({row[x[title]] for row in rows})
+        axis.set(xscale="log", yscale="log", xlabel=x[title], ylabel="milliseconds")
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _timed(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row.get("median_ms") is not None]
+
+
+def _is_ours(row: dict) -> bool:
+    return row["version"].startswith("legato ")
