@@ -1,0 +1,88 @@
+"""First use in a fresh process: the imports, the first calls with an empty kernel cache and with a full one.
+
+Every figure is a new Python process that times itself, from before the import or the call to after it; the import of
+Numba is part of the first call. A read-only installation is a copy of the package in which nothing can be written, with
+a home in which nothing can be either: files stand where cache folders would.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from measure import Target
+
+import legato
+
+COLD, WARM, READ_ONLY = "empty cache", "from the cache", "read-only installation"
+COLD_ROUNDS, ROUNDS = 2, 5
+IMPORTS = ("import torch", "import legato")
+
+_LAYER = "import torch, legato; layer, x = legato.{}, torch.rand(8, 784, 1)"
+_STEP = {"training step": "layer(x)[0].sum().backward()"}
+# What a process does before the clock starts, and what it then times.
+CALLS = {
+    "linear_recurrence": (
+        "import torch, legato; a, x = (torch.rand(8, 64, 256, requires_grad=True) for _ in range(2))",
+        {"forward": "h, _ = legato.linear_recurrence(a, x)", "backward": "h.sum().backward()"},
+    ),
+    "GILR": (_LAYER.format("GILR(1, 256)"), _STEP),
+    "GILRLSTM": (_LAYER.format("GILRLSTM(1, 256)"), _STEP),
+    "LMU of order 256": (_LAYER.format("LMU(1, 212, order=256, theta=784)"), _STEP),
+}
+
+TESTS = ("tests/ops/test_numba_cpu.py",)
+TARGETS = (
+    Target("first call, the slowest, empty cache", "median_s", 8, "s", {"kernels": COLD}, at_most=True),
+    Target("first call, the slowest, from the cache", "median_s", 0.5, "s", {"kernels": WARM}, at_most=True),
+    Target("share of calls that run in a read-only installation", "runs", 1, where={"kernels": READ_ONLY}),
+)
+
+
+def measure() -> list[dict]:
+    rows = _measure_imports()
+    with tempfile.TemporaryDirectory() as folder:
+        read_only = _install_read_only(Path(folder) / "read-only")
+        for name, (before, timed) in CALLS.items():
+            caches = [{"NUMBA_CACHE_DIR": f"{folder}/{name}-{number}"} for number in range(COLD_ROUNDS)]
+            for kernels, environments in ((COLD, caches), (WARM, ROUNDS * caches[:1]), (READ_ONLY, [read_only])):
+                seconds = [_seconds(before, timed, **environment) for environment in environments]
+                rows += [_row(f"{name}, {call}", kernels, [times[call] for times in seconds]) for call in timed]
+    return rows
+
+
+def _measure_imports() -> list[dict]:
+    seconds = [{name: _seconds("pass", {name: name})[name] for name in IMPORTS} for _ in range(ROUNDS)]
+    return [_row(name, "", [times[name] for times in seconds]) for name in IMPORTS]
+
+
+def _row(name: str, kernels: str, seconds: list[float | None]) -> dict:
+    known = [s for s in seconds if s is not None]
+    spread = {"median_s": median(known), "min_s": min(known), "max_s": max(known)} if known else {}
+    missing = dict.fromkeys(("median_s", "min_s", "max_s"))
+    return {"first": name, "kernels": kernels, **missing, **spread, "runs": len(known) / len(seconds)}
+
+
+def _seconds(before: str, timed: dict[str, str], **environment: str) -> dict[str, float | None]:
+    """Seconds of each call in turn, after ``before``, in a fresh process; None where that process fails."""
+    clocked = "".join(f"start = clock()\n{call}\nprint(clock() - start)\n" for call in timed.values())
+    code = f"from time import perf_counter as clock\n{before}\n{clocked}"
+    variables = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=variables | environment, capture_output=True, text=True)
+    return (
+        dict(zip(timed, map(float, done.stdout.split()), strict=True)) if done.returncode == 0 else dict.fromkeys(timed)
+    )
+
+
+def _install_read_only(folder: Path) -> dict[str, str]:
+    """A copy of the package where nothing can be written, not even by root: the environment that makes use of it."""
+    shutil.copytree(Path(legato.__file__).parent, folder / "legato", ignore=shutil.ignore_patterns("__pycache__"))
+    for directory in [folder / "legato", *(path for path in (folder / "legato").rglob("*") if path.is_dir())]:
+        (directory / "__pycache__").touch()  # a file
+    home = folder / "home"
+    home.touch()
+    return {"PYTHONPATH": str(folder), "HOME": str(home)}
