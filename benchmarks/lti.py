@@ -2,14 +2,14 @@
 
 A time is one forward and one backward pass (gradients of the input and of the initial state; A and B frozen and
 prepared), float32. The incoming gradient is laid out as each method lays out its memory. "fft, no state" leaves the
-response to the initial state out, which only fft has to compute apart. "products" are the two matrix products that
-chunked consists of, "transforms" the two that fft consists of, both alone and on data that lie ready.
+response to the initial state out, which only fft has to compute apart. The products are the two that chunked consists
+of, the transforms the two that fft consists of, both alone and on data that lie ready.
 """
 
 from collections.abc import Callable
 
 import torch
-from measure import interleave
+from measure import Target, interleave
 
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, apply, prepare
@@ -19,50 +19,69 @@ OTHERS = [((64, 4, 1), 64), ((64, 16, 1), 64), ((64, 64, 1), 64), ((32, 256, 64)
 LONG = ((1, 1_048_576, 1), 32)
 
 TESTS = ("tests/ops/test_lti.py",)
+TARGETS = (
+    *(
+        Target(
+            f"chunked over its matrix products, {shape}, order {order}",
+            "over its products",
+            1.7,
+            "times",
+            {"shape": str(shape), "order": order, "by": "chunked"},
+            at_most=True,
+        )
+        for shape, order in SHAPES
+    ),
+    Target(
+        f"fft over chunked, {SHAPES[0][0]}, order {SHAPES[0][1]}",
+        "over chunked",
+        3,
+        "times",
+        {"shape": str(SHAPES[0][0]), "order": SHAPES[0][1], "by": "fft"},
+    ),
+)
 
 
 def measure() -> list[dict]:
     torch.manual_seed(0)
-    rows = [_chunked_against_fft(shape, order) for shape, order in SHAPES]
-    rows += [_every_method(shape, order) for shape, order in OTHERS]
-    long = interleave({"chunked": _training_pass(*LONG, "chunked")}, rounds=3, warmup=1)
-    return [*rows, {"shape": str(LONG[0]), "order": LONG[1], "chunked_ms": long["chunked"]["median_ms"]}]
+    rows = [row for shape, order in SHAPES for row in _chunked_against_fft(shape, order)]
+    rows += [row for shape, order in OTHERS for row in _every_method(shape, order)]
+    return rows + _rows(*LONG, interleave({"chunked": _training_pass(*LONG, "chunked")}, rounds=3, warmup=1))
 
 
-def _chunked_against_fft(shape: tuple[int, int, int], order: int) -> dict:
+def _chunked_against_fft(shape: tuple[int, int, int], order: int) -> list[dict]:
     times = interleave(
         {
             "chunked": _training_pass(shape, order, "chunked"),
+            "products of chunked": _products(shape, order),
+            "chunked with resets": _training_pass(shape, order, "chunked", reset=True),
             "fft": _training_pass(shape, order, "fft"),
             "fft, no state": _training_pass(shape, order, "fft", state=False),
-            "products": _products(shape, order),
-            "transforms": _transforms(shape, order),
-            "with resets": _training_pass(shape, order, "chunked", reset=True),
+            "transforms of fft": _transforms(shape, order),
         },
         rounds=7,
         warmup=2,
     )
-    ms = {name: time["median_ms"] for name, time in times.items()}
-    return {
-        "shape": str(shape),
-        "order": order,
-        "chunked_ms": ms["chunked"],
-        "fft_ms": ms["fft"],
-        "fft_no_state_ms": ms["fft, no state"],
-        "fft/chunked": ms["fft"] / ms["chunked"],
-        "fft_no_state/chunked": ms["fft, no state"] / ms["chunked"],
-        "products_ms": ms["products"],
-        "chunked/products": ms["chunked"] / ms["products"],
-        "transforms_ms": ms["transforms"],
-        "transforms/chunked": ms["transforms"] / ms["chunked"],
-        "chunked_resets_ms": ms["with resets"],
-    }
+    return _rows(shape, order, times)
 
 
-def _every_method(shape: tuple[int, int, int], order: int) -> dict:
+def _every_method(shape: tuple[int, int, int], order: int) -> list[dict]:
     methods = [method for method in METHODS if shape[1] <= 256 or method in ("fft", "chunked")]
-    times = interleave({method: _training_pass(shape, order, method) for method in methods}, rounds=7, warmup=2)
-    return {"shape": str(shape), "order": order} | {f"{name}_ms": time["median_ms"] for name, time in times.items()}
+    return _rows(shape, order, interleave({m: _training_pass(shape, order, m) for m in methods}, rounds=7, warmup=2))
+
+
+def _rows(shape: tuple[int, int, int], order: int, times: dict[str, dict[str, float]]) -> list[dict]:
+    products = times.get("products of chunked")
+    return [
+        {
+            "shape": str(shape),
+            "order": order,
+            "by": name,
+            **time,
+            "over chunked": time["median_ms"] / times["chunked"]["median_ms"],
+            "over its products": time["median_ms"] / products["median_ms"] if products and name == "chunked" else None,
+        }
+        for name, time in times.items()
+    ]
 
 
 def _training_pass(

@@ -36,8 +36,14 @@ CALLS = {
 
 TESTS = ("tests/ops/test_numba_cpu.py",)
 TARGETS = (
-    Target("first call, the slowest, empty cache", "median_s", 8, "s", {"kernels": COLD}, at_most=True),
-    Target("first call, the slowest, from the cache", "median_s", 0.5, "s", {"kernels": WARM}, at_most=True),
+    *(
+        Target(f"{what}, {kernels}", "median_s", bound, "s", {"kernels": kernels, **where}, at_most=True)
+        for kernels, bound in ((COLD, 8), (WARM, 0.5))
+        for what, where in (
+            ("first linear_recurrence", {"first": "linear_recurrence, forward"}),
+            ("slowest first call", {}),
+        )
+    ),
     Target("share of calls that run in a read-only installation", "runs", 1, where={"kernels": READ_ONLY}),
 )
 

@@ -9,15 +9,27 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import interleave
+from measure import Target, interleave
 from torch import nn
 
 from legato.layers import LMU, RecurrentLMU
 
 ROUNDS = 5
 PARALLEL_STEPS = 10  # in each of its turns, which are short
+# What the papers report of a GPU, from memory.
+PAPERS = (("psMNIST", 100, 220), ("Mackey-Glass", 1, 64))
 
 TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_recurrent_lmu.py", "tests/layers/test_legendre_memory.py")
+TARGETS = tuple(
+    Target(
+        f"LMU over RecurrentLMU, {task}, batch {batch}",
+        "times faster",
+        times,
+        "times",
+        {"task": task, "batch": batch, "layer": "LMU"},
+    )
+    for task, batch, times in PAPERS
+)
 
 
 def measure() -> list[dict]:
