@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from legato.layers import LMU
+from legato.legendre import delay_network
+from legato.ops.lti import lti
 from legato.ops.recurrence import linear_recurrence
 
 EPS = torch.finfo(torch.float32).eps
@@ -66,16 +68,37 @@ def recurrence(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, Result]:
 
 
 def lmu(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, Result]:
-    """err <= 2 (err(plain steps in float32) + log2(2 T) eps max|exact|): a transform of 2 T has so many levels."""
+    """err <= 2 (err(plain steps in float32) + 3 log2(2 T) eps scale): the levels of a convolution's three transforms.
+
+    The scale is the largest result. The gradients before the memory are sums over rows, steps and orders: there it is
+    the norm over all of them of what the transforms multiply, as roundings of different transforms are independent.
+    """
     exact, plain = (
         lmu_step(sizes, arrays, dtype=dtype, method="sequential")() for dtype in (torch.float64, torch.float32)
     )
-    levels = 1 + np.log2(sizes["steps"])
+    scales = {name: value.abs().max().item() for name, value in exact.items()} | _before_memory(sizes, arrays)
+    levels = 3 * np.log2(2 * sizes["steps"])
     found = {}
     for name, value in exact.items():
         error = (plain[name].double() - value).abs().max().item()
-        found[name] = Result(value.numpy(), 2 * (error + levels * EPS * value.abs().max().item()))
+        found[name] = Result(value.numpy(), 2 * (error + levels * EPS * scales[name]))
     return found
+
+
+def _before_memory(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    A, B = delay_network(sizes["order"], sizes["theta"])
+    impulse = torch.zeros(1, sizes["steps"], 1, dtype=torch.float64)
+    impulse[:, 0] = 1
+    response = torch.linalg.vector_norm(lti(impulse, A, B)[0], dim=1).flatten().numpy()  # (N,)
+    active = arrays["bias"] > 0  # relu's units: biases outweigh all else
+    grad = arrays["grad"].reshape(sizes["batch"], -1, sizes["units"])[..., active]
+    grad_memory = np.linalg.norm(grad @ arrays["weight"][:-1, active].T, axis=1)  # (B, N)
+    rows = np.linalg.norm(grad_memory * response, axis=1)
+    inputs = np.linalg.norm(arrays["x"], axis=(1, 2))
+    return {
+        "grad_encoder": float(np.linalg.norm(inputs * rows)),
+        "grad_encoder_bias": float(np.sqrt(sizes["steps"]) * np.linalg.norm(rows)),
+    }
 
 
 def lmu_step(
