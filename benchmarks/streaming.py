@@ -33,7 +33,7 @@ _NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 _LMU, _GILR = list(_NETWORKS)[:2]
 
-TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_gilr.py", "tests/layers/test_sru.py", "tests/test_contract.py")
+TESTS = ("tests/layers/test_lmu.py", "tests/test_contract.py::test_chunks_and_steps_equal_one_pass")
 TARGETS = (
     *(
         Target(f"a step of {name}, threads: {n}", "median_us", us, "us", {"network": name, "threads": n}, at_most=True)
