@@ -96,8 +96,7 @@ def quick_interpreter(monkeypatch):
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks as they come with a million steps, at lengths that the interpreter can walk."""
-    monkeypatch.setattr(triton_gpu, "_SHORTEST_CHUNK", 9)
-    monkeypatch.setattr(triton_gpu, "_GROUP_STEPS", 4)
+    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.Tuning(shortest_chunk=9, group_bytes=16))
 
 
 @pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (2, 1, 65), (1, 63, 3), (1, 65, 64), (1, 65, 1), (1, 200, 1)])
@@ -110,7 +109,7 @@ def test_values_and_gradients_are_the_loops_at_awkward_sizes(B, T, D, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_time_cut_into_chunks_gives_the_same(B, T, D, chunks, reverse, short_chunks):
     tensors = example(B, T, 1, D, torch.float32, resets=True)
-    assert triton_gpu._plan(tensors[1]).chunks == chunks
+    assert triton_gpu._plan(tensors[1], triton_gpu.TUNING).chunks == chunks
     check(*tensors, reverse=reverse)
 
 
@@ -180,13 +179,32 @@ def test_nothing_passes_a_reset_not_even_nan(reverse, chunked, request):
     assert torch.equal(spoilt[4], clean[4])
 
 
+def test_programs_that_are_few_load_more_steps_together():
+    def plan(B, T, D, dtype, *, deep):
+        x = torch.empty((B, T, 1, D), dtype=dtype, device="meta")
+        return triton_gpu._plan(x, triton_gpu.TUNING, deep=deep)
+
+    assert [plan(8, 8192, 1536, torch.float32, deep=deep).steps for deep in (True, False)] == [16, 8]
+    assert [plan(8, 8192, 1536, torch.bfloat16, deep=deep).steps for deep in (True, False)] == [32, 16]
+    assert [plan(B, 8192, 1536, torch.bfloat16, deep=True)[1] for B in (8, 128)] == [32, 64]
+    assert plan(128, 8192, 1536, torch.float32, deep=True).steps == 8
+    assert [plan(8, T, 1536, torch.float32, deep=True).steps for T in (1, 2, 3, 16, 17)] == [1, 1, 2, 8, 16]
+
+
+@pytest.mark.parametrize("tuning", [{"group_bytes": 8}, {"warps": 2}, {"group_bytes": 64, "few_programs": 0}], ids=str)
+def test_another_tuning_gives_the_same(tuning, monkeypatch):
+    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.TUNING._replace(shortest_chunk=9, **tuning))
+    check(*example(1, 41, 1, 70, torch.float16, resets=True))
+
+
 def test_batch_and_channels_that_fill_a_gpu_are_walked_in_one_pass_and_few_are_cut():
     def plan(*shape, dtype=torch.float32):
-        return triton_gpu._plan(torch.empty(shape, dtype=dtype, device="meta"))
+        return triton_gpu._plan(torch.empty(shape, dtype=dtype, device="meta"), triton_gpu.TUNING, deep=True)
 
     assert plan(8, 8192, 1, 1536).chunks == 1
     few = plan(1, 1 << 20, 1, 64)
     assert (few.chunks, few.length, few.grid) == (1024, 1024, (2048,))
+    assert plan(8, 8192, 1, 1536, dtype=torch.bfloat16).chunks == 1
     assert plan(1, 255, 1, 64).chunks == 1  # too short to cut
     for T in (1_000_003, 65_537, 300):
         uneven = plan(2, T, 3, 5, dtype=torch.bfloat16)

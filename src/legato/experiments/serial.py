@@ -39,7 +39,8 @@ def swept(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         from legato.ops.kernels import triton_gpu
 
-        with patch.object(triton_gpu, "_FEW_PROGRAMS", 0):  # so that no shape is cut into chunks of time
+        uncut = triton_gpu.TUNING._replace(few_programs=0)  # no shape is cut into chunks of time
+        with patch.object(triton_gpu, "TUNING", uncut):
             yield
         return
     threads = torch.get_num_threads()

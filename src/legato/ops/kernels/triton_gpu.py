@@ -1,11 +1,13 @@
 """The diagonal recurrence on a GPU, compiled by Triton: each number is read and written once, at the memory's speed.
 
-One program walks through time for one batch row and one block of channels, the carry in registers and the next steps'
-loads already under way. Where batch and channels are too few to fill a GPU, time is cut into chunks: every chunk is
-summarised (product of decays, state from zero), the summaries are scanned by the same recurrence, and every chunk is
-walked again from the state that enters it; docs/maths/recurrence.md derives both. Nothing is tuned at run time and
-nothing is atomic: equal shapes give equal launches and equal bits. With TRITON_INTERPRET=1, set before this module is
-imported, all of it runs on CPU tensors.
+One program walks through time for one batch row and one block of channels, the carry in registers and the loads of
+the steps to come under way in two groups that take turns. Where batch and channels are too few to fill a GPU, time is
+cut into chunks: every chunk is summarised (product of decays, state from zero), the summaries are scanned by the same
+recurrence, and every chunk is walked again from the state that enters it; docs/maths/recurrence.md derives both.
+
+Nothing is tuned at run time and nothing is atomic: equal shapes give equal launches and equal bits. ``Tuning`` has what
+a launch follows from beside the shape; benchmarks/gpu.py measures around its values. With TRITON_INTERPRET=1, set
+before this module is imported, all of it runs on CPU tensors.
 """
 
 # Triton compiles a subset of Python (no starred tuples), which these do not know:
@@ -23,15 +25,27 @@ from legato._shapes import Bool, Inexact, Tensor
 
 # Whether the kernels run in Triton's interpreter, on CPU tensors: settled when this module is imported.
 INTERPRETED = knobs.runtime.interpret
-# Time is cut into chunks below this many programs (two for each multiprocessor of a large GPU): reading the inputs a
-# second time costs 5/3 of the traffic, which a GPU that is less than half busy has to spare.
-_FEW_PROGRAMS = 256
-# Programs wanted once time is cut.
-_MANY_PROGRAMS = 2048
-# Shorter chunks than this spend more on their summaries than they gain.
-_SHORTEST_CHUNK = 128
-# Steps whose loads are under way together, for numbers of up to 4 bytes; the time to compile grows faster than this.
-_GROUP_STEPS = 16
+
+
+class Tuning(NamedTuple):
+    """The constants of the rule in ``_plan``."""
+
+    # Time is cut into chunks below this many programs (two for each multiprocessor of a large GPU): reading the inputs
+    # a second time costs 5/3 of the traffic, which a GPU that is less than half busy has to spare.
+    few_programs: int = 256
+    # Programs wanted once time is cut, and those above which a lane takes two 16-bit channels and not one.
+    many_programs: int = 2048
+    # Shorter chunks than this spend more on their summaries than they gain.
+    shortest_chunk: int = 128
+    # Bytes of one array that a lane loads together, a group of steps; two groups are under way. The forward has twice
+    # as long ones below so many programs, which each need more under way. 255 registers a lane bound both, and the time
+    # to compile, which grows faster than the group: seconds at 8 steps, half a minute at 32.
+    group_bytes: int = 32
+    deep_programs: int = 1024
+    warps: int = 1  # a program
+
+
+TUNING = Tuning()
 
 
 def forward(
@@ -40,18 +54,23 @@ def forward(
     initial_state: Inexact[Tensor, "B H D"] | None,
     reset: Bool[Tensor, "B T"] | None,
     reverse: bool,
+    tuning: Tuning | None = None,
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
-    """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``."""
+    """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``.
+
+    A ``tuning`` may be given in place of ``TUNING``, to measure it.
+    """
     B, T, H, D = impulse.shape
     carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
     states = torch.empty_like(impulse)
     if impulse.numel() == 0:
         return states, _zeros_or_copy(initial_state, impulse)
-    plan = _plan(impulse)
+    tuning = tuning or TUNING
+    plan = _plan(impulse, tuning, deep=True)
     entering = initial_state
     if plan.chunks > 1:
         products, ends = _summarise(plan, decay, impulse, reset, down=reverse, adjoint=False)
-        scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse)
+        scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse, tuning)
         entering = _entering(scanned, initial_state, down=reverse)
     final_state = torch.empty((B, H, D), dtype=carry_dtype, device=impulse.device)
     with torch.cuda.device_of(impulse):
@@ -71,6 +90,7 @@ def backward(
     initial_state: Inexact[Tensor, "B H D"] | None,
     reset: Bool[Tensor, "B T"] | None,
     reverse: bool,
+    tuning: Tuning | None = None,
 ) -> tuple[Inexact[Tensor, "Bd Td Hd Dd"], Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
     """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}: grad_impulse = g, grad_decay_t = conj(h_{t-1}) g_t.
 
@@ -81,11 +101,12 @@ def backward(
     grad_impulse = torch.empty_like(states)
     if states.numel() == 0:
         return torch.zeros_like(decay), grad_impulse, grad_final.clone()
-    plan = _plan(states)
+    tuning = tuning or TUNING
+    plan = _plan(states, tuning)
     entering = grad_final.contiguous()
     if plan.chunks > 1:
         products, ends = _summarise(plan, decay, grad_states, reset, down=not reverse, adjoint=True)
-        scanned, _ = forward(products, ends, entering, _dropped(reset, plan), not reverse)
+        scanned, _ = forward(products, ends, entering, _dropped(reset, plan), not reverse, tuning)
         entering = _entering(scanned, entering, down=not reverse)
     grad_initial = torch.empty((B, H, D), dtype=carry_dtype, device=states.device)
     # One partial sum a chunk where the decay is constant in time; other broadcast axes are summed below.
@@ -102,34 +123,40 @@ def backward(
     return grad_decay.sum_to_size(decay.shape).to(decay.dtype), grad_impulse, grad_initial
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How one shape and dtype is launched: a fixed rule, never a measurement."""
 
     grid: tuple[int]
     block: int  # channels a program
     chunks: int  # pieces of time
     length: int  # steps in each of them; the last may have fewer
-    steps: int  # loaded together, one group ahead of their use
+    steps: int  # loaded together, while as many that were loaded before are used
+    warps: int
 
 
-def _plan(x: Tensor) -> _Plan:
+def _plan(x: Tensor, tuning: Tuning, *, deep: bool = False) -> Plan:
     B, T, H, D = x.shape
-    item = x.element_size()
-    # One warp: a lane a channel, two for 16-bit numbers, so that a step's load is 128 bytes or more.
-    block = 64 if item == 2 else 32
-    programs = B * triton.cdiv(H * D, block)
+    item, lanes = x.element_size(), 32 * tuning.warps
+
+    def programs(block: int) -> int:
+        return B * triton.cdiv(H * D, block)
+
+    # A lane a channel: a step's load is 128 bytes a warp. Two of 16 bits, unless that leaves too few programs.
+    block = 2 * lanes if item == 2 and programs(2 * lanes) >= tuning.many_programs else lanes
     chunks = 1
-    if programs < _FEW_PROGRAMS:
-        chunks = max(1, min(triton.cdiv(_MANY_PROGRAMS, programs), T // _SHORTEST_CHUNK))
+    if programs(block) < tuning.few_programs:
+        chunks = max(1, min(triton.cdiv(tuning.many_programs, programs(block)), T // tuning.shortest_chunk))
     length = triton.cdiv(T, chunks)
     chunks = triton.cdiv(T, length)
-    # Two groups of two arrays, three in the backward, of this many rows have to stay in 255 registers a thread.
-    steps = _GROUP_STEPS if item <= 4 else _GROUP_STEPS * 4 // item
-    return _Plan((programs * chunks,), block, chunks, length, steps)
+    deep = deep and programs(block) * chunks < tuning.deep_programs
+    steps = max(1, tuning.group_bytes * lanes // (item * block)) * (2 if deep else 1)
+    # Two groups that hold a short walk whole are enough for it.
+    steps = min(steps, triton.next_power_of_2(triton.cdiv(length, 2)))
+    return Plan((programs(block) * chunks,), block, chunks, length, steps, tuning.warps)
 
 
 def _summarise(
-    plan: _Plan, decay: Tensor, x: Tensor, reset: Tensor | None, *, down: bool, adjoint: bool
+    plan: Plan, decay: Tensor, x: Tensor, reset: Tensor | None, *, down: bool, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
     """Product of decays and state from zero at the end of every chunk, (B, chunks, H, D) each, in the carry's dtype."""
     B, T, H, D = x.shape
@@ -145,7 +172,7 @@ def _summarise(
     return products, ends
 
 
-def _dropped(reset: Tensor | None, plan: _Plan) -> Tensor | None:
+def _dropped(reset: Tensor | None, plan: Plan) -> Tensor | None:
     """(B, chunks): whether the state that enters a chunk is dropped inside it."""
     if reset is None:
         return None
@@ -185,7 +212,7 @@ def _decay_strides(decay: Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(decay.shape, decay.stride(), strict=True)]
 
 
-def _options(plan: _Plan, decay: Tensor, x: Tensor) -> dict[str, Any]:
+def _options(plan: Plan, decay: Tensor, x: Tensor) -> dict[str, Any]:
     return {
         "DECAY_VARIES": decay.shape[1] > 1,
         "DECAY_BY_HEAD": decay.shape[2:] not in (x.shape[2:], (1, 1)),
@@ -193,7 +220,7 @@ def _options(plan: _Plan, decay: Tensor, x: Tensor) -> dict[str, Any]:
         "CARRY": tl.float64 if x.dtype in (torch.float64, torch.complex128) else tl.float32,
         "STEPS": plan.steps,
         "BLOCK": plan.block,
-        "num_warps": 1,
+        "num_warps": plan.warps,
         "enable_fp_fusion": True,
     }
 
@@ -215,7 +242,8 @@ def _forward_kernel(
     CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of h_t = decay_t * h_{t-1} + impulse_t, for one batch row and BLOCK channels."""
-    b, chunk, c, inside = _place(channels, chunks, BLOCK)
+    b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
+    inside = lane < lanes
     start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
     decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
     at = ((b * T + start) * channels + c) * PARTS
@@ -223,11 +251,11 @@ def _forward_kernel(
     a = _read(decay, inside, PARTS)
     if reset is not None:
         reset += b * T + start
-    grouped = steps // STEPS * STEPS
-    h = _forward_span(h, a, 0, grouped, impulse + at, decay, reset, states + at, stride, decay_t, c, channels,
+    whole = steps // (2 * STEPS) * (2 * STEPS)
+    h = _forward_span(h, a, 0, whole, impulse + at, decay, reset, states + at, stride, decay_t, lane, lanes, True,
                       DOWN, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-    h = _forward_span(h, a, grouped, steps, impulse + at, decay, reset, states + at, stride, decay_t, c, channels,
-                      DOWN, DECAY_VARIES, PARTS, CARRY, 1, BLOCK)  # fmt: skip
+    h = _forward_span(h, a, whole, steps, impulse + at, decay, reset, states + at, stride, decay_t, lane, lanes, False,
+                      DOWN, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK)  # fmt: skip
     if chunk == (0 if DOWN else chunks - 1):
         _write(final_state + (b * channels + c) * PARTS, h, inside, PARTS)
 
@@ -235,20 +263,40 @@ def _forward_kernel(
 @triton.jit
 @no_type_check
 def _forward_span(
-    h, a, first, last, impulse, decay, reset, states, stride, decay_t, c, channels,
+    h, a, first, last, impulse, decay, reset, states, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The walk's steps first to last, STEPS at a time; a group's loads are issued before the last group is used."""
-    rows = _rows(first, last, impulse, decay, None, reset, stride, decay_t, c, channels,
+    """The walk's steps first to last, 2 STEPS at a time; WHOLE says that these divide them.
+
+    Two groups take turns, each loaded before the other is used. One, handed on from turn to turn, would have to be
+    copied, and a copy waits for its loads.
+    """
+    even = _rows(first, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
                  DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-    for i in range(first, last, STEPS):
-        now = rows
-        rows = _rows(i + STEPS, last, impulse, decay, None, reset, stride, decay_t, c, channels,
+    for i in range(first, last, 2 * STEPS):
+        odd = _rows(i + STEPS, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+                    DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+        h = _forward_group(h, a, even, i, last, states, stride, lane, lanes, reset is not None, WHOLE,
+                           DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+        even = _rows(i + 2 * STEPS, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        for s in tl.static_range(STEPS):
-            h = _forward_step(h, a, now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK)
-            _write(states + (i + s) * stride, h, c < channels, PARTS)
+        h = _forward_group(h, a, odd, i + STEPS, last, states, stride, lane, lanes, reset is not None, WHOLE,
+                           DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+    return h
+
+
+@triton.jit
+@no_type_check
+def _forward_group(
+    h, a, rows, i, last, states, stride, lane, lanes, RESETS: tl.constexpr, WHOLE: tl.constexpr,
+    DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The walk's steps i to i + STEPS; unless all are known to be there, those past the last change nothing."""
+    for s in tl.static_range(STEPS):
+        new = _forward_step(h, a, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
+        h = new if WHOLE else _select(i + s < last, new, h, PARTS)
+        _write(states + (i + s) * stride, h, _mask(i + s, last, lane, lanes, WHOLE), PARTS)
     return h
 
 
@@ -274,7 +322,8 @@ def _backward_kernel(
     CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of the walk back: g = grad_states_t + carry, then carry = conj(decay_t) g, or 0 where reset_t."""
-    b, chunk, c, inside = _place(channels, chunks, BLOCK)
+    b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
+    inside = lane < lanes
     start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
     decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
     at = ((b * T + start) * channels + c) * PARTS
@@ -282,34 +331,27 @@ def _backward_kernel(
     a = _read(decay, inside, PARTS)
     if reset is not None:
         reset += b * T + start
-    total = _number(0, PARTS, CARRY, BLOCK)
-    # The walk ends at the recurrence's first step, whose state before is not among the states: it is taken apart.
+    # The walk ends at the recurrence's first step, whose state before is not among the states.
     ends_here = chunk == (0 if DOWN else chunks - 1)
-    steps = tl.where(ends_here, steps - 1, steps)
-    grouped = steps // STEPS * STEPS
+    known = tl.where(ends_here, steps - 1, steps)
+    h_0 = _read_or_zero(initial_state, (b * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
+    total = _number(0, PARTS, CARRY, BLOCK)
+    # The state before step i of the recurrence is what the walk back meets at its next step.
+    before = states + at + stride
+    # The walk's last step stays out of what is whole: it may be the one without a state before.
+    whole = (steps - 1) // (2 * STEPS) * (2 * STEPS)
     carry, total = _backward_span(
-        carry, total, a, 0, grouped, grad_states + at, decay, states + at, reset,
-        grad_decay + at, grad_impulse + at, stride, decay_t, c, channels,
+        carry, total, a, h_0, 0, whole, known, grad_states + at, decay, before, reset,
+        grad_decay + at, grad_impulse + at, stride, decay_t, lane, lanes, True,
         DOWN, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
     )  # fmt: skip
     carry, total = _backward_span(
-        carry, total, a, grouped, steps, grad_states + at, decay, states + at, reset,
-        grad_decay + at, grad_impulse + at, stride, decay_t, c, channels,
-        DOWN, DECAY_VARIES, PARTS, CARRY, 1, BLOCK,
+        carry, total, a, h_0, whole, steps, known, grad_states + at, decay, before, reset,
+        grad_decay + at, grad_impulse + at, stride, decay_t, lane, lanes, False,
+        DOWN, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK,
     )  # fmt: skip
     if ends_here:
-        rows = _rows(steps, steps + 1, grad_states + at, decay, None, reset, stride, decay_t, c, channels,
-                     DOWN, DECAY_VARIES, PARTS, 1)  # fmt: skip
-        h_0 = _read_or_zero(initial_state, (b * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
-        g, carry, grad_a = _backward_step(
-            carry, a, h_0, rows[0], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK
-        )  # fmt: skip
-        _write(grad_impulse + at + steps * stride, g, inside, PARTS)
         _write(grad_initial + (b * channels + c) * PARTS, carry, inside, PARTS)
-        if DECAY_VARIES:
-            _write(grad_decay + at + steps * stride, grad_a, inside, PARTS)
-        else:
-            total = _add(total, grad_a, PARTS)
     if not DECAY_VARIES:
         _write(grad_decay + ((b * chunks + chunk) * channels + c) * PARTS, total, inside, PARTS)
 
@@ -317,32 +359,55 @@ def _backward_kernel(
 @triton.jit
 @no_type_check
 def _backward_span(
-    carry, total, a, first, last, grad_states, decay, states, reset, grad_decay, grad_impulse,
-    stride, decay_t, c, channels,
+    carry, total, a, h_0, first, last, known, grad_states, decay, before, reset, grad_decay, grad_impulse,
+    stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As ``_forward_span``. The state before step i of the recurrence is what the walk back meets at its next step."""
-    rows = _rows(first, last, grad_states, decay, states + stride, reset, stride, decay_t, c, channels,
+    """As ``_forward_span``."""
+    even = _rows(first, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE,
                  DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-    for i in range(first, last, STEPS):
-        now = rows
-        rows = _rows(i + STEPS, last, grad_states, decay, states + stride, reset, stride, decay_t, c, channels,
+    for i in range(first, last, 2 * STEPS):
+        odd = _rows(i + STEPS, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE,
+                    DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+        carry, total = _backward_group(
+            carry, total, a, h_0, even, i, last, known, grad_decay, grad_impulse, stride, lane, lanes,
+            reset is not None, WHOLE, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
+        )  # fmt: skip
+        even = _rows(i + 2 * STEPS, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        # Two levels of partial sums keep the rounding error of a long sum down.
-        group_total = _number(0, PARTS, CARRY, BLOCK)
-        for s in tl.static_range(STEPS):
-            h_before = now[s][2] if DECAY_VARIES else now[s][1]
-            g, carry, grad_a = _backward_step(
-                carry, a, _cast(h_before, PARTS, CARRY), now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK
-            )
-            _write(grad_impulse + (i + s) * stride, g, c < channels, PARTS)
-            if DECAY_VARIES:
-                _write(grad_decay + (i + s) * stride, grad_a, c < channels, PARTS)
-            else:
-                group_total = _add(group_total, grad_a, PARTS)
-        total = _add(total, group_total, PARTS)
+        carry, total = _backward_group(
+            carry, total, a, h_0, odd, i + STEPS, last, known, grad_decay, grad_impulse, stride, lane, lanes,
+            reset is not None, WHOLE, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
+        )  # fmt: skip
     return carry, total
+
+
+@triton.jit
+@no_type_check
+def _backward_group(
+    carry, total, a, h_0, rows, i, last, known, grad_decay, grad_impulse, stride, lane, lanes,
+    RESETS: tl.constexpr, WHOLE: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As ``_forward_group``; two levels of partial sums keep the rounding error of a long sum down."""
+    group_total = _number(0, PARTS, CARRY, BLOCK)
+    for s in tl.static_range(STEPS):
+        h_before = _cast(rows[s][2] if DECAY_VARIES else rows[s][1], PARTS, CARRY)
+        if not WHOLE:
+            h_before = _select(i + s < known, h_before, h_0, PARTS)
+        g, new, grad_a = _backward_step(carry, a, h_before, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
+        mask = _mask(i + s, last, lane, lanes, WHOLE)
+        _write(grad_impulse + (i + s) * stride, g, mask, PARTS)
+        if not WHOLE:
+            new = _select(i + s < last, new, carry, PARTS)
+            grad_a = _select(i + s < last, grad_a, _number(0, PARTS, CARRY, BLOCK), PARTS)
+        carry = new
+        if DECAY_VARIES:
+            _write(grad_decay + (i + s) * stride, grad_a, mask, PARTS)
+        else:
+            group_total = _add(group_total, grad_a, PARTS)
+    return carry, _add(total, group_total, PARTS)
 
 
 @triton.jit
@@ -375,7 +440,8 @@ def _summary_kernel(
 
     A chunk with a reset is marked as dropped when the summaries are scanned, so its product is never used.
     """
-    b, chunk, c, inside = _place(channels, chunks, BLOCK)
+    b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
+    inside = lane < lanes
     start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
     decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
     x += ((b * T + start) * channels + c) * PARTS
@@ -383,11 +449,11 @@ def _summary_kernel(
     if reset is not None:
         reset += b * T + start
     product, end = _number(1, PARTS, CARRY, BLOCK), _number(0, PARTS, CARRY, BLOCK)
-    grouped = steps // STEPS * STEPS
-    product, end = _summary_span(product, end, a, 0, grouped, x, decay, reset, stride, decay_t, c, channels,
+    whole = steps // (2 * STEPS) * (2 * STEPS)
+    product, end = _summary_span(product, end, a, 0, whole, x, decay, reset, stride, decay_t, lane, lanes, True,
                                  DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-    product, end = _summary_span(product, end, a, grouped, steps, x, decay, reset, stride, decay_t, c, channels,
-                                 DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, 1, BLOCK)  # fmt: skip
+    product, end = _summary_span(product, end, a, whole, steps, x, decay, reset, stride, decay_t, lane, lanes, False,
+                                 DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK)  # fmt: skip
     if ADJOINT:
         product = _conj(product, PARTS)
     at = ((b * chunks + chunk) * channels + c) * PARTS
@@ -398,25 +464,39 @@ def _summary_kernel(
 @triton.jit
 @no_type_check
 def _summary_span(
-    product, end, a, first, last, x, decay, reset, stride, decay_t, c, channels,
+    product, end, a, first, last, x, decay, reset, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
     DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As ``_forward_span``, writing nothing."""
-    rows = _rows(first, last, x, decay, None, reset, stride, decay_t, c, channels,
+    even = _rows(first, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
                  DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-    for i in range(first, last, STEPS):
-        now = rows
-        rows = _rows(i + STEPS, last, x, decay, None, reset, stride, decay_t, c, channels,
+    for i in range(first, last, 2 * STEPS):
+        odd = _rows(i + STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+                    DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
+        product, end = _summary_group(product, end, a, even, i, last, reset is not None, WHOLE, ADJOINT,
+                                      DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+        even = _rows(i + 2 * STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        for s in tl.static_range(STEPS):
-            if ADJOINT:
-                _, end, _ = _backward_step(
-                    end, a, end, now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK
-                )  # fmt: skip
-            else:
-                end = _forward_step(end, a, now[s], reset is not None, DECAY_VARIES, PARTS, CARRY, BLOCK)
-            product = _multiply(_cast(now[s][1] if DECAY_VARIES else a, PARTS, CARRY), product, PARTS)
+        product, end = _summary_group(product, end, a, odd, i + STEPS, last, reset is not None, WHOLE, ADJOINT,
+                                      DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+    return product, end
+
+
+@triton.jit
+@no_type_check
+def _summary_group(
+    product, end, a, rows, i, last, RESETS: tl.constexpr, WHOLE: tl.constexpr, ADJOINT: tl.constexpr,
+    DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for s in tl.static_range(STEPS):
+        if ADJOINT:
+            _, new, _ = _backward_step(end, a, end, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
+        else:
+            new = _forward_step(end, a, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
+        through = _multiply(_cast(rows[s][1] if DECAY_VARIES else a, PARTS, CARRY), product, PARTS)
+        end = new if WHOLE else _select(i + s < last, new, end, PARTS)
+        product = through if WHOLE else _select(i + s < last, through, product, PARTS)
     return product, end
 
 
@@ -426,11 +506,13 @@ def _summary_span(
 @triton.jit
 @no_type_check
 def _place(channels, chunks, BLOCK: tl.constexpr):
-    """This program's batch row, chunk and channels, in 64 bits, from which every offset is computed."""
+    """This program's batch row, chunk and channels, in 64 bits, from which every offset is computed; and its lanes,
+    with their number."""
     program = tl.program_id(0).to(tl.int64)
     blocks = (channels + BLOCK - 1) // BLOCK
-    c = program % blocks * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    return program // blocks // chunks, program // blocks % chunks, c, c < channels
+    first = program % blocks * BLOCK
+    lane = tl.arange(0, BLOCK)
+    return program // blocks // chunks, program // blocks % chunks, first + lane, lane, (channels - first).to(tl.int32)
 
 
 @triton.jit
@@ -444,7 +526,7 @@ def _walk(chunk, length, T, row, DOWN: tl.constexpr):
         start, stride = high - 1, -row
     else:
         start, stride = low, row
-    return start, high - low, stride
+    return start, (high - low).to(tl.int32), stride
 
 
 @triton.jit
@@ -464,25 +546,40 @@ def _decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD: tl.constexp
 @triton.jit
 @no_type_check
 def _rows(
-    i, last, x, decay, before, reset, stride, decay_t, c, channels,
+    i, last, x, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of the walk's steps i to i + STEPS: nothing is read if the walk has ended."""
-    # The condition enters through the bound: the interpreter cannot broadcast a boolean.
-    mask = c < tl.where(i < last, channels, 0)
+    """The rows of the walk's steps i to i + STEPS: none is read from ``last`` on, of ``before`` from ``known`` on."""
     decay_stride = tl.cast(-decay_t if DOWN else decay_t, tl.int64) * PARTS
     rows = ()
     for s in tl.static_range(STEPS):
+        # Where groups are whole, one condition serves all of their rows.
+        there = i if WHOLE else i + s
+        mask = _mask(there, last, lane, lanes, False)
         row = (_read(x + (i + s) * stride, mask, PARTS),)
         if DECAY_VARIES:
             row = row + (_read(decay + (i + s) * decay_stride, mask, PARTS),)
         if before is not None:
+            if not WHOLE:
+                mask = _mask(there, known, lane, lanes, False)
             row = row + (_read(before + (i + s) * stride, mask, PARTS),)
         if reset is not None:
-            flag = tl.load(reset - (i + s) if DOWN else reset + (i + s), mask=i < last, other=0)
+            flag = tl.load(reset - (i + s) if DOWN else reset + (i + s), mask=there < last, other=0)
             row = row + (flag != 0,)
         rows = rows + (row,)
     return rows
+
+
+@triton.jit
+@no_type_check
+def _mask(i, last, lane, lanes, KNOWN: tl.constexpr):
+    """The lanes that have a channel, at a step that is there; KNOWN says that it is."""
+    if KNOWN:
+        mask = lane < lanes
+    else:
+        # The condition enters through the bound: the interpreter cannot broadcast a boolean.
+        mask = lane < tl.where(i < last, lanes, 0)
+    return mask
 
 
 # --- numbers of one or two parts ---
