@@ -109,7 +109,7 @@ def test_values_and_gradients_are_the_loops_at_awkward_sizes(B, T, D, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_time_cut_into_chunks_gives_the_same(B, T, D, chunks, reverse, short_chunks):
     tensors = example(B, T, 1, D, torch.float32, resets=True)
-    assert triton_gpu._plan(tensors[1], triton_gpu.TUNING).chunks == chunks
+    assert triton_gpu._plan(tensors[1]).chunks == chunks
     check(*tensors, reverse=reverse)
 
 
@@ -182,7 +182,7 @@ def test_nothing_passes_a_reset_not_even_nan(reverse, chunked, request):
 def test_programs_that_are_few_load_more_steps_together():
     def plan(B, T, D, dtype, *, deep):
         x = torch.empty((B, T, 1, D), dtype=dtype, device="meta")
-        return triton_gpu._plan(x, triton_gpu.TUNING, deep=deep)
+        return triton_gpu._plan(x, deep=deep)
 
     assert [plan(8, 8192, 1536, torch.float32, deep=deep).steps for deep in (True, False)] == [16, 8]
     assert [plan(8, 8192, 1536, torch.bfloat16, deep=deep).steps for deep in (True, False)] == [32, 16]
@@ -199,7 +199,7 @@ def test_another_tuning_gives_the_same(tuning, monkeypatch):
 
 def test_batch_and_channels_that_fill_a_gpu_are_walked_in_one_pass_and_few_are_cut():
     def plan(*shape, dtype=torch.float32):
-        return triton_gpu._plan(torch.empty(shape, dtype=dtype, device="meta"), triton_gpu.TUNING, deep=True)
+        return triton_gpu._plan(torch.empty(shape, dtype=dtype, device="meta"), deep=True)
 
     assert plan(8, 8192, 1, 1536).chunks == 1
     few = plan(1, 1 << 20, 1, 64)

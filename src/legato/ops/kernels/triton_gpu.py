@@ -65,7 +65,6 @@ def forward(
     states = torch.empty_like(impulse)
     if impulse.numel() == 0:
         return states, _zeros_or_copy(initial_state, impulse)
-    tuning = tuning or TUNING
     plan = _plan(impulse, tuning, deep=True)
     entering = initial_state
     if plan.chunks > 1:
@@ -101,7 +100,6 @@ def backward(
     grad_impulse = torch.empty_like(states)
     if states.numel() == 0:
         return torch.zeros_like(decay), grad_impulse, grad_final.clone()
-    tuning = tuning or TUNING
     plan = _plan(states, tuning)
     entering = grad_final.contiguous()
     if plan.chunks > 1:
@@ -134,7 +132,8 @@ class Plan(NamedTuple):
     warps: int
 
 
-def _plan(x: Tensor, tuning: Tuning, *, deep: bool = False) -> Plan:
+def _plan(x: Tensor, tuning: Tuning | None = None, *, deep: bool = False) -> Plan:
+    tuning = tuning or TUNING
     B, T, H, D = x.shape
     item, lanes = x.element_size(), 32 * tuning.warps
 
