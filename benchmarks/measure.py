@@ -71,7 +71,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def copy_bandwidth(rounds: int = 7) -> dict[str, float]:
+def copy_bandwidth(rounds: int = 15) -> dict[str, float]:
     """This machine's own bandwidth now, in GB/s: of torch.add(a, b, out=c) and of c.copy_(a), far beyond the caches."""
     a, b, c = (torch.ones(_COPY_BYTES // 4, device=device()) for _ in range(3))
     times = interleave({"add": lambda: torch.add(a, b, out=c), "copy": lambda: c.copy_(a)}, rounds=rounds, warmup=1)

@@ -18,7 +18,7 @@ from measure import Target
 import legato
 
 COLD, WARM, READ_ONLY = "empty cache", "from the cache", "read-only installation"
-COLD_ROUNDS, ROUNDS = 2, 5
+COLD_ROUNDS, ROUNDS = 2, 3
 IMPORTS = ("import torch", "import legato")
 
 _LAYER = "import torch, legato; layer, x = legato.{}, torch.rand(8, 784, 1)"
