@@ -47,11 +47,13 @@ def draw_targets(judged: list[dict], path: Path) -> None:
     times = [t["bound"] / t["measured"] if t["at_most"] else t["measured"] / t["bound"] for t in known]
     figure, (axis,) = _figure(1)
     figure.set_size_inches(10, 1 + 0.45 * len(known))
-    bars = axis.barh([t["target"] for t in known], times, color=[_MET if t["met"] else _SHORT for t in known])
+    colours = [_MET if t["met"] else _SHORT for t in known]
+    bars = axis.barh([t["target"] for t in known], [ratio - 1 for ratio in times], left=1, color=colours)
     axis.bar_label(bars, [row["measured"] for row in target_rows(known)], padding=4)
+    axis.set_axisbelow(True)
     axis.axvline(1, color="#30343b", linewidth=1)
     axis.set(xscale="log", xlabel="times better than asked for")
-    axis.set_xlim(min(0.5, *times) / 1.3, max(2, *times) * 2)
+    axis.set_xlim(min(0.5, *times) / 2, max(2, *times) * 2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.invert_yaxis()
     _save(figure, path)
