@@ -60,7 +60,7 @@ def interleave(
     try:
         for _ in range(rounds):
             for name, run in candidates.items():
-                if settle:
+                if settle and spent[name] < patience:
                     run()
                 turn(name)
     finally:
