@@ -175,20 +175,42 @@ def _jax_step(arrays: Arrays, scan: Callable) -> Step:
 
 
 def keras_lmu_fft(sizes: dict, arrays: Arrays) -> Step:
+    if sizes["sequences"]:
+        # Keras makes a slice of the memory a step, and each has a gradient as large as the whole memory.
+        _need_memory(4 * sizes["batch"] * sizes["steps"] ** 2 * (sizes["order"] + 1))
+
+    def make(dense, common):
+        layer = _keras_lmu_memory(sizes, hidden_cell=dense, **common)
+        return layer, layer
+
+    return _keras_step(sizes, arrays, make)
+
+
+def keras_lmu_fft_dense_after(sizes: dict, arrays: Arrays) -> Step:
+    import keras  # pyright: ignore[reportMissingImports]
+
+    def make(dense, common):
+        memory = _keras_lmu_memory(sizes, hidden_cell=None, **common)
+        return keras.Sequential([keras.Input((sizes["steps"], 1)), memory, dense]), memory
+
+    return _keras_step(sizes, arrays, make)
+
+
+def _keras_lmu_memory(sizes: dict, **options: Any) -> Any:
     import keras_lmu  # pyright: ignore[reportMissingImports]
 
-    return _keras_step(sizes, arrays, lambda dense, common: keras_lmu.LMUFeedforward(
-        hidden_cell=dense, return_sequences=sizes["sequences"], conv_mode="fft", **common
-    ))  # fmt: skip
+    return keras_lmu.LMUFeedforward(return_sequences=sizes["sequences"], conv_mode="fft", **options)
 
 
 def keras_lmu_sequential(sizes: dict, arrays: Arrays) -> Step:
     import keras  # pyright: ignore[reportMissingImports]
     import keras_lmu  # pyright: ignore[reportMissingImports]
 
-    return _keras_step(sizes, arrays, lambda dense, common: keras.layers.RNN(
-        keras_lmu.LMUCell(hidden_cell=dense, **common), return_sequences=sizes["sequences"]
-    ))  # fmt: skip
+    def make(dense, common):
+        cell = keras_lmu.LMUCell(hidden_cell=dense, **common)
+        return keras.layers.RNN(cell, return_sequences=sizes["sequences"]), cell
+
+    return _keras_step(sizes, arrays, make)
 
 
 def _keras_step(sizes: dict, arrays: Arrays, make: Callable) -> Step:
@@ -208,13 +230,13 @@ def _keras_step(sizes: dict, arrays: Arrays, make: Callable) -> Step:
 
     LMUCell._cont2discrete_zoh = staticmethod(zoh)
     dense = keras.layers.Dense(sizes["units"], activation="relu")
-    layer = make(dense, {
+    layer, owner = make(dense, {
         "memory_d": 1, "order": sizes["order"], "theta": sizes["theta"], "input_to_hidden": True, "use_bias": True,
         "discretizer": "zoh",
     })  # fmt: skip
     x, grad = (tf.constant(arrays[name]) for name in ("x", "grad"))
-    layer.build(x.shape)
-    owner = getattr(layer, "cell", layer)
+    if not layer.built:
+        layer.build(x.shape)
     weights = {"encoder": owner.kernel, "encoder_bias": owner.bias, "weight": dense.kernel, "bias": dense.bias}
     for name, weight in weights.items():
         weight.assign(arrays[name])
@@ -250,11 +272,25 @@ CANDIDATES = {
     "minGRU log-space scan": Candidate(
         *_SCAN, "minGRU-pytorch", "inputs lie ready as logarithms; autograd", log_space_scan
     ),
-    "keras-lmu FFT": Candidate(*_LMU, "keras-lmu", "LMUFeedforward, tf.function, zoh in float64", keras_lmu_fft),
+    "keras-lmu FFT": Candidate(
+        *_LMU, "keras-lmu", "LMUFeedforward(hidden_cell=Dense); tf.function, zoh in float64", keras_lmu_fft
+    ),
+    "keras-lmu FFT, Dense after": Candidate(
+        *_LMU, "keras-lmu", "LMUFeedforward, then Dense; tf.function, zoh in float64", keras_lmu_fft_dense_after
+    ),
     "keras-lmu sequential": Candidate(
-        *_LMU, "keras-lmu", "RNN(LMUCell), tf.function, zoh in float64", keras_lmu_sequential
+        *_LMU, "keras-lmu", "RNN(LMUCell); tf.function, zoh in float64", keras_lmu_sequential
     ),
 }
+
+
+def _need_memory(size: int) -> None:
+    """Refuse what would not fit: the system would end this process, or another."""
+    facts = Path("/proc/meminfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    if available is not None and available < size:
+        raise MemoryError(f"it takes {size / 1e9:.0f} GB, {available / 1e9:.0f} GB are available")
 
 
 # --- the loop ---
