@@ -59,7 +59,7 @@ def figures(sections: dict[tuple[str, str], dict]) -> list[str]:
     """For every subject: what it measures, on what, its picture and its tables."""
     parts = []
     for (device, subject), section in sections.items():
-        parts += [f"### {DEVICES[device]}: {subject}", _docstring(subject), _machine(section)]
+        parts += [f"### {DEVICES[device]}: {subject}", _about(device, subject), _machine(section)]
         if section["picture"]:
             parts.append(f"![{subject}](results/{section['picture'].name})")
         parts.append(f"<details><summary>all figures</summary>\n\n{show.markdown(section['rows'])}\n\n</details>")
@@ -78,9 +78,19 @@ def _anchor(device: str, subject: str) -> str:
     return f"{DEVICES[device].lower()}-{subject}"
 
 
-def _docstring(subject: str) -> str:
-    module = Path(__file__).with_name(f"{subject}.py")
-    return (ast.get_docstring(ast.parse(module.read_text())) or "") if module.exists() else ""
+def _about(device: str, subject: str) -> str:
+    """What the measuring code says of itself: a function of gpu.py on a GPU, else the subject's module."""
+    if device == "cuda":
+        parts = _parsed("gpu").body
+        here = [part for part in parts if isinstance(part, ast.FunctionDef) and part.name == subject]
+    else:
+        here = [_parsed(subject)]
+    return "\n\n".join(filter(None, map(ast.get_docstring, here)))
+
+
+def _parsed(module: str) -> ast.Module:
+    path = Path(__file__).with_name(f"{module}.py")
+    return ast.parse(path.read_text() if path.exists() else "")
 
 
 def _machine(section: dict) -> str:
