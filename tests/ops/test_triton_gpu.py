@@ -96,7 +96,7 @@ def quick_interpreter(monkeypatch):
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks as they come with a million steps, at lengths that the interpreter can walk."""
-    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.Tuning(shortest_chunk=9, group_bytes=16))
+    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16))
 
 
 @pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (2, 1, 65), (1, 63, 3), (1, 65, 64), (1, 65, 1), (1, 200, 1)])
@@ -193,7 +193,7 @@ def test_programs_that_are_few_load_more_steps_together():
 
 @pytest.mark.parametrize("tuning", [{"group_bytes": 8}, {"warps": 2}, {"group_bytes": 64, "few_programs": 0}], ids=str)
 def test_another_tuning_gives_the_same(tuning, monkeypatch):
-    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.TUNING._replace(shortest_chunk=9, **tuning))
+    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.TUNING._replace(shortest_chunk=9, shortest_cut=0, **tuning))
     check(*example(1, 41, 1, 70, torch.float16, resets=True))
 
 
@@ -205,7 +205,7 @@ def test_batch_and_channels_that_fill_a_gpu_are_walked_in_one_pass_and_few_are_c
     few = plan(1, 1 << 20, 1, 64)
     assert (few.chunks, few.length, few.grid) == (1024, 1024, (2048,))
     assert plan(8, 8192, 1, 1536, dtype=torch.bfloat16).chunks == 1
-    assert plan(1, 255, 1, 64).chunks == 1  # too short to cut
-    for T in (1_000_003, 65_537, 300):
+    assert [plan(1, T, 1, 64).chunks for T in (4095, 4096)] == [1, 32]  # too short to cut, and not
+    for T in (1_000_003, 65_537, 4_097):
         uneven = plan(2, T, 3, 5, dtype=torch.bfloat16)
         assert (uneven.chunks - 1) * uneven.length < T <= uneven.chunks * uneven.length

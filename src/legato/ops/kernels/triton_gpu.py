@@ -35,8 +35,9 @@ class Tuning(NamedTuple):
     few_programs: int = 256
     # Programs wanted once time is cut, and those above which a lane takes two 16-bit channels and not one.
     many_programs: int = 2048
-    # Shorter chunks than this spend more on their summaries than they gain.
+    # Shorter chunks than this spend more on their summaries than they gain, and shorter walks more on the calls.
     shortest_chunk: int = 128
+    shortest_cut: int = 4096
     # Bytes of one array that a lane loads together, a group of steps; two groups are under way. The forward has twice
     # as long ones below so many programs, which each need more under way. 255 registers a lane bound both, and the time
     # to compile, which grows faster than the group: seconds at 8 steps, half a minute at 32.
@@ -69,7 +70,8 @@ def forward(
     entering = initial_state
     if plan.chunks > 1:
         products, ends = _summarise(plan, decay, impulse, reset, down=reverse, adjoint=False)
-        scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse, tuning)
+        within = (tuning or TUNING)._replace(shortest_cut=0)  # the device is busy: calls cost nothing
+        scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse, within)
         entering = _entering(scanned, initial_state, down=reverse)
     final_state = torch.empty((B, H, D), dtype=carry_dtype, device=impulse.device)
     with torch.cuda.device_of(impulse):
@@ -104,7 +106,8 @@ def backward(
     entering = grad_final.contiguous()
     if plan.chunks > 1:
         products, ends = _summarise(plan, decay, grad_states, reset, down=not reverse, adjoint=True)
-        scanned, _ = forward(products, ends, entering, _dropped(reset, plan), not reverse, tuning)
+        within = (tuning or TUNING)._replace(shortest_cut=0)
+        scanned, _ = forward(products, ends, entering, _dropped(reset, plan), not reverse, within)
         entering = _entering(scanned, entering, down=not reverse)
     grad_initial = torch.empty((B, H, D), dtype=carry_dtype, device=states.device)
     # One partial sum a chunk where the decay is constant in time; other broadcast axes are summed below.
@@ -143,7 +146,7 @@ def _plan(x: Tensor, tuning: Tuning | None = None, *, deep: bool = False) -> Pla
     # A lane a channel: a step's load is 128 bytes a warp. Two of 16 bits, unless that leaves too few programs.
     block = 2 * lanes if item == 2 and programs(2 * lanes) >= tuning.many_programs else lanes
     chunks = 1
-    if programs(block) < tuning.few_programs:
+    if programs(block) < tuning.few_programs and tuning.shortest_cut <= T:
         chunks = max(1, min(triton.cdiv(tuning.many_programs, programs(block)), T // tuning.shortest_chunk))
     length = triton.cdiv(T, chunks)
     chunks = triton.cdiv(T, length)
