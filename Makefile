@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 CHECKED := legato.legendre,legato.layers,legato.models,legato.experiments,legato.ops.recurrence,legato.ops.gated,legato.ops.lti,legato.ops.matrix,legato.ops.kernels.reference,legato.ops.kernels.torch_scan,beartype.beartype
 SUBJECT ?= all
 
-.PHONY: help demo test lint bench bench-peers wheel clean
+.PHONY: help demo test lint bench bench-peers gpu wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -43,6 +43,9 @@ lint: .venv/.dev  ## ruff and pyright
 bench: .venv/.dev  ## measure this machine, results under benchmarks/results; SUBJECT="recurrence lti" for some
 	$(BIN)/python benchmarks/run.py $(SUBJECT)
 	$(BIN)/python benchmarks/report.py
+
+gpu:  ## check and measure on a CUDA machine, within 9 minutes; OUT=file or folder
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py $(OUT)
 
 # Two environments: TensorFlow and the others do not agree on what they need.
 bench-peers: .venv-peers/.built .venv-peers-keras/.built  ## install the libraries that are measured beside this one
