@@ -12,6 +12,7 @@ from pathlib import Path
 
 import show
 from measure import RESULTS
+from run import SUBJECTS
 
 README = Path(__file__).with_name("README.md")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -37,7 +38,8 @@ def newest(results: Path) -> dict[tuple[str, str], dict]:
         for subject, section in json.loads(path.read_text())["subjects"].items():
             picture = path.with_name(f"{name[1]}-{subject}-{name[2]}.png")
             found[name[1], subject] = {**section, "picture": picture if picture.exists() else None}
-    return found
+    order = {subject: number for number, subject in enumerate(SUBJECTS)}
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], order.get(item[0][1], len(order)))))
 
 
 def targets(sections: dict[tuple[str, str], dict]) -> list[str]:
