@@ -24,6 +24,7 @@ One that is missing is named and skipped. How the figures are to be read: benchm
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -119,6 +120,9 @@ class Report:
             self.drop(name, f"{self.left():.0f} seconds left, it needs {least:.0f}")
             return
         start, rows = time.monotonic(), []
+        # What takes longer than there is time is broken off, and then dropped like what fails.
+        signal.signal(signal.SIGALRM, _time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, max(1.0, self.left()))
         self.content["subjects"][name] = section = {**self.facts, "rows": rows, "targets": []}
         try:
             for row in measure(self):
@@ -126,6 +130,8 @@ class Report:
                 print(name, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         except Exception as problem:  # what follows may still be measured
             self.drop(f"the rest of {name}", f"{type(problem).__name__}: {problem}"[:300])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         torch.cuda.empty_cache()
         section["targets"] = judge(TARGETS.get(name, ()), rows)
         section["seconds"] = time.monotonic() - start
@@ -141,6 +147,10 @@ class Report:
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         partial.write_text(json.dumps(self.content, indent=1, default=str) + "\n")
         partial.replace(self.path)  # readers see the old file or the new one
+
+
+def _time_is_up(*_: Any) -> None:
+    raise TimeoutError("the time is up")
 
 
 def _facts() -> Row:
@@ -161,7 +171,7 @@ def correctness(report: Report) -> Iterator[Row]:
     import gpu_checks
 
     limit = max(60.0, min(0.45 * report.left(), report.left() - 60))
-    parts = [f"check {name}" for name in gpu_checks.PARTS] + [f"compile {i}" for i in range(len(SIZES))]
+    parts = [f"check {name}" for name in gpu_checks.PARTS] + [f"compile {i}" for i in (*range(len(SIZES)), "table")]
     commands = {name: [sys.executable, __file__, "--part", name] for name in parts}
     commands["tests"] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     commands["tests"] += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "tests/ops/test_triton_gpu.py"]
@@ -204,8 +214,14 @@ def _part(name: str) -> list[Row]:
     kind, _, rest = name.partition(" ")
     if kind == "check":
         return importlib.import_module("gpu_checks").PARTS[rest]()
+    start = time.monotonic()
+    if rest == "table":
+        for _, _, parallel, serial in _cells():
+            parallel()
+            serial()
+        return [{"what": "kernels for the table", "seconds": time.monotonic() - start}]
     size, dtype = SIZES[int(rest)]
-    start, inputs = time.monotonic(), _inputs(size, dtype)
+    inputs = _inputs(size, dtype)
     for tuning in _tunings(dtype).values():
         for run in _passes(inputs, tuning).values():
             run()
@@ -457,15 +473,26 @@ PEERS: dict[str, Callable] = {
 
 def table(report: Report) -> Iterator[Row]:
     """The device's own time, and beside it that of whole calls, which is Python's where sequences are short."""
+    for length, features, parallel, serial in _cells():
+        candidates = {"parallel": parallel, "sweep": serial}
+        device = {name: ms for name, (ms, _, _) in on_device(candidates, rounds=15).items()}
+        calls = {name: by_clock(run, 100, 1.0) for name, run in candidates.items()}
+        yield {
+            "length": length, "features": features, "long": length >= 256,
+            "parallel_ms": device["parallel"], "sweep_ms": device["sweep"],
+            "sweep/parallel": device["sweep"] / device["parallel"],
+            "sweep/parallel by call": calls["sweep"] / calls["parallel"],
+        }  # fmt: skip
+
+
+def _cells() -> Iterator[tuple[int, int, Callable[[], None], Callable[[], None]]]:
+    """Length and features of each cell of the paper's table, our recurrence, and the same in one pass over time."""
     from legato import linear_recurrence
     from legato.experiments.serial import swept
 
     for length in LENGTHS:
         for features in FEATURES:
-            decay, impulse = (
-                torch.rand(1, length, features, device=DEVICE),
-                torch.randn(1, length, features, device=DEVICE),
-            )
+            decay, impulse = (torch.rand(1, length, features, device=DEVICE) for _ in range(2))
 
             def parallel(decay=decay, impulse=impulse) -> None:
                 with torch.inference_mode():
@@ -475,14 +502,7 @@ def table(report: Report) -> Iterator[Row]:
                 with swept(torch.device(DEVICE)):
                     parallel()
 
-            times = on_device({"parallel": parallel, "sweep": serial}, rounds=15)
-            calls = {name: by_clock(run, 100, 1.0) for name, run in {"parallel": parallel, "sweep": serial}.items()}
-            yield {
-                "length": length, "features": features, "long": length >= 256,
-                "parallel_ms": times["parallel"][0], "sweep_ms": times["sweep"][0],
-                "sweep/parallel": times["sweep"][0] / times["parallel"][0],
-                "sweep/parallel by call": calls["sweep"] / calls["parallel"],
-            }  # fmt: skip
+            yield length, features, parallel, serial
 
 
 def networks(report: Report) -> Iterator[Row]:
@@ -527,7 +547,10 @@ def networks(report: Report) -> Iterator[Row]:
 def steps(report: Report) -> Iterator[Row]:
     from legato.layers import GILR, LMU, Stack
 
-    networks = {"LMU, order 256": LMU(1, 212, order=256, theta=784), "GILR, two layers": Stack.of(GILR, 4, 256)}
+    networks = {
+        "LMU, order 256": LMU(1, 212, order=256, theta=784),
+        "GILR, two layers": Stack.of(GILR, 4, 256, num_layers=2),
+    }
     for name, network in networks.items():
         network = network.to(DEVICE).eval()
         with torch.inference_mode():

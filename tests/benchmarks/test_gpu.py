@@ -121,6 +121,17 @@ def test_a_section_that_fails_or_has_no_time_is_named_and_the_rest_goes_on(repor
     assert json.loads(report.path.read_text())["dropped"] == report.content["dropped"]
 
 
+def test_a_section_that_takes_too_long_is_broken_off(report):
+    def sleeps(report):
+        yield {"what": "first"}
+        time.sleep(20)
+
+    report.deadline = time.monotonic() + 0.1
+    report.section("slow", 0, sleeps)
+    assert report.rows("slow") == [{"what": "first"}]
+    assert "the time is up" in report.content["dropped"][0]
+
+
 def test_figures_go_to_the_file_or_to_todays_in_the_folder(tmp_path):
     assert gpu._path([str(tmp_path / "a.json")]) == tmp_path / "a.json"
     assert gpu._path([str(tmp_path)]).name.startswith("cuda-")
