@@ -6,7 +6,7 @@ Both run our code, the second with the kernel taken away, in turns. ``torch.nn.L
 from unittest.mock import patch
 
 import torch
-from measure import interleave
+from measure import Target, interleave
 from torch import nn
 
 from legato.layers import GILR, GILRLSTM, SRU, Stack
@@ -17,6 +17,8 @@ INPUTS, UNITS = 4, 256
 ROUNDS = 3
 
 TESTS = ("tests/ops/test_gated.py", "tests/layers/test_gilr.py", "tests/layers/test_sru.py")
+# A kernel that gains less is deleted.
+TARGETS = (Target("the kernel over the definition, the least gain", "definition over it", 1.05, "times"),)
 
 
 def measure() -> list[dict]:

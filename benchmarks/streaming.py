@@ -17,7 +17,7 @@ from legato.layers import GILR, GILRLSTM, LMU, SRU, LegendreMemory, MinGRU, Stac
 
 UNITS = 256
 THREADS = (1, 2)
-STEPS_A_TURN, ROUNDS = 200, 21
+STEPS_A_TURN, ROUNDS = 200, 11
 STREAMS = 1000
 EARLY, LATE = 1_000, 10_000
 
