@@ -5,7 +5,7 @@ from pathlib import Path
 from legato.experiments.plots import _figure, _save
 
 _OURS, _PEER = "#1f5fbf", "#8a8f98"
-_CURVES = ("#c0392b", "#2e8b57", "#8e5ea2", "#d98c1f", "#6b7280", "#17a2b8", "#a05a2c", "#4b5563")
+_CURVES = ("#c0392b", "#2e8b57", "#8e5ea2", "#d98c1f", "#6b7280", "#17a2b8", "#a05a2c", "#111827", "#c2a800")
 
 
 def bars(panels: dict[str, list[dict]], path: Path) -> None:
@@ -23,11 +23,12 @@ def bars(panels: dict[str, list[dict]], path: Path) -> None:
         drawn = axis.barh(names, times, color=[_OURS if _is_ours(row) else _PEER for row in rows], xerr=spread,
                           error_kw={"ecolor": "#30343b", "elinewidth": 0.8})  # fmt: skip
         ours = min((row["median_ms"] for row in rows if _is_ours(row)), default=None)
-        labels = [f"{time:.3g} ms" + (f", {time / ours:.3g} x" if ours else "") for time in times]
+        labels = [f"{_number(time)} ms" + (f", {_number(time / ours)} x" if ours else "") for time in times]
         high = max(row["max_ms"] for row in rows)
         for bar, row, label in zip(drawn, rows, labels, strict=True):
             axis.text(row["max_ms"] * 1.08, bar.get_y() + bar.get_height() / 2, label, va="center", fontsize=9)
         axis.set(xscale="log", xlim=(min(times) / 3, high * 6), xlabel="milliseconds")
+        axis.xaxis.set_major_formatter("{x:,g}")
         axis.set_title(title, loc="left", fontweight="bold")
         axis.invert_yaxis()
     _save(figure, path)
@@ -57,11 +58,16 @@ def curves(panels: dict[str, list[dict]], x: dict[str, str], path: Path) -> None
             )
         ticks = sorted({row[x[title]] for row in rows})
         axis.set(xscale="log", yscale="log", xlabel=x[title], ylabel="milliseconds")
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.minorticks_off()
         axis.set_title(title, loc="left", fontweight="bold")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _timed(rows: list[dict]) -> list[dict]:
