@@ -46,7 +46,7 @@ def measure() -> list[dict]:
     with peers.gather("recurrence") as others:
         others = [peer for peer in others if peer.name not in SLOW]
         for shape in BESIDE:
-            rows += training_step(*shape, others, rounds=10)
+            rows += training_step(*shape, others, rounds=7)
     return rows
 
 

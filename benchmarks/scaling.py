@@ -41,7 +41,7 @@ def grow(name: str) -> list[dict]:
         others = [peer for peer in others if peer.name not in LEFT_OUT]
         for value in values:
             now = sizes | {name: value}
-            found = peers.compare(task, now, OURS[task], others, rounds=3, warmup=1, patience=PATIENCE_SECONDS)
+            found = peers.compare(task, now, OURS[task], others, rounds=5, warmup=2, patience=PATIENCE_SECONDS)
             rows += [{"growing": name, "sizes": _words(now), name: value, **row} for row in found]
             slow = {row["by"] for row in found if row.get("median_ms", 0) > 1e3 * PATIENCE_SECONDS / 4}
             skipped = {row["by"] for row in found if "skipped" in row}  # named once
