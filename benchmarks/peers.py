@@ -117,12 +117,14 @@ class Peer:
             return {name: np.load(Path(folder, f"{name}.npy")) for name in answer["results"]}
 
     def run(self) -> Seconds:
+        if self.problem is not None:
+            return Seconds(math.inf)  # takes no more turns
         time.sleep(_REST_SECONDS)
         try:
             seconds = self.environment.ask(do="run", candidate=self.name)["seconds"]
         except PeerFailure as failure:
             self.problem = str(failure)
-            return Seconds(math.inf)  # takes no more turns
+            return Seconds(math.inf)
         time.sleep(_REST_SECONDS)
         return Seconds(seconds)
 

@@ -1,6 +1,6 @@
 """Cost as the work grows: a training step over time, channels, batch and the LMU's order, ours and peers.
 
-One size grows fourfold, or twofold, and the others stay. A candidate whose step has taken ``PATIENCE_SECONDS`` is not
+One size grows four- or eightfold and the others stay. A candidate whose step has taken ``PATIENCE_SECONDS`` is not
 tried at the larger sizes; what is checked and how turns are taken is as in ``peers.py``.
 """
 
@@ -16,8 +16,8 @@ _LMU = {"batch": 16, "steps": 512, "theta": 512, "order": 64, "units": 128, "seq
 # The size that grows, its values, the task and the sizes that stay.
 SWEEPS = {
     "steps": ((64, 256, 1024, 4096, 16_384, 65_536), "recurrence", _SCAN),
-    "channels": ((4, 16, 64, 256, 1024, 4096), "recurrence", _SCAN),
-    "batch": ((1, 4, 16, 64, 256), "recurrence", _SCAN),
+    "channels": ((4, 32, 256, 2048), "recurrence", _SCAN),
+    "batch": ((1, 8, 64, 512), "recurrence", _SCAN),
     "order": ((16, 64, 256, 1024), "lmu", _LMU),
 }
 OURS = {"recurrence": {"linear_recurrence": step}, "lmu": {"LMU": expected.lmu_step}}
@@ -41,7 +41,7 @@ def grow(name: str) -> list[dict]:
         others = [peer for peer in others if peer.name not in LEFT_OUT]
         for value in values:
             now = sizes | {name: value}
-            found = peers.compare(task, now, OURS[task], others, rounds=5, warmup=2, patience=PATIENCE_SECONDS)
+            found = peers.compare(task, now, OURS[task], others, rounds=3, warmup=1, patience=PATIENCE_SECONDS)
             rows += [{"growing": name, "sizes": _words(now), name: value, **row} for row in found]
             slow = {row["by"] for row in found if row.get("median_ms", 0) > 1e3 * PATIENCE_SECONDS / 4}
             skipped = {row["by"] for row in found if "skipped" in row}  # named once
