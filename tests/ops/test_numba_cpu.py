@@ -31,13 +31,53 @@ def run(decay, impulse):
     return states, *torch.autograd.grad(states.square().sum() + final.sum(), (decay, impulse))
 
 
-@pytest.mark.parametrize("shape", [{}, {"B": 1, "C": 200, "T": 300}, {"B": 7, "C": 1}, {"B": 1, "C": 5000, "T": 9}])
-def test_any_number_of_threads_gives_the_same_bits(three_threads, shape):
+@pytest.mark.parametrize(
+    "shape", [{"B": 3}, {"B": 1, "C": 200, "T": 300}, {"B": 7, "C": 1}, {"B": 1, "C": 5000, "T": 9}]
+)
+def test_any_number_of_threads_gives_the_same_bits_where_tasks_suffice(three_threads, shape):
     inputs = large(**shape)
     many = run(*inputs)
     torch.set_num_threads(1)
     for a, b in zip(many, run(*inputs), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("decay_shape", [(1, 4000, 3), (3,)])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("resets", [False, True])
+def test_time_in_pieces_gives_what_one_thread_gives(three_threads, dtype, decay_shape, reverse, resets):
+    """A long memory, so that every piece's first state counts to its end."""
+    torch.manual_seed(2)
+    decay = 1 - 1e-4 * torch.rand(decay_shape, dtype=torch.float64)
+    if dtype.is_complex:
+        decay = torch.polar(decay, torch.rand(decay_shape, dtype=torch.float64))
+    impulse, state = torch.randn(1, 4000, 3, dtype=dtype) / 4000, torch.randn(1, 3, dtype=dtype)
+    leaves = [x.requires_grad_() for x in (decay, impulse, state)]
+    reset = torch.rand(1, 4000) < 2e-3 if resets else None
+    weights = torch.randn(1, 4000, 3, dtype=dtype) / 4000, torch.randn(1, 3, dtype=dtype)
+
+    def results():
+        both = linear_recurrence(*leaves, reset=reset, reverse=reverse, backend="numba")
+        return [*both, *torch.autograd.grad(both, leaves, weights)]
+
+    pieces = results()
+    torch.set_num_threads(1)
+    # Each number is the sum of at most 4,000 of order 1/4,000 and a state of order one, through 4,000 roundings.
+    rounding = 4000 * torch.finfo(torch.float64).eps
+    for a, b in zip(pieces, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding * b.abs().max().item())
+
+
+def test_nothing_leaks_across_a_reset_into_later_pieces_of_time(three_threads):
+    impulse = torch.ones(1, 60_000, 1)
+    impulse[:, 5] = torch.nan
+    reset = torch.zeros(1, 60_000, dtype=torch.bool)
+    reset[:, 30_000] = True
+    states, final = linear_recurrence(torch.tensor([0.5]), impulse, reset=reset, backend="numba")
+    assert states[:, 5:30_000].isnan().all()
+    assert states[:, 30_000:].isfinite().all()
+    assert final.item() == 2
 
 
 def test_a_launch_leaves_torchs_thread_count_alone(three_threads):
@@ -105,3 +145,19 @@ def test_a_read_only_installation_compiles_into_the_users_cache(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == "1.75"
     assert list(tmp_path.rglob("*.nbi"))
+
+
+def test_where_no_folder_can_be_written_kernels_are_compiled_in_every_process(tmp_path):
+    (tmp_path / "file").touch()  # nothing can be made below a file, not even by root
+    code = (
+        "import torch; from numba.core.caching import CacheImpl, InTreeCacheLocator\n"
+        "CacheImpl._locator_classes.remove(InTreeCacheLocator)\n"
+        "from legato import linear_recurrence\n"
+        "print(linear_recurrence(torch.tensor([0.5]), torch.ones(1, 3, 1), backend='numba')[1].item())\n"
+    )
+    nowhere = str(tmp_path / "file")
+    environment = {**os.environ, "HOME": nowhere, "XDG_CACHE_HOME": nowhere}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == "1.75"
+    assert result.stderr.count("Set NUMBA_CACHE_DIR") == 1

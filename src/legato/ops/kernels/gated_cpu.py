@@ -287,7 +287,7 @@ def _there(words, which):
 def _ask_for(words, first, last, b, t, d0, n):
     for which in range(first, last):
         if _there(words, which):
-            prefetch(_row(words, which, b, t, d0, n))
+            prefetch(_row(words, which, b, t, d0, n), 0)
 
 
 @compiled
@@ -470,7 +470,7 @@ def _times_row(g, f):
 def _forward() -> Any:
     def run(words):
         while True:
-            b, d0, d1 = next_task(words, words[_C])
+            _, b, d0, d1 = next_task(words, words[_C])
             if b < 0:
                 return
             _forward_task(words, b, d0, d1 - d0)
@@ -482,7 +482,7 @@ def _forward() -> Any:
 def _backward() -> Any:
     def run(words):
         while True:
-            b, d0, d1 = next_task(words, words[_C])
+            _, b, d0, d1 = next_task(words, words[_C])
             if b < 0:
                 return
             _backward_task(words, b, d0, d1 - d0)
@@ -503,7 +503,7 @@ def _launch(kernel: Callable, arrays: dict[str, Tensor | None], reset: Tensor | 
         table += (0, 0, 0) if x is None else (x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1) if x.ndim == 3 else 0)
     words = (T, C, *form[1:4], 0 if reset is None else reset.data_ptr(), *table)
     threads = threads_for(B * T * C)
-    launch(kernel(), B, C, block_width(B, C, _WIDEST, 4, threads), threads, words)
+    launch(kernel(), 1, B, C, block_width(B, C, _WIDEST, 4, threads), threads, words)
 
 
 def _with_rows(x: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ the speed on 2 cores).
 import ctypes
 import os
 import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,9 +27,10 @@ from legato._shapes import Shaped, Tensor
 
 intrinsic: Any = _numba_intrinsic  # it changes the signature of what it decorates
 
-# The words that ``next_task`` reads: a ticket counter, the number of tasks, blocks of channels a row, channels a block.
-HEADER = 4
-_TICKET, _TASKS, _BLOCKS, _WIDTH = range(HEADER)
+# The words that ``next_task`` reads: a ticket counter, pieces of time, batch rows, blocks of channels a row, channels a
+# block, and the address of a counter for each row and block: how many pieces have passed their state on.
+HEADER = 6
+_TICKET, _PIECES, _ROWS, _BLOCKS, _WIDTH, _PASSED_ON = range(HEADER)
 # Narrower blocks than this waste cache lines and the prefetcher.
 NARROWEST_BYTES = 256
 # Below this many numbers, waking a second thread costs more than it saves.
@@ -54,14 +56,17 @@ def block_width(batch: int, channels: int, widest: int, item: int, threads: int)
     return width
 
 
-def launch(kernel: Any, batch: int, channels: int, width: int, threads: int, words: tuple[int, ...]) -> None:
+def launch(
+    kernel: Any, pieces: int, batch: int, channels: int, width: int, threads: int, words: tuple[int, ...]
+) -> None:
     """Run a compiled ``c_function`` on all tasks; ``words`` are its own, after the header.
 
     The tensors behind addresses among the words must stay alive during the call.
     """
     blocks = -(-channels // width)
-    array = np.array([0, batch * blocks, blocks, width, *words], dtype=np.int64)
-    address, threads = array.ctypes.data, min(threads, batch * blocks)
+    passed_on = np.zeros(batch * blocks, dtype=np.int64)
+    array = np.array([0, pieces, batch, blocks, width, passed_on.ctypes.data, *words], dtype=np.int64)
+    address, threads = array.ctypes.data, min(threads, pieces * batch * blocks)
     run, openmp = _RUN(kernel.address), _torch_openmp()
     if threads == 1:
         run(address)
@@ -93,32 +98,101 @@ def empty(like: Shaped[Tensor, "..."], *shape: int) -> Shaped[Tensor, "..."]:
 
 def compiled(kernel: Callable, *, fastmath: Any = False) -> Any:
     """``kernel`` compiled when first called and kept in Numba's cache on disk; callable from other kernels."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath)(kernel)
+    return _kept(lambda cache: numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath=fastmath)(kernel))
+
+
+def contracted(kernel: Callable) -> Any:
+    """The same, where a * b + c may be rounded once."""
+    return compiled(kernel, fastmath={"contract"})
 
 
 def c_function(run: Callable) -> Any:
     """``run(words)`` compiled to a C function; ``.address`` is what ``launch`` calls."""
-    return numba.cfunc(types.void(types.CPointer(types.int64)), cache=True, error_model="numpy")(run)
+    signature = types.void(types.CPointer(types.int64))
+    return _kept(lambda cache: numba.cfunc(signature, cache=cache, error_model="numpy")(run))
+
+
+def _kept(compile: Callable[[bool], Any]) -> Any:
+    """compile(True), which keeps the code on disk; compile(False) where no folder for it can be written."""
+    try:
+        return compile(True)
+    except RuntimeError as error:
+        if "no locator" not in str(error):
+            raise
+        _warn_of_no_cache()
+        return compile(False)
+
+
+@cache
+def _warn_of_no_cache() -> None:
+    warnings.warn(
+        "no folder to keep compiled kernels in: every process compiles them again, for some seconds. Set "
+        "NUMBA_CACHE_DIR to one that can be written",
+        stacklevel=4,
+    )
 
 
 @intrinsic
-def _take_ticket(_, words):
-    """The counter's value, which is then one higher: an atomic operation."""
+def _count(_, counter):
+    """The value of the counter at the front of ``counter``, which is then one higher: an atomic operation."""
 
     def generate(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", arguments[0], context.get_constant(types.int64, 1), "monotonic")
+        return builder.atomic_rmw("add", arguments[0], context.get_constant(types.int64, 1), "acq_rel")
 
-    return types.int64(words), generate
+    return types.int64(counter), generate
+
+
+@intrinsic
+def _counted(_, counter):
+    """The counter's value, read anew."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(arguments[0], "acquire", 8)
+
+    return types.int64(counter), generate
 
 
 @compiled
 def next_task(words, channels):
-    """The batch row and the channels of a task that nobody has taken yet; a row of -1 when there is none."""
-    task = _take_ticket(words)
-    if task >= words[_TASKS]:
-        return -1, 0, 0
+    """The piece of time, batch row and channels of a task that nobody has taken yet; a row of -1 when there is none.
+
+    The pieces of a row are taken in order, so that whoever waits for a piece waits for one that is being walked.
+    """
+    task, tasks = _count(words), words[_ROWS] * words[_BLOCKS]
+    if task >= words[_PIECES] * tasks:
+        return -1, -1, 0, 0
+    piece, task = divmod(task, tasks)
     start = task % words[_BLOCKS] * words[_WIDTH]
-    return task // words[_BLOCKS], start, min(start + words[_WIDTH], channels)
+    return piece, task // words[_BLOCKS], start, min(start + words[_WIDTH], channels)
+
+
+@compiled
+def wait_for(words, b, d0, pieces):
+    """Return when so many pieces of a batch row and block of channels have passed their state on."""
+    counter = _counter(words, b, d0)
+    while _counted(counter) < pieces:
+        pass
+
+
+@compiled
+def pass_on(words, b, d0):
+    """Say that the next piece of this batch row and block of channels may read its state."""
+    _count(_counter(words, b, d0))
+
+
+@compiled
+def _counter(words, b, d0):
+    return _word(words[_PASSED_ON] + 8 * (b * words[_BLOCKS] + d0 // words[_WIDTH]))
+
+
+@intrinsic
+def _word(_, address):
+    """An address as a pointer to 64-bit words."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(address), generate
 
 
 @intrinsic
@@ -147,10 +221,10 @@ def _prefetch_line(_, address):
 
 
 @compiled
-def prefetch(row):
-    """Ask for a row of numbers early."""
+def prefetch(row, ahead):
+    """Ask early for a row that lies ``ahead`` bytes on; it need not exist."""
     for byte in range(0, row.size * row.itemsize, 64):
-        _prefetch_line(row.ctypes.data + byte)
+        _prefetch_line(row.ctypes.data + ahead + byte)
 
 
 # --- the process: its OpenMP, its C library, its forks ---
