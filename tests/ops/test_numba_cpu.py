@@ -43,19 +43,26 @@ def test_any_number_of_threads_gives_the_same_bits_where_tasks_suffice(three_thr
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("decay_shape", [(1, 4000, 3), (3,)])
+@pytest.mark.parametrize("decay_shape", [(1, 4000, 1), (1, 4000, 3), (1, 4000, 20), (3,)])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("resets", [False, True])
-def test_time_in_pieces_gives_what_one_thread_gives(three_threads, dtype, decay_shape, reverse, resets):
+def test_time_in_pieces_gives_what_one_thread_gives(three_threads, monkeypatch, dtype, decay_shape, reverse, resets):
     """A long memory, so that every piece's first state counts to its end."""
+    from legato.ops.kernels import numba_cpu, numba_threads
+
+    monkeypatch.setattr(numba_threads, "_SERIAL_BELOW", 0)
+    monkeypatch.setattr(numba_cpu, "_PIECE_BYTES", 1 << 11)
     torch.manual_seed(2)
     decay = 1 - 1e-4 * torch.rand(decay_shape, dtype=torch.float64)
     if dtype.is_complex:
         decay = torch.polar(decay, torch.rand(decay_shape, dtype=torch.float64))
-    impulse, state = torch.randn(1, 4000, 3, dtype=dtype) / 4000, torch.randn(1, 3, dtype=dtype)
+    channels = decay_shape[-1]
+    impulse, state = torch.randn(1, 4000, channels, dtype=dtype) / 4000, torch.randn(1, channels, dtype=dtype)
     leaves = [x.requires_grad_() for x in (decay, impulse, state)]
     reset = torch.rand(1, 4000) < 2e-3 if resets else None
-    weights = torch.randn(1, 4000, 3, dtype=dtype) / 4000, torch.randn(1, 3, dtype=dtype)
+    weights = torch.randn_like(impulse) / 4000, torch.randn_like(state)
+
+    assert numba_cpu._plan(impulse[:, :, None], decay.expand(1, 4000, channels)[:, :, None]).pieces > 2
 
     def results():
         both = linear_recurrence(*leaves, reset=reset, reverse=reverse, backend="numba")

@@ -40,6 +40,9 @@ _BLOCK_BYTES = 4096
 _PIECE_BYTES = 1 << 18
 # Where a step has several heads, they take turns over so many bytes of impulses, which stay in the L1 cache.
 _TURN_BYTES = 1 << 13
+# A product of decays below this no longer counts, and is cleared before it becomes a subnormal number, with which
+# arithmetic takes 50 times as long.
+_FORGOTTEN = 1e-20
 
 
 def forward(
@@ -124,6 +127,22 @@ _walk, _narrow_walk = _walk_of(True), _walk_of(False)
 
 
 @contracted
+def _walk_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, states, h):
+    """The same for one channel, whose state stays in a register: a step takes as long as one multiply-add."""
+    b_decay, moves, h_decay = _broadcast(decay, b, head)
+    t, way, moves = _unsigned(t, way, moves)
+    state = h[0]
+    for _ in range(steps):
+        if reset.size > 0 and reset[b, t]:
+            h[0] = 0
+            state = h[0]
+        state = decay[b_decay, t * moves, h_decay, d0] * state + impulse[b, t, head, d0]
+        states[b, t, head, d0] = state
+        t += way
+    h[0] = state
+
+
+@contracted
 def _walk_one_decay(b, head, d0, d1, t, way, steps, decay, reset, impulse, states, h):
     """The same where all channels of a head share one decay."""
     b_decay, moves, h_decay = _broadcast(decay, b, head)
@@ -150,6 +169,8 @@ def _forward_steps(b, d0, d1, first, way, steps, decay, reset, impulse, states, 
         for head in range(len(h)):
             if one_decay:
                 _walk_one_decay(b, head, d0, d1, t, way, turn, decay, reset, impulse, states, h[head])
+            elif h.shape[1] == 1:
+                _walk_one_channel(b, head, d0, t, way, turn, decay, reset, impulse, states, h[head])
             elif _is_narrow(h):
                 _narrow_walk(b, head, d0, d1, t, way, turn, decay, reset, impulse, states, h[head])
             else:
@@ -311,11 +332,37 @@ def _effect(b, head, d0, d1, t, way, steps, decay, reset, impulse, adjoint, prod
             for i in range(end.size):
                 end[i] = np.conj(a[i]) * (end[i] + x[i])
                 product[i] *= np.conj(a[i])
-        if step % 16 == 0:  # what no longer counts is cleared before it is a subnormal number, at 50 times the cost
+        if step % 16 == 0:
             for i in range(end.size):
-                if abs(product[i].real) + abs(product[i].imag) < 1e-20:
+                if abs(product[i].real) + abs(product[i].imag) < _FORGOTTEN:
                     product[i] = 0
         t += way
+    return forgets
+
+
+@contracted
+def _effect_on_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, adjoint, product, end):
+    """The same for one channel, in registers."""
+    b_decay, moves, h_decay = _broadcast(decay, b, head)
+    t, way, moves = _unsigned(t, way, moves)
+    forgets = False
+    product[0], end[0] = 1, 0
+    p, state = product[0], end[0]
+    for step in range(steps):
+        a, x = decay[b_decay, t * moves, h_decay, d0], impulse[b, t, head, d0]
+        dropped = reset.size > 0 and reset[b, t]
+        if dropped:
+            forgets, state = True, end[0]
+        if not adjoint:
+            state = a * state + x
+            p *= a
+        elif not dropped:
+            state = np.conj(a) * (state + x)
+            p *= np.conj(a)
+        if step % 16 == 0 and abs(p.real) + abs(p.imag) < _FORGOTTEN:
+            p = end[0]
+        t += way
+    product[0], end[0] = p, state
     return forgets
 
 
@@ -386,7 +433,11 @@ def _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, adjoint):
     product, end = np.empty((heads, d1 - d0), impulse.dtype), np.empty((heads, d1 - d0), impulse.dtype)
     forgets = False
     for head in range(heads):
-        forgets = _effect(b, head, d0, d1, first, way, steps, decay, reset, impulse, adjoint, product[head], end[head])
+        p, e = product[head], end[head]
+        if d1 - d0 == 1:
+            forgets = _effect_on_one_channel(b, head, d0, first, way, steps, decay, reset, impulse, adjoint, p, e)
+        else:
+            forgets = _effect(b, head, d0, d1, first, way, steps, decay, reset, impulse, adjoint, p, e)
     wait_for(words, b, d0, piece)
     h = np.empty((impulse.shape[2], d1 - d0), impulse.dtype)
     for head in range(len(h)):
