@@ -9,4 +9,6 @@ from legato._shapes import Tensor
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """The context in which products of tensors like ``x`` keep their dtype; the meta device knows no autocast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -13,7 +13,7 @@ from torch import nn
 
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
-from legato.ops.gated import gated_unit
+from legato.ops.gated import gated_unit, gated_unit_step
 
 
 class GatedState(NamedTuple):
@@ -82,19 +82,36 @@ class GatedLayer(RecurrentLayer):
 
     def _from_input(self, seen, x, initial, lengths, reset):
         """Output and final memory, where the gates see ``seen``, (B, T, taps * input_size)."""
-        bias = F.pad(self.bias, (0, len(self.weight) - len(self.bias)))
         output, states, final = gated_unit(
-            (seen,),
-            (self.weight,),
-            bias,
-            self.blocks,
-            initial,
-            skip=self._skip(x),
-            squash=self.squash,
-            activation=activation_function(self.activation),
-            reset=reset,
+            (seen,), (self.weight,), self._whole_bias(), self.blocks, initial, reset=reset, **self._form(x)
         )
         return output.to(x.dtype), at_length(states, initial, final, lengths)
+
+    def _step(self, x_t, state):
+        output, memory = self._step_from_input(x_t, x_t, state.memory)
+        return output, GatedState(memory)
+
+    def _step_from_input(self, seen, x_t, memory):
+        """Output and memory after one step, where the gates see ``seen``, (B, taps * input_size)."""
+        output, memory = gated_unit_step(
+            (seen,), (self.weight,), self._whole_bias(), self.blocks, memory, **self._form(x_t)
+        )
+        return output.to(x_t.dtype), memory
+
+    def _form(self, x: Tensor) -> dict[str, Any]:
+        return {
+            "skip": self._skip(x),
+            "squash": self.squash,
+            "activation": activation_function(self.activation) if "output" in self.blocks else None,
+        }
+
+    def _whole_bias(self) -> Tensor:
+        """The bias with zeros for the blocks that have none."""
+        missing = len(self.weight) - len(self.bias)
+        return F.pad(self.bias, (0, missing)) if missing else self.bias
+
+    def _weight(self) -> Tensor:
+        return self.weight
 
     def _skip(self, x: Tensor) -> Tensor | None:
         """What goes past the memory, where it is not a block of the products."""

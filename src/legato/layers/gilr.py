@@ -9,7 +9,7 @@ from torch import nn
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int, zero_padding
 from legato.layers._gated import GatedLayer
-from legato.ops.gated import gated_unit
+from legato.ops.gated import gated_unit, gated_unit_step
 
 
 class GILR(GatedLayer):
@@ -55,6 +55,10 @@ class GILR(GatedLayer):
 
     def _draw(self, block):
         nn.init.xavier_uniform_(block)
+
+
+# The blocks of the surrogate's products and of the cell's.
+_HOLD, _CELL = ("forget", "candidate"), ("forget", "write", "output", "candidate")
 
 
 class GILRLSTMState(NamedTuple):
@@ -139,6 +143,19 @@ class GILRLSTM(RecurrentLayer):
         hold, of_x = ({"inputs": (x,), "weights": (weight,), "bias": bias} for weight, bias in matrices)
         return self._from_parts(hold, of_x, x.dtype, state, lengths, reset)
 
+    def _step(self, x_t, state):
+        sizes = (2 * self.hidden_size, 4 * self.hidden_size)
+        (hold, of_x), (hold_bias, bias) = self.weight.split(sizes), self.bias.split(sizes)
+        before = state.surrogate
+        _, surrogate = gated_unit_step((x_t,), (hold,), hold_bias, _HOLD, before, squash=True)
+        inputs, weights = (x_t, before.to(x_t.dtype)), (of_x, self.weight_surrogate)
+        activation = activation_function(self.activation)
+        output, memory = gated_unit_step(inputs, weights, bias, _CELL, state.memory, squash=True, activation=activation)
+        return output.to(x_t.dtype), GILRLSTMState(memory, surrogate)
+
+    def _weight(self) -> Tensor:
+        return self.weight
+
     def from_products(
         self,
         products: Float[Tensor, "B T K"],
@@ -169,13 +186,12 @@ class GILRLSTM(RecurrentLayer):
     def _from_parts(self, hold, of_x, dtype, state, lengths, reset):
         """The layer, from what makes the products of the surrogate and those of the cell that are of x."""
         cell, surrogate = (None, None) if state is None else state
-        hold |= {"blocks": ("forget", "candidate"), "initial_state": surrogate, "squash": True, "reset": reset}
+        hold |= {"blocks": _HOLD, "initial_state": surrogate, "squash": True, "reset": reset}
         _, before, last = gated_unit(**hold, delayed=True)  # h~_{t-1}
         of_x["inputs"] += (before.to(dtype),)
         of_x["weights"] += (self.weight_surrogate,)
-        blocks, activation = ("forget", "write", "output", "candidate"), activation_function(self.activation)
-        cells = {"blocks": blocks, "initial_state": cell, "squash": True, "activation": activation, "reset": reset}
-        output, states, final = gated_unit(**of_x, **cells)
+        cells = {"blocks": _CELL, "activation": activation_function(self.activation), "squash": True}
+        output, states, final = gated_unit(**of_x, **cells, initial_state=cell, reset=reset)
         memory = at_length(states, cell, final, lengths)
         return output.to(dtype), GILRLSTMState(memory, _after(before, last, lengths))
 

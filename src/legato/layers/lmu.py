@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from legato._autocast import without_autocast
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
 from legato.layers.legendre_memory import LegendreMemory, Theta
+from legato.layers.segments import over_segments, recomputable
 from legato.ops.lti import apply
 
 # Memories of all steps up to this size are simply kept: computing them again costs up to 1.7 times the time.
 WHOLE_BYTES = 64 * 2**20
 # Beyond it, the memories of one segment of time: glibc keeps blocks under 32 MiB at hand for the next segment.
-SEGMENT_BYTES = 16 * 2**20
+SEGMENT_BYTES = 4 * 2**20
 
 
 class LMUState(NamedTuple):
@@ -149,45 +149,42 @@ class LMU(RecurrentLayer):
             return self._last(x, state, lengths, reset)
         length = self._segment_length(x)
         kernels = self.memory.kernels(length)
-        W_m = self.memory_to_output.weight * self.memory.scale.flatten()
-        u = self._encode(x)  # (B, T, C)
-        rest = self._outside_memory(x)  # W_x x_t + b_o, (B, T, H)
-        m = None if state is None else state.memory
+        # A callable may hold weights that nobody can see, so it stays outside the segments.
+        f2 = activation_function(self.activation) if isinstance(self.activation, str) else None
 
-        if length >= x.shape[1]:
-            z, m = self._segment(u, rest, m, W_m, kernels, lengths, reset)
-            return self._f2(z), LMUState(m)
-        random = self.training and self.memory_dropout > 0
-        outputs = []
-        for start in range(0, x.shape[1], length):
-            part = slice(start, start + length)
-            piece = (u[:, part], rest[:, part], m, W_m, kernels)
-            until = None if lengths is None else lengths - start
-            drop = None if reset is None else reset[:, part]
-            if torch.is_grad_enabled():
-                z, m = checkpoint(self._segment, *piece, until, drop, use_reentrant=False, preserve_rng_state=random)
-            else:
-                z, m = self._segment(*piece, until, drop)
-            outputs.append(z)
-        return self._f2(torch.cat(outputs, dim=1)), LMUState(m)  # pyright: ignore[reportArgumentType]
+        def run(segments, leaves, part, tensors):
+            """(19) and (20) over a segment of time, its memories for as long as it takes."""
+            u, x = segments
+            W_m, b_o, W_x, inputs, powers = tensors
+            m = leaves[0] if leaves else None
+            # at_length must not pick a state that was rounded to 16 bits.
+            wide = u if lengths is None else u.to(powers.dtype)
+            reset_here = None if reset is None else reset[:, part]
+            memory, final = apply(wide, kernels._replace(inputs=inputs, powers=powers), m, reset=reset_here)
+            if lengths is not None:  # a row that ended before this segment keeps its m
+                final = at_length(memory, m, final, (lengths - part.start).clamp(0, u.shape[1]))
+            read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
+            del memory
+            read = F.dropout(read, self.memory_dropout, self.training)
+            z = torch.addmm(_outside_memory(x, W_x, b_o, len(W_m)).flatten(0, 1), read, W_m.mT)
+            z = z if f2 is None else f2(z)
+            return z.unflatten(0, u.shape[:2]), [final]
 
-    def _segment(self, u, rest, m, W_m, kernels, lengths, reset):
-        """(19) and (20) before f2 over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
-        # at_length must not pick a state that was rounded to 16 bits.
-        memory, final = apply(u if lengths is None else u.to(self._carry_dtype()), kernels, m, reset=reset)
-        if lengths is not None:  # a row that ended before this segment keeps its m
-            final = at_length(memory, m, final, lengths.clamp(0, u.shape[1]))
-        read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
-        read = F.dropout(read, self.memory_dropout, self.training)
-        return torch.addmm(rest.flatten(0, 1), read, W_m.mT).unflatten(0, u.shape[:2]), final
-
-    def _outside_memory(self, x: Tensor) -> Tensor:
-        """W_x x + b_o, (B, T, H)."""
-        b_o = self.memory_to_output.bias
-        if self.input_to_output is not None:
-            return F.linear(x, self.input_to_output.weight, b_o)
-        rest = torch.zeros((), device=x.device, dtype=x.dtype) if b_o is None else b_o
-        return rest.expand(*x.shape[:2], self.hidden_size)
+        output, (m,) = over_segments(
+            run,
+            [self._encode(x), x],
+            [] if state is None else [state.memory],
+            [
+                self.memory_to_output.weight * self.memory.scale.flatten(),
+                self.memory_to_output.bias,
+                None if self.input_to_output is None else self.input_to_output.weight,
+                kernels.inputs,
+                kernels.powers,
+            ],
+            steps=length,
+            random=self.training and self.memory_dropout > 0,
+        )
+        return (output if isinstance(self.activation, str) else self._f2(output)), LMUState(m)
 
     def _last(self, x, state, lengths, reset):
         """(25) and (20) at the last step that counts."""
@@ -245,11 +242,11 @@ class LMU(RecurrentLayer):
         return z if f2 is None else f2(z)
 
     def _segment_length(self, x: Tensor) -> int:
-        """Steps to a segment: T when all memories are small or nothing is to be recomputed; else such that a segment's
-        memories are, but never under sqrt(T), where the states between segments outgrow them."""
+        """Steps to a segment: T when all memories are small or all are to be held; else such that a segment's memories
+        are, but never under sqrt(T), where the states between segments outgrow them."""
         batch, steps, _ = x.shape
         a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
-        if a_step * steps <= WHOLE_BYTES or (torch.is_grad_enabled() and not self.recompute):
+        if a_step * steps <= WHOLE_BYTES or (torch.is_grad_enabled() and not (self.recompute and recomputable())):
             return steps
         length = max(SEGMENT_BYTES // a_step, 32)
         while length**2 < steps:
@@ -258,3 +255,11 @@ class LMU(RecurrentLayer):
 
     def _weight(self) -> Tensor:
         return self.encoder.weight
+
+
+def _outside_memory(x: Tensor, W_x: Tensor | None, b_o: Tensor | None, channels: int) -> Tensor:
+    """W_x x + b_o, (B, T, H)."""
+    if W_x is not None:
+        return F.linear(x, W_x, b_o)
+    rest = torch.zeros((), device=x.device, dtype=x.dtype) if b_o is None else b_o
+    return rest.expand(*x.shape[:2], channels)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from legato.layers._base import at_length
 from legato.layers._gated import GatedLayer
-from legato.ops.gated import gated_recurrence
+from legato.ops.gated import gated_recurrence, gated_step
 
 
 class MinGRU(GatedLayer):
@@ -98,8 +98,17 @@ class MinLSTM(GatedLayer):
         )
 
     def _from_input(self, seen, x, initial, lengths, reset):
-        keep, write, candidate = F.linear(seen, self.weight, self.bias).chunk(3, dim=-1)
-        carry = torch.promote_types(keep.dtype, torch.float32)
-        share = F.logsigmoid(keep.to(carry)) - F.logsigmoid(write.to(carry))
+        share, candidate = self._gate_and_candidate(seen)
         states, final = gated_recurrence(share, candidate, None, initial, reset=reset)
         return states.to(x.dtype), at_length(states, initial, final, lengths)
+
+    def _step_from_input(self, seen, x_t, memory):
+        share, candidate = self._gate_and_candidate(seen)
+        memory = gated_step(share, candidate, None, memory)
+        return memory.to(x_t.dtype), memory
+
+    def _gate_and_candidate(self, seen):
+        """log(f / i), whose sigmoid is f / (f + i), and what is written."""
+        keep, write, candidate = F.linear(seen, self.weight, self.bias).chunk(3, dim=-1)
+        carry = torch.promote_types(keep.dtype, torch.float32)
+        return F.logsigmoid(keep.to(carry)) - F.logsigmoid(write.to(carry)), candidate

@@ -58,13 +58,29 @@ def gated_recurrence(
 
     Source: Martin & Cundy 2018, section 3 (GILR); with ``write``, the cell of their GILR-LSTM.
     """
-    dtype = torch.promote_types(candidate.dtype, torch.float32)
     with without_autocast(candidate):
-        forget, candidate = forget.to(dtype), candidate.to(dtype)
-        decay = forget.sigmoid()
-        gate = (-forget if write is None else write.to(dtype)).sigmoid()
-        impulse = gate * (candidate.tanh() if squash else candidate)
-        return linear_recurrence(decay, impulse, initial_state, reset=reset)
+        return linear_recurrence(*_decay_and_impulse(forget, candidate, write, squash), initial_state, reset=reset)
+
+
+def gated_step(
+    forget: Float[Tensor, "B C"],
+    candidate: Float[Tensor, "B C"],
+    write: Float[Tensor, "B C"] | None,
+    state: Float[Tensor, "B C"],
+    *,
+    squash: bool = False,
+) -> Float[Tensor, "B C"]:
+    """One step of ``gated_recurrence`` in plain torch: the state after it, in float32 or wider."""
+    with without_autocast(candidate):
+        decay, impulse = _decay_and_impulse(forget, candidate, write, squash)
+        return torch.addcmul(impulse, decay, state)
+
+
+def _decay_and_impulse(forget: Tensor, candidate: Tensor, write: Tensor | None, squash: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(candidate.dtype, torch.float32)
+    forget, candidate = forget.to(dtype), candidate.to(dtype)
+    gate = (-forget if write is None else write.to(dtype)).sigmoid()
+    return forget.sigmoid(), gate * (candidate.tanh() if squash else candidate)
 
 
 def gated_unit(
@@ -124,6 +140,26 @@ def gated_unit(
     return (shown if "output" in blocks else states), states, final
 
 
+def gated_unit_step(
+    inputs: tuple[Float[Tensor, "..."], ...],
+    weights: tuple[Float[Tensor, "..."], ...],
+    bias: Float[Tensor, "K"],
+    blocks: tuple[str, ...],
+    state: Float[Tensor, "B C"],
+    *,
+    skip: Float[Tensor, "B C"] | None = None,
+    squash: bool = False,
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """One step of ``gated_unit`` in plain torch, without the time axis: h_t and c_t.
+
+    A kernel's launch costs more than the few operations on one step.
+    """
+    part = _parts(_products(inputs, weights, bias, None), blocks)
+    state = gated_step(part["forget"], part["candidate"], part.get("write"), state, squash=squash)
+    return _shown(state, part, skip, activation), state
+
+
 def _check_shapes(inputs, weights, blocks, bias, initial_state, products, skip, reset) -> None:
     """The kernel takes addresses: a tensor that is too small would be read beyond its end."""
     (B, T), K = (*inputs, products)[0].shape[:2], weights[0].shape[0] if weights else products.shape[-1]
@@ -178,23 +214,32 @@ def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None) ->
 
 def _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form):
     blocks, squash, _, delayed, _ = form
-    z = products
-    for x, weight in zip(inputs, weights, strict=True):
-        z = F.linear(x, weight, bias) if z is None else z + F.linear(x, weight)
-    if products is not None and bias is not None:
-        z = z + bias
-    blocks = blocks.split("/")
-    part = dict(zip(blocks, z.chunk(len(blocks), dim=-1), strict=True))
+    part = _parts(_products(inputs, weights, bias, products), blocks.split("/"))
     gates = part["forget"], part["candidate"], part.get("write")
     states, final = gated_recurrence(*gates, initial_state, squash=squash, reset=reset)
     if delayed:
         states = one_step_later(states, initial_state, reset)
+    return _shown(states, part, skip, activation), states, final
+
+
+def _products(inputs, weights, bias, products) -> Tensor:
+    z = products
+    for x, weight in zip(inputs, weights, strict=True):
+        z = F.linear(x, weight, bias) if z is None else z + F.linear(x, weight)
+    return z if products is None or bias is None else z + bias
+
+
+def _parts(z: Tensor, blocks) -> dict[str, Tensor]:
+    return dict(zip(blocks, z.chunk(len(blocks), dim=-1), strict=True))
+
+
+def _shown(states: Tensor, part: dict[str, Tensor], skip: Tensor | None, activation: Callable | None) -> Tensor:
+    """What the output gate, where there is one, lets out of the states."""
     shown = states if activation is None else activation(states)
-    skip = part.get("skip", skip)
-    if "output" in part:
-        gate = part["output"].to(states.dtype).sigmoid()
-        shown = gate * shown if skip is None else torch.lerp(skip.to(states.dtype), shown, gate)
-    return shown, states, final
+    if "output" not in part:
+        return shown
+    gate, skip = part["output"].to(states.dtype).sigmoid(), part.get("skip", skip)
+    return gate * shown if skip is None else torch.lerp(skip.to(states.dtype), shown, gate)
 
 
 def one_step_later(
