@@ -22,7 +22,9 @@ import show
 from measure import copy_bandwidth, judge, machine, save
 
 ROOT = Path(__file__).parent.parent
-SUBJECTS = ("recurrence", "lti", "layers", "training", "streaming", "memory", "startup", "gated", "scaling")
+SUBJECTS = (
+    *("recurrence", "lti", "layers", "training", "streaming", "memory", "startup", "gated", "allocator", "scaling"),
+)
 
 
 def main(names: list[str]) -> int:
