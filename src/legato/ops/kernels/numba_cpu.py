@@ -78,13 +78,15 @@ def backward(
     # One gradient a batch row and head, in the decay's own shape over time and channels; the rest is summed below. A
     # decay that is constant in time has one a piece of time.
     B, _, H, _ = states.shape
-    rows = decay_shape[1] if decay_shape[1] != 1 else _plan(states, decay).pieces
+    plan = _plan(states, decay)
+    rows = decay_shape[1] if decay_shape[1] != 1 else plan.pieces
     grad_decay = empty(states, B, rows, H, decay_shape[3])
     if states.numel() == 0:
         grad_decay.zero_()
     grad_initial = _carry(grad_final, states)
     h0 = _carry(initial_state, states)
-    _launch(_backward, decay, (states, grad_states, h0, grad_decay, grad_impulse, grad_initial), reset, reverse)
+    arrays = (states, grad_states, h0, grad_decay, grad_impulse, grad_initial)
+    _launch(_backward, decay, arrays, reset, reverse, plan)
     return grad_decay.sum_to_size(decay_shape).to(decay_dtype), grad_impulse.to(dtype), grad_initial
 
 
@@ -527,7 +529,14 @@ def _plan(like: Tensor, decay: Tensor) -> _Plan:
     return _Plan(width, threads, -(-T // steps), steps)
 
 
-def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: Tensor | None, reverse: bool) -> None:
+def _launch(
+    kernel: Callable,
+    decay: Tensor,
+    arrays: tuple[Tensor, ...],
+    reset: Tensor | None,
+    reverse: bool,
+    plan: _Plan | None = None,
+) -> None:
     """Run ``kernel`` on all (piece of time, batch row, block of channels) tasks, in as many threads as torch uses.
 
     ``arrays``, in the order in which the C functions above unpack them: (impulse, states, carry) forward, (states,
@@ -537,7 +546,7 @@ def _launch(kernel: Callable, decay: Tensor, arrays: tuple[Tensor, ...], reset: 
     B, T, H, D = like.shape
     if B * H * D == 0:
         return
-    plan = _plan(like, decay)
+    plan = plan or _plan(like, decay)
     words = (
         *(reverse, B, T, H, D, *decay.shape, plan.pieces, plan.steps),
         *(reset is not None, reset.data_ptr() if reset is not None else 0),
