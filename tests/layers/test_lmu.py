@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from legato.layers import LMU, lmu
+from legato.layers.lmu import LMUState
 from legato.legendre import delay_network
 
 EPS = torch.finfo(torch.float64).eps
@@ -147,6 +148,55 @@ def test_recomputing_segments_changes_nothing(small_segments, options, condition
         assert close(a, b, 111 * 16)
     with torch.no_grad():
         assert close(again(x, **arguments)[0], sums[0][0], 111 * 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable_theta": True, "memory_size": 2}, {"activation": "gelu"}])
+def test_every_kind_of_derivative_is_that_of_one_pass(small_segments, options):
+    torch.manual_seed(3)
+    once = LMU(2, 3, order=4, theta=7.0, dtype=torch.float64, recompute=False, **options)
+    again = LMU(2, 3, order=4, theta=7.0, dtype=torch.float64, **options)
+    again.load_state_dict(once.state_dict())
+    x = torch.randn(2, 70, 2, dtype=torch.float64, requires_grad=True)
+    start = LMUState(torch.randn(2, once.memory.channels, 4, dtype=torch.float64, requires_grad=True))
+    results = []
+    for layer in (once, again):
+
+        def loss(x, layer=layer):
+            output, state = layer(x, start)
+            return output.square().sum() + state.memory.square().sum()
+
+        sources = [x, start.memory, *layer.parameters()]
+        first = torch.autograd.grad(loss(x), sources, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), sources)
+        forward = torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+        output, batch = layer(x, start)[0][0, -1], torch.eye(3, dtype=torch.float64)
+        mapped = torch.autograd.grad(output, sources, batch, is_grads_batched=True, allow_unused=True)
+        results.append([*first, *second, torch.func.grad(loss)(x), forward, *mapped])
+    for a, b in zip(*results, strict=True):
+        assert close(a, b, (70 * 16) ** 2)
+
+
+def test_an_activation_with_weights_trains_them(small_segments):
+    once, again = (
+        LMU(1, 3, order=4, theta=10, activation=torch.nn.PReLU(), encoder_activation=torch.nn.PReLU(), recompute=r)
+        for r in (False, True)
+    )
+    again.load_state_dict(once.state_dict())
+    x, eps = torch.randn(2, 100, 1), torch.finfo(torch.float32).eps
+    sums = [torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters())) for layer in (once, again)]
+    for a, b in zip(*sums, strict=True):
+        assert a.any()
+        assert torch.allclose(a, b, rtol=0, atol=100 * 16 * eps * max(1.0, a.abs().max().item()))
+
+
+def test_a_training_step_builds_the_memories_of_one_segment_only(small_segments):
+    layer = LMU(1, 3, order=32, theta=50)
+    x = torch.randn(2, 8192, 1)
+    layer(x)
+    largest = largest_tensor(lambda: layer(x)[0].sum().backward())
+    of_a_segment = 2 * layer._segment_length(x) * 32
+    weights = (32 + 32) * 32 * 32  # of a chunk of the memory
+    assert largest <= max(of_a_segment, weights, 2 * 8192 * 3) < 2 * 8192 * 32 / 4
 
 
 def test_a_recomputed_segment_drops_the_same_memories(small_segments):

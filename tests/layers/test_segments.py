@@ -143,6 +143,15 @@ def test_a_second_derivative_is_refused_where_it_would_be_lost():
     assert torch.autograd.grad(first.square().sum(), x)[0].any()
 
 
+def test_transforms_get_a_plain_loop():
+    layer, x = GILR(3, 4).double(), torch.randn(2, 20, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        return in_segments(layer, x, steps=6)[0].square().sum()
+
+    assert_close([torch.func.grad(loss)(x)], torch.autograd.grad(loss(x), x), steps=20)
+
+
 def test_no_steps_give_no_outputs():
     output, state = in_segments(GILRLSTM(3, 4), torch.zeros(2, 0, 3), steps=4)
     assert output.shape == (2, 0, 4)

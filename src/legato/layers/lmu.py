@@ -20,8 +20,10 @@ from legato.ops.lti import apply
 
 # Memories of all steps up to this size are simply kept: computing them again costs up to 1.7 times the time.
 WHOLE_BYTES = 64 * 2**20
-# Beyond it, the memories of one segment of time: glibc keeps blocks under 32 MiB at hand for the next segment.
+# Beyond it, the memories of one segment of time. Twice that is a tenth quicker and takes 1.3 times the memory.
 SEGMENT_BYTES = 4 * 2**20
+# Activations whose derivative follows from the output, which may thus take the place of what they were given.
+IN_PLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
 
 
 class LMUState(NamedTuple):
@@ -53,7 +55,8 @@ class LMU(RecurrentLayer):
         memory_dropout: share of m_t dropped in training before W_m reads it.
         return_sequences: True gives o_t at every step. False gives o at the last step that counts, by form (25).
         recompute: in training, hold the memory of one segment of time only, and compute it again in the backward; it
-            takes effect when the whole memory, B * T * C * N numbers, passes 64 MiB. False holds all of it.
+            takes effect when the whole memory, B * T * C * N numbers, passes 64 MiB. False holds all of it, and so do
+            a backward with create_graph=True, forward mode, ``torch.func`` and compiled graphs.
         method: how memories are computed, see ``LegendreMemory``; None chooses.
         device, dtype: of the weights.
 
@@ -149,42 +152,43 @@ class LMU(RecurrentLayer):
             return self._last(x, state, lengths, reset)
         length = self._segment_length(x)
         kernels = self.memory.kernels(length)
-        # A callable may hold weights that nobody can see, so it stays outside the segments.
-        f2 = activation_function(self.activation) if isinstance(self.activation, str) else None
+        random = self.training and self.memory_dropout > 0
 
-        def run(segments, leaves, part, tensors):
-            """(19) and (20) over a segment of time, its memories for as long as it takes."""
-            u, x = segments
-            W_m, b_o, W_x, inputs, powers = tensors
+        def run(segments, leaves, part, weights):
             m = leaves[0] if leaves else None
-            # at_length must not pick a state that was rounded to 16 bits.
-            wide = u if lengths is None else u.to(powers.dtype)
-            reset_here = None if reset is None else reset[:, part]
-            memory, final = apply(wide, kernels._replace(inputs=inputs, powers=powers), m, reset=reset_here)
-            if lengths is not None:  # a row that ended before this segment keeps its m
-                final = at_length(memory, m, final, (lengths - part.start).clamp(0, u.shape[1]))
-            read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
-            del memory
-            read = F.dropout(read, self.memory_dropout, self.training)
-            z = torch.addmm(_outside_memory(x, W_x, b_o, len(W_m)).flatten(0, 1), read, W_m.mT)
-            z = z if f2 is None else f2(z)
-            return z.unflatten(0, u.shape[:2]), [final]
+            u, x = segments
+            until = None if lengths is None else (lengths - part.start).clamp(0, u.shape[1])
+            drop = None if reset is None else reset[:, part]
+            z, m = self._segment(u, x, m, weights, kernels, until, drop)
+            return z, [m]
 
-        output, (m,) = over_segments(
-            run,
-            [self._encode(x), x],
-            [] if state is None else [state.memory],
-            [
-                self.memory_to_output.weight * self.memory.scale.flatten(),
-                self.memory_to_output.bias,
-                None if self.input_to_output is None else self.input_to_output.weight,
-                kernels.inputs,
-                kernels.powers,
-            ],
-            steps=length,
-            random=self.training and self.memory_dropout > 0,
-        )
+        weights = [
+            self.memory_to_output.weight * self.memory.scale.flatten(),
+            self.memory_to_output.bias,
+            None if self.input_to_output is None else self.input_to_output.weight,
+            kernels.inputs,
+            kernels.powers,
+        ]
+        initial = [] if state is None else [state.memory]
+        output, (m,) = over_segments(run, [self._encode(x), x], initial, weights, steps=max(length, 1), random=random)
+        # A callable may hold weights that nobody sees, so it stays outside the segments.
         return (output if isinstance(self.activation, str) else self._f2(output)), LMUState(m)
+
+    def _segment(self, u, x, m, weights, kernels, lengths, reset):
+        """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
+        W_m, b_o, W_x, inputs, powers = weights
+        # at_length must not pick a state that was rounded to 16 bits.
+        wide = u if lengths is None else u.to(self._carry_dtype())
+        memory, final = apply(wide, kernels._replace(inputs=inputs, powers=powers), m, reset=reset)
+        if lengths is not None:  # a row that ended before this segment keeps its m
+            final = at_length(memory, m, final, lengths)
+        read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
+        del memory
+        read = F.dropout(read, self.memory_dropout, self.training)
+        z = torch.addmm(_outside_memory(x, W_x, b_o, self.hidden_size).flatten(0, 1), read, W_m.mT)
+        if isinstance(self.activation, str):
+            z = self._f2_in_place(z)
+        return z.unflatten(0, u.shape[:2]), final
 
     def _last(self, x, state, lengths, reset):
         """(25) and (20) at the last step that counts."""
@@ -241,15 +245,19 @@ class LMU(RecurrentLayer):
         f2 = activation_function(self.activation)
         return z if f2 is None else f2(z)
 
+    def _f2_in_place(self, z: Tensor) -> Tensor:
+        f2 = IN_PLACE.get(self.activation)  # pyright: ignore[reportArgumentType]
+        return self._f2(z) if f2 is None else f2(z)
+
     def _segment_length(self, x: Tensor) -> int:
         """Steps to a segment: T when all memories are small or all are to be held; else such that a segment's memories
-        are, but never under sqrt(T), where the states between segments outgrow them."""
+        are, but never under sqrt(T) / 2, where the states between segments outgrow the few arrays of that size."""
         batch, steps, _ = x.shape
         a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
         if a_step * steps <= WHOLE_BYTES or (torch.is_grad_enabled() and not (self.recompute and recomputable())):
             return steps
         length = max(SEGMENT_BYTES // a_step, 32)
-        while length**2 < steps:
+        while (2 * length) ** 2 < steps:
             length *= 2
         return -(-length // 32) * 32  # whole chunks of the chunked method
 

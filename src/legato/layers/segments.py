@@ -1,6 +1,6 @@
 """Long sequences in the memory of a short one: time cut into segments, each computed again in the backward pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -30,8 +30,8 @@ def in_segments(
 
     The states between segments are kept, everything inside them is computed again in the backward: for a third more
     time, training memory is that of one segment, plus x, the outputs and one state a segment. Where no gradient is
-    asked for, nothing is computed twice. A backward with create_graph=True holds all segments at once; forward mode,
-    ``torch.func`` and compiled graphs do from the start, as ``recompute=False`` does.
+    asked for, nothing is computed twice. First derivatives only, in reverse mode; ``recompute=False`` has them all, and
+    takes its place in forward mode, in ``torch.func`` and in compiled graphs.
 
     Args:
         layer: a recurrent layer that reads forward only, a ``Stack``, or any function of (x, state) to (output, state)
@@ -50,6 +50,7 @@ def in_segments(
     Raises:
         ValueError: steps is below 1, last_only is asked of a sequence without steps, or the layer, or one inside it,
             is bidirectional or gives its last output only.
+        RuntimeError: by the backward with create_graph=True, where recompute is not False.
 
     Example:
         >>> from legato import GILR
@@ -81,6 +82,7 @@ def over_segments(
     steps: int,
     last_only: bool = False,
     random: bool = True,
+    closed: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """(output, leaves) = run(segments, leaves, part, tensors) from segment to segment, each again in the backward.
 
@@ -92,11 +94,13 @@ def over_segments(
         steps: of a segment.
         last_only: the output of the last step in place of all.
         random: whether ``run`` draws random numbers; it draws the same ones again.
+        closed: whether ``run`` has all that it differentiates by from its arguments. Then there are second derivatives
+            too, whose backward holds all segments at once.
     """
     if sequences[0].shape[1] <= steps or not recomputable():
         return _in_turn(run, sequences, leaves, tensors, steps, last_only)
     counts = len(sequences), len(leaves)
-    output, *leaves = _Segments.apply(run, steps, last_only, random, counts, *sequences, *leaves, *tensors)
+    output, *leaves = _Segments.apply(run, steps, last_only, random, closed, counts, *sequences, *leaves, *tensors)
     return output, leaves
 
 
@@ -137,7 +141,7 @@ def _recomputed(layer, x, state, steps, last_only):
         output, state = layer(segments[0], before)
         return output, tree_flatten(state)[0]
 
-    output, leaves = over_segments(run, [x], given, parameters, steps=steps, last_only=last_only)
+    output, leaves = over_segments(run, [x], given, parameters, steps=steps, last_only=last_only, closed=False)
     return output, tree_unflatten(leaves, after_form)
 
 
@@ -160,8 +164,8 @@ class _Segments(Function):
     """
 
     @staticmethod
-    def forward(ctx, run, steps, last_only, random, counts, *given):
-        ctx.run, ctx.steps, ctx.last_only, ctx.counts = run, steps, last_only, counts
+    def forward(ctx, run, steps, last_only, random, closed, counts, *given):
+        ctx.run, ctx.steps, ctx.last_only, ctx.closed, ctx.counts = run, steps, last_only, closed, counts
         sequences, leaves, tensors = _split(given, counts)
         x, kept, output = sequences[0], [], None
         parts = _parts(x, steps)
@@ -182,42 +186,60 @@ class _Segments(Function):
             else:
                 output = piece.new_empty(*x.shape[:2], *piece.shape[2:]) if output is None else output
                 output[:, part] = piece
+            del piece
         ctx.save_for_backward(*given, *kept)
         return output, *leaves
 
     @staticmethod
     def backward(ctx, grad_output, *grads):
-        wanted = ctx.needs_input_grad[5:]
+        wanted = ctx.needs_input_grad[6:]
         given, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        if torch.is_grad_enabled() and not ctx.closed:
+            raise RuntimeError(
+                "expected a backward without create_graph=True: in_segments has first derivatives only, a second would "
+                "silently lack its share. Give it recompute=False"
+            )
         # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped.
         if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, (grad_output, *grads))):
-            return *[None] * 5, *_gradients_in_turn(ctx, given, (grad_output, *grads), wanted)
-        sequences, first, tensors = _split(given, ctx.counts)
-        of_sequences, of_first, of_tensors = _split(wanted, ctx.counts)
-        trained = [tensor for tensor, wants in zip(tensors, of_tensors, strict=True) if wants]
-        sums = [torch.zeros_like(tensor) for tensor in trained]
-        blocks = [torch.empty_like(s) for s, wants in zip(sequences, of_sequences, strict=True) if wants]
-        parts = _parts(sequences[0], ctx.steps)
-        for number, part in reversed(list(enumerate(parts))):
-            segments = [s[:, part].detach().requires_grad_(w) for s, w in zip(sequences, of_sequences, strict=True)]
-            leaves = [leaf.detach().requires_grad_() for leaf in ([b[number] for b in kept] if number else first)]
-            with torch.enable_grad(), torch.autocast(segments[0].device.type, **ctx.autocast), _as_before(ctx, number):
-                output, after = ctx.run(segments, leaves, part, tensors)
-                output = output[:, -1] if ctx.last_only else output
-            pairs = list(zip(after, grads, strict=True))
-            if not ctx.last_only:
-                pairs.append((output, grad_output[:, part]))
-            elif part == parts[-1]:
-                pairs.append((output, grad_output))
-            found = _gradients(pairs, [*trained, *leaves, *(s for s in segments if s.requires_grad)])
-            for total, grad in zip(sums, found, strict=False):
-                total += grad
-            found = found[len(sums) :]
-            grads = found[: len(leaves)]
-            for block, grad in zip(blocks, found[len(leaves) :], strict=True):
-                block[:, part] = grad
-        of_first = [grad if wants else None for grad, wants in zip(grads, of_first, strict=True)]
-        return *[None] * 5, *_where(of_sequences, blocks), *of_first, *_where(of_tensors, sums)
+            return *[None] * 6, *_gradients_in_turn(ctx, given, (grad_output, *grads), wanted)
+        sequences, leaves, tensors = _split(given, ctx.counts)
+        of_sequences, of_leaves, of_tensors = _split(wanted, ctx.counts)
+        blocks = [torch.empty_like(x) if wants else None for x, wants in zip(sequences, of_sequences, strict=True)]
+        sums = [torch.zeros_like(x) if wants else None for x, wants in zip(tensors, of_tensors, strict=True)]
+        grads = [grad.clone() for grad in grads]
+        for number, part in reversed(list(enumerate(_parts(sequences[0], ctx.steps)))):
+            before = [block[number] for block in kept] if number else leaves
+            found = _add_gradients(ctx, number, part, sequences, before, tensors, grad_output, grads, blocks, sums)
+            if number:
+                for grad, of_before in zip(grads, found, strict=True):
+                    grad.copy_(of_before)
+                del found
+        of_leaves = [grad if wants else None for grad, wants in zip(found, of_leaves, strict=True)]
+        return *[None] * 6, *blocks, *of_leaves, *sums
+
+
+def _add_gradients(ctx, number, part, sequences, leaves, tensors, grad_output, grads, blocks, sums) -> list[Tensor]:
+    """Those of one segment, put into ``blocks`` and added to ``sums``; returns those of the state before it."""
+    segments = [
+        x[:, part].detach().requires_grad_(block is not None) for x, block in zip(sequences, blocks, strict=True)
+    ]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad(), torch.autocast(segments[0].device.type, **ctx.autocast), _as_before(ctx, number):
+        output, after = ctx.run(segments, leaves, part, tensors)
+        output = output[:, -1] if ctx.last_only else output
+    pairs = list(zip(after, grads, strict=True))
+    if not ctx.last_only:
+        pairs.append((output, grad_output[:, part]))
+    elif part.stop >= sequences[0].shape[1]:
+        pairs.append((output, grad_output))
+    trained = [(x, total) for x, total in zip(tensors, sums, strict=True) if total is not None]
+    read = [(x, block[:, part]) for x, block in zip(segments, blocks, strict=True) if block is not None]
+    found = _gradients(pairs, [*leaves, *(x for x, _ in trained), *(x for x, _ in read)])
+    for (_, total), grad in zip(trained, found[len(leaves) :], strict=False):
+        total += grad
+    for (_, block), grad in zip(read, found[len(leaves) + len(trained) :], strict=True):
+        block.copy_(grad)
+    return list(found[: len(leaves)])
 
 
 def _gradients_in_turn(ctx, given, grads, wanted) -> list[Tensor | None]:
@@ -227,12 +249,16 @@ def _gradients_in_turn(ctx, given, grads, wanted) -> list[Tensor | None]:
         with _as_before(ctx, part.start // ctx.steps):
             return ctx.run(segments, leaves, part, tensors)
 
-    sequences, leaves, tensors = _split(given, ctx.counts)
-    with torch.enable_grad(), torch.autocast(sequences[0].device.type, **ctx.autocast):
+    device = given[0].device.type
+    with torch.enable_grad(), torch.autocast(device, **ctx.autocast):
+        # By another name each, as one may be made from another: what is asked for are the shares of this function.
+        given = [x.view_as(x) if wants else x for x, wants in zip(given, wanted, strict=True)]
+        sequences, leaves, tensors = _split(given, ctx.counts)
         output, leaves = _in_turn(run, sequences, leaves, tensors, ctx.steps, ctx.last_only)
     sources = [source for source, wants in zip(given, wanted, strict=True) if wants]
     pairs = list(zip([output, *leaves], grads, strict=True))
-    return _where(wanted, _gradients(pairs, sources, create_graph=torch.is_grad_enabled()))
+    found = iter(_gradients(pairs, sources, create_graph=torch.is_grad_enabled()))
+    return [next(found) if wants else None for wants in wanted]
 
 
 def _gradients(pairs: list[tuple[Tensor, Tensor]], sources: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
@@ -240,12 +266,6 @@ def _gradients(pairs: list[tuple[Tensor, Tensor]], sources: list[Tensor], **opti
     pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
     outputs, grads = [output for output, _ in pairs], [grad for _, grad in pairs]
     return torch.autograd.grad(outputs, sources, grads, materialize_grads=True, **options)
-
-
-def _where(wanted: Sequence[bool], found: Iterable[Tensor]) -> list[Tensor | None]:
-    """One of ``found`` after the other where one is wanted, None elsewhere."""
-    rest = iter(found)
-    return [next(rest) if wants else None for wants in wanted]
 
 
 def _split(given: Sequence, counts: tuple[int, int]) -> tuple[list, list, list]:
