@@ -2,7 +2,9 @@
 
 A peak is the resident memory that one forward and backward pass adds, in a process of its own
 (``measure.peak_memory``); the input and the gradient at the output are there before. "Kept" are the tensors saved for
-the backward, as torch's hooks see them.
+the backward, as torch's hooks see them. A quarter is asked of the peak of training that builds all memories, and of the
+memories themselves where the outputs, which any training holds, are a tenth of them. At (32, 784, 1) outputs are 0.83
+of the memories, and ``LMU`` holds all, as it does up to 64 MiB: by segments the step took 1.5 times as long.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ LMU_SHAPES = [
     (32, 784, 1),
     (8, 4096, 4),
     (8, 8192, 8),
-]  # batch, steps, memory_size: memories (B, T, memory_size * ORDER)
+]  # batch, steps, memory_size; memories (B, T, memory_size * ORDER)
 RECURRENCE = (8, 4096, 256)
 LONG, SEGMENT = (1, 262_144, 128), 4096  # batch, steps, units; steps of a segment
 MIB = 2**20
@@ -29,18 +31,22 @@ TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_segments.py", "tests/ops
 TARGETS = (
     *(
         Target(
-            f"LMU {shape}, order {ORDER}: {what}",
-            column,
+            f"LMU {shape}, order {ORDER}: peak over that with all memories held",
+            "peak / peak with all held",
             0.25,
             "",
             {"LMU": str(shape), "memories held": _SEGMENT},
             True,
         )
         for shape in LMU_SHAPES
-        for what, column in (
-            ("peak over the bytes of all its memories", "peak / memories"),
-            ("peak over that with all memories held", "peak / peak with all held"),
-        )
+    ),
+    Target(
+        f"LMU {LMU_SHAPES[-1]}, order {ORDER}: peak over the bytes of all its memories",
+        "peak / memories",
+        0.25,
+        "",
+        {"LMU": str(LMU_SHAPES[-1]), "memories held": _SEGMENT},
+        True,
     ),
     Target("linear_recurrence: kept over decay, states and final state", "kept / needed", 1, at_most=True),
 )
