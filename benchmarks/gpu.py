@@ -192,8 +192,8 @@ def correctness(report: Report) -> Iterator[Row]:
         if name == "tests" and done.returncode in (0, 1) and "No module named" not in done.stderr:
             return [{"part": name, "what": done.stdout[-2000:], "right": done.returncode == 0}]
         if done.returncode:
-            # What could not run is not right, unless only pytest is missing.
-            missing = name == "tests"
+            # What could not run is not right, unless only pytest, or its plugin for several processes, is missing.
+            missing = name == "tests" and ("No module named pytest" in done.stderr or "arguments: -n" in done.stderr)
             return [
                 {"part": name, "what": (done.stdout + done.stderr)[-2000:], **({} if missing else {"right": False})}
             ]
@@ -381,7 +381,7 @@ def peers(report: Report) -> Iterator[Row]:
                 got = [x.double() for x in run()]
                 wanted = wanted or got  # ours come first
                 error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(got, wanted, strict=True))
-                if not error < 64 * torch.finfo(dtype).eps:
+                if not error < 8 * torch.finfo(dtype).eps:  # what differs is the order of a few roundings
                     raise ValueError(f"its results are another's: {error:.2g} of the largest")
                 candidates[name] = run
             except Exception as problem:

@@ -12,6 +12,7 @@ Figures are printed and kept, with what they were measured on, in ``results/<dev
 """
 
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -22,9 +23,11 @@ import show
 from measure import copy_bandwidth, judge, machine, save
 
 ROOT = Path(__file__).parent.parent
+# fmt: off
 SUBJECTS = (
-    *("recurrence", "lti", "layers", "training", "streaming", "memory", "startup", "gated", "allocator", "scaling"),
+    "recurrence", "lti", "layers", "training", "streaming", "memory", "startup", "gated", "allocator", "scaling",
 )
+# fmt: on
 
 
 def main(names: list[str]) -> int:
@@ -83,4 +86,5 @@ def draw(subject, section: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, peers too, whatever the machine: gpu.py is for the rest
     sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,17 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def many_pieces(three_threads, monkeypatch):
+    """Time cut small for three threads, whatever the machine."""
+    from legato.ops.kernels import numba_cpu, numba_threads
+
+    monkeypatch.setattr(numba_threads, "_SERIAL_BELOW", 0)
+    monkeypatch.setattr(numba_cpu, "_PIECE_BYTES", 1 << 11)
+    monkeypatch.setattr(numba_cpu, "cores", lambda: 3)
+    return lambda decay, impulse: numba_cpu._plan(impulse[:, :, None], decay[:, :, None]).pieces
+
+
 def large(T=4000, C=9, B=2):
     torch.manual_seed(1)
     return torch.rand(B, T, C, requires_grad=True), torch.randn(B, T, C, requires_grad=True)
@@ -46,12 +57,8 @@ def test_any_number_of_threads_gives_the_same_bits_where_tasks_suffice(three_thr
 @pytest.mark.parametrize("decay_shape", [(1, 4000, 1), (1, 4000, 3), (1, 4000, 20), (3,)])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("resets", [False, True])
-def test_time_in_pieces_gives_what_one_thread_gives(three_threads, monkeypatch, dtype, decay_shape, reverse, resets):
+def test_time_in_pieces_gives_what_one_thread_gives(many_pieces, dtype, decay_shape, reverse, resets):
     """A long memory, so that every piece's first state counts to its end."""
-    from legato.ops.kernels import numba_cpu, numba_threads
-
-    monkeypatch.setattr(numba_threads, "_SERIAL_BELOW", 0)
-    monkeypatch.setattr(numba_cpu, "_PIECE_BYTES", 1 << 11)
     torch.manual_seed(2)
     decay = 1 - 1e-4 * torch.rand(decay_shape, dtype=torch.float64)
     if dtype.is_complex:
@@ -62,7 +69,7 @@ def test_time_in_pieces_gives_what_one_thread_gives(three_threads, monkeypatch, 
     reset = torch.rand(1, 4000) < 2e-3 if resets else None
     weights = torch.randn_like(impulse) / 4000, torch.randn_like(state)
 
-    assert numba_cpu._plan(impulse[:, :, None], decay.expand(1, 4000, channels)[:, :, None]).pieces > 2
+    assert many_pieces(decay.expand(1, 4000, channels), impulse) > 2
 
     def results():
         both = linear_recurrence(*leaves, reset=reset, reverse=reverse, backend="numba")
@@ -76,7 +83,26 @@ def test_time_in_pieces_gives_what_one_thread_gives(three_threads, monkeypatch, 
         torch.testing.assert_close(a, b, rtol=rounding, atol=rounding * b.abs().max().item())
 
 
-def test_nothing_leaks_across_a_reset_into_later_pieces_of_time(three_threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 2, 40])
+@pytest.mark.parametrize(("first", "then", "h0"), [(0.5, 2, 1), (2, 0.5, 0), (2, 0.5, 1e-30), (0.5, 1, 1e30)])
+def test_a_piece_of_time_neither_loses_nor_overflows_what_its_states_keep(
+    many_pieces, dtype, channels, first, then, h0
+):
+    """Powers of two, so that every result is exact; the product of the first decays leaves the range of float32."""
+    T, near = 20_000, 100 if h0 else 140
+    decay = torch.ones(1, T, channels, dtype=dtype)
+    for start in range(600, T, 2000):
+        decay[:, start : start + near], decay[:, start + near : start + 2 * near] = first, then
+    impulse, state = torch.zeros_like(decay), torch.full((1, channels), h0, dtype=dtype)
+    assert many_pieces(decay, impulse) > 2
+    pieces = linear_recurrence(decay, impulse, state, backend="numba")
+    torch.set_num_threads(1)
+    for a, b in zip(pieces, linear_recurrence(decay, impulse, state, backend="numba"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_leaks_across_a_reset_into_later_pieces_of_time(many_pieces):
     impulse = torch.ones(1, 60_000, 1)
     impulse[:, 5] = torch.nan
     reset = torch.zeros(1, 60_000, dtype=torch.bool)

@@ -1,10 +1,10 @@
 """The diagonal recurrence on a CPU, compiled by Numba: each number is read and written once, at the memory's speed.
 
 The channels lie innermost. One task walks through time for one batch row and one block of channels, with the carry in
-a small array that stays in the L1 cache. Where these tasks are fewer than the threads, time is cut into pieces that fit
-the L2 cache, and a task is one piece, walked twice: once for what it makes of any state, h -> product * h + end,
-then, when its predecessor has passed the state on, for its results. Memory is still read once. How tasks reach threads
-is in ``numba_threads.py``.
+a small array that stays in the L1 cache. Where these tasks are fewer than the threads, and each channel has its own
+decay, time is cut into pieces that fit the L2 cache, and a task is one piece, walked twice: once for what it makes of
+any state, h -> product * h + end, then, when its predecessor has passed the state on, for its results. Memory is still
+read once. How tasks reach threads is in ``numba_threads.py``.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from legato.ops.kernels.numba_threads import (
     c_function,
     compiled,
     contracted,
+    cores,
     empty,
     launch,
     next_task,
@@ -40,9 +41,11 @@ _BLOCK_BYTES = 4096
 _PIECE_BYTES = 1 << 18
 # Where a step has several heads, they take turns over so many bytes of impulses, which stay in the L1 cache.
 _TURN_BYTES = 1 << 13
-# A product of decays below this no longer counts, and is cleared before it becomes a subnormal number, with which
-# arithmetic takes 50 times as long.
-_FORGOTTEN = 1e-20
+# A product of decays is kept as p * 2 ** (60 * power): it neither vanishes nor overflows where the states do not,
+# nor does it become a subnormal number, with which arithmetic takes 50 times as long.
+_UNIT = 2.0**60
+# More powers than these lead out of the range of any dtype.
+_MOST_POWERS = 40
 
 
 def forward(
@@ -259,42 +262,14 @@ def _backward_steps(
         for head in range(len(g)):
             if moves and not one_decay and _is_narrow(g):
                 _narrow_walk_back(
-                    b,
-                    head,
-                    d0,
-                    d1,
-                    t,
-                    way,
-                    turn,
-                    end,
-                    decay,
-                    reset,
-                    states,
-                    grads,
-                    h0,
-                    grad_decay,
-                    grad_impulse,
+                    b, head, d0, d1, t, way, turn, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
                     g[head],
-                )
+                )  # fmt: skip
             elif moves and not one_decay:
                 _walk_back(
-                    b,
-                    head,
-                    d0,
-                    d1,
-                    t,
-                    way,
-                    turn,
-                    end,
-                    decay,
-                    reset,
-                    states,
-                    grads,
-                    h0,
-                    grad_decay,
-                    grad_impulse,
+                    b, head, d0, d1, t, way, turn, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
                     g[head],
-                )
+                )  # fmt: skip
             else:
                 _walk_back_shared(
                     b, head, d0, d1, t, way, turn, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
@@ -310,15 +285,17 @@ def _backward_steps(
 
 
 @contracted
-def _effect(b, head, d0, d1, t, way, steps, decay, reset, impulse, adjoint, product, end):
-    """What these steps make of any state h: ``product`` * h + ``end``. The adjoint adds before it multiplies.
+def _effect(b, head, d0, d1, t, way, steps, decay, reset, impulse, adjoint, product, power, end):
+    """What these steps make of any state h: ``product`` * 2 ** (60 * ``power``) * h + ``end``.
 
-    Returns whether a reset drops h: then it does not enter, even if it is not a number.
+    The adjoint adds before it multiplies. Returns whether a reset drops h: then it does not enter, even if it is not a
+    number.
     """
     b_decay, moves, h_decay = _broadcast(decay, b, head)
     t, way, moves = _unsigned(t, way, moves)
     forgets = False
     product[:] = 1
+    power[:] = 0
     end[:] = 0
     for step in range(steps):
         a, x = decay[b_decay, t * moves, h_decay, d0:d1], impulse[b, t, head, d0:d1]
@@ -334,20 +311,20 @@ def _effect(b, head, d0, d1, t, way, steps, decay, reset, impulse, adjoint, prod
             for i in range(end.size):
                 end[i] = np.conj(a[i]) * (end[i] + x[i])
                 product[i] *= np.conj(a[i])
-        if step % 16 == 0:
+        if step % 32 == 0:
             for i in range(end.size):
-                if abs(product[i].real) + abs(product[i].imag) < _FORGOTTEN:
-                    product[i] = 0
+                product[i], powers = _rescaled(product[i])
+                power[i] += powers
         t += way
     return forgets
 
 
 @contracted
-def _effect_on_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, adjoint, product, end):
+def _effect_on_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, adjoint, product, power, end):
     """The same for one channel, in registers."""
     b_decay, moves, h_decay = _broadcast(decay, b, head)
     t, way, moves = _unsigned(t, way, moves)
-    forgets = False
+    forgets, powers = False, 0
     product[0], end[0] = 1, 0
     p, state = product[0], end[0]
     for step in range(steps):
@@ -361,11 +338,23 @@ def _effect_on_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, ad
         elif not dropped:
             state = np.conj(a) * (state + x)
             p *= np.conj(a)
-        if step % 16 == 0 and abs(p.real) + abs(p.imag) < _FORGOTTEN:
-            p = end[0]
+        if step % 32 == 0:
+            p, more = _rescaled(p)
+            powers += more
         t += way
-    product[0], end[0] = p, state
+    product[0], power[0], end[0] = p, powers, state
     return forgets
+
+
+@compiled
+def _rescaled(product):
+    """The product within 2 ** -60 and 2 ** 60, and the powers of 2 ** 60 that this took from it."""
+    size = abs(product.real) + abs(product.imag)
+    if 0 < size < 1 / _UNIT:
+        return product * _UNIT, -1
+    if _UNIT < size < np.inf:
+        return product / _UNIT, 1
+    return product * 1.0, 0
 
 
 @compiled
@@ -433,23 +422,36 @@ def _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, adjoint):
     inner = 0 < piece < words[_PIECES] - 1
     heads = impulse.shape[2] if inner else 0
     product, end = np.empty((heads, d1 - d0), impulse.dtype), np.empty((heads, d1 - d0), impulse.dtype)
+    power = np.empty((heads, d1 - d0), np.int64)
     forgets = False
     for head in range(heads):
-        p, e = product[head], end[head]
+        p, n, e = product[head], power[head], end[head]
         if d1 - d0 == 1:
-            forgets = _effect_on_one_channel(b, head, d0, first, way, steps, decay, reset, impulse, adjoint, p, e)
+            forgets = _effect_on_one_channel(b, head, d0, first, way, steps, decay, reset, impulse, adjoint, p, n, e)
         else:
-            forgets = _effect(b, head, d0, d1, first, way, steps, decay, reset, impulse, adjoint, p, e)
+            forgets = _effect(b, head, d0, d1, first, way, steps, decay, reset, impulse, adjoint, p, n, e)
     wait_for(words, b, d0, piece)
     h = np.empty((impulse.shape[2], d1 - d0), impulse.dtype)
     for head in range(len(h)):
         for i in range(d1 - d0):
             h[head, i] = carry[b, head, d0 + i]
             if inner:
-                carry[b, head, d0 + i] = end[head, i] if forgets else product[head, i] * h[head, i] + end[head, i]
+                after = end[head, i]
+                if not forgets:
+                    after += product[head, i] * _scaled(h[head, i], power[head, i])
+                carry[b, head, d0 + i] = after
     if inner:
         pass_on(words, b, d0)
     return h
+
+
+@compiled
+def _scaled(x, power):
+    """x * 2 ** (60 * power), out of the range of x only where the result is."""
+    x, factor = x * 1.0, _UNIT if power > 0 else 1 / _UNIT
+    for _ in range(min(abs(power), _MOST_POWERS)):
+        x *= factor
+    return x
 
 
 @compiled
@@ -525,6 +527,7 @@ def _plan(like: Tensor, decay: Tensor) -> _Plan:
     tasks, row = B * -(-D // width), H * width * item
     if tasks >= threads or decay.shape[3] < D:
         return _Plan(width, threads, 1, T)
+    threads = min(threads, cores())  # one that is not running would keep the others waiting
     steps = max(1, min(-(-T // -(-threads // tasks)), _PIECE_BYTES // row))
     return _Plan(width, threads, -(-T // steps), steps)
 

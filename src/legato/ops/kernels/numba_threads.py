@@ -1,9 +1,9 @@
 """Numba kernels in torch's own threads: what ``numba_cpu.py`` and ``gated_cpu.py`` share.
 
-A kernel is a C function of an array of 64-bit words, the first of which number its tasks: one for each batch row and
-block of channels. It takes tasks until none is left, and is called once in each of torch's OpenMP threads. A second
-pool would compete with torch's, whose threads keep a core busy for milliseconds after each torch op (measured: half
-the speed on 2 cores).
+A kernel is a C function of an array of 64-bit words, the first of which number its tasks: one for each batch row, block
+of channels and piece of time. It takes tasks until none is left, and is called once in each of torch's OpenMP threads.
+A second pool would compete with torch's, whose threads keep a core busy for milliseconds after each torch op (measured:
+half the speed on 2 cores).
 """
 
 import ctypes
@@ -40,11 +40,17 @@ _SERIAL_BELOW = 32768
 PREFETCH_BYTES = 1024
 # Memory of this size is new at every call, and asked for in pages of 2 MiB.
 _HUGE_PAGES_FROM = 1 << 25
+_UNIX = hasattr(os, "sched_yield")
 
 
 def threads_for(numbers: int) -> int:
     """How many threads a launch over arrays of that many numbers is worth."""
     return 1 if numbers < _SERIAL_BELOW or _in_forked_child else torch.get_num_threads()
+
+
+def cores() -> int:
+    """How many processors this process may use at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def block_width(batch: int, channels: int, widest: int, item: int, threads: int) -> int:
@@ -94,6 +100,8 @@ def empty(like: Shaped[Tensor, "..."], *shape: int) -> Shaped[Tensor, "..."]:
 
 
 # --- inside kernels ---
+
+_sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 def compiled(kernel: Callable, *, fastmath: Any = False) -> Any:
@@ -167,11 +175,19 @@ def next_task(words, channels):
 
 
 @compiled
+def _yield():
+    if _UNIX:
+        _sched_yield()
+
+
+@compiled
 def wait_for(words, b, d0, pieces):
     """Return when so many pieces of a batch row and block of channels have passed their state on."""
-    counter = _counter(words, b, d0)
+    counter, looks = _counter(words, b, d0), 0
     while _counted(counter) < pieces:
-        pass
+        looks += 1
+        if looks % 1000 == 0:  # the thread that is waited for may be in want of this processor
+            _yield()
 
 
 @compiled
