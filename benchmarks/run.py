@@ -61,7 +61,7 @@ def failing_tests(paths: set[str]) -> str:
     """What pytest says when one of these tests fails; empty when all pass."""
     if not paths:
         return ""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not compiled"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", "not compiled"]
     done = subprocess.run([*command, *sorted(paths)], cwd=ROOT, capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
