@@ -134,18 +134,21 @@ class GILRLSTM(RecurrentLayer):
         surrogate, _, cell, *_ = self.bias.detach().chunk(6)
         return surrogate, cell
 
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """Rows of the products that are the surrogate's, and of those that are the cell's."""
+        return 2 * self.hidden_size, 4 * self.hidden_size
+
     def _state_shapes(self) -> GILRLSTMState:
         return GILRLSTMState((self.hidden_size,), (self.hidden_size,))  # pyright: ignore[reportArgumentType]
 
     def _sequence(self, x, state, lengths, reset):
-        sizes = (2 * self.hidden_size, 4 * self.hidden_size)
-        matrices = zip(self.weight.split(sizes), self.bias.split(sizes), strict=True)
+        matrices = zip(self.weight.split(self._sizes), self.bias.split(self._sizes), strict=True)
         hold, of_x = ({"inputs": (x,), "weights": (weight,), "bias": bias} for weight, bias in matrices)
         return self._from_parts(hold, of_x, x.dtype, state, lengths, reset)
 
     def _step(self, x_t, state):
-        sizes = (2 * self.hidden_size, 4 * self.hidden_size)
-        (hold, of_x), (hold_bias, bias) = self.weight.split(sizes), self.bias.split(sizes)
+        (hold, of_x), (hold_bias, bias) = self.weight.split(self._sizes), self.bias.split(self._sizes)
         before = state.surrogate
         _, surrogate = gated_unit_step((x_t,), (hold,), hold_bias, _HOLD, before, squash=True)
         inputs, weights = (x_t, before.to(x_t.dtype)), (of_x, self.weight_surrogate)
@@ -178,7 +181,7 @@ class GILRLSTM(RecurrentLayer):
             lengths = lengths.to(products.device)
             products = zero_padding(products, lengths)
             reset = None if reset is None else zero_padding(reset, lengths)
-        parts = products.split((2 * self.hidden_size, 4 * self.hidden_size), dim=-1)
+        parts = products.split(self._sizes, dim=-1)
         hold, of_x = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
         output, state = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
         return (output if lengths is None else zero_padding(output, lengths)), state
