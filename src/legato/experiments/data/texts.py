@@ -1,0 +1,28 @@
+"""The three forms a data set of texts has: labelled, in labelled pairs, and line by line in two languages.
+
+Texts are as the files have them: nothing is lower-cased, stripped of marks or cut. Next: ``words.py`` makes tokens.
+"""
+
+from typing import NamedTuple
+
+
+class Labelled(NamedTuple):
+    """``labels[i]`` is the class of ``texts[i]``, counted from 0."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+class Pairs(NamedTuple):
+    """``labels[i]`` is the class, counted from 0, of how ``second[i]`` relates to ``first[i]``."""
+
+    first: list[str]
+    second: list[str]
+    labels: list[int]
+
+
+class Parallel(NamedTuple):
+    """``target[i]`` is a translation of ``source[i]``."""
+
+    source: list[str]
+    target: list[str]
