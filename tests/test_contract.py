@@ -25,6 +25,10 @@ OPTIONS = {
         {"theta": [4.0, 6.0, 9.0]},
         {"trainable_theta": True},
         {"method": "toeplitz", "discretizer": "bilinear"},
+        {"return_sequences": False},
+        {"return_sequences": False, "order": 1},
+        {"return_sequences": False, "theta": [4.0, 6.0, 9.0]},
+        {"return_sequences": False, "order": 2, "trainable_theta": True},
     ],
     "LMU": [
         {"return_sequences": False},
@@ -137,7 +141,7 @@ def in_two_chunks(layer, x, state, lengths, reset):
     if layer.return_sequences:
         return torch.cat(outputs, dim=1), state
     in_first = torch.zeros(len(x), dtype=torch.bool) if lengths is None else lengths <= SPLIT
-    return torch.where(in_first[:, None], *outputs), state
+    return where(in_first, *outputs), state
 
 
 def in_single_steps(layer, x, state, lengths, reset):
@@ -154,7 +158,7 @@ def in_single_steps(layer, x, state, lengths, reset):
     if layer.return_sequences:
         return torch.stack(outputs, dim=1), state
     last = torch.stack(outputs, dim=1)[torch.arange(len(x)), (lengths - 1).clamp(min=0)]
-    return torch.where((lengths > 0)[:, None], last, 0), state
+    return where(lengths > 0, last, torch.zeros_like(last)), state
 
 
 def where(rows, states, others):

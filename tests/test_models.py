@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from legato.layers import LMU, Stack
-from legato.models import SequenceClassifier, SequenceRegressor
+from legato.layers import GILR, LMU, LegendreMemory, Stack
+from legato.models import Embedding, LockedDropout, PairClassifier, SequenceClassifier, SequenceRegressor
 
 
 def layers(last: bool = True):
@@ -32,7 +32,76 @@ def test_a_stack_classifies_by_its_last_output():
     assert [s.memory.shape for s in state] == [(3, 1, 3), (3, 1, 3)]
 
 
+@pytest.mark.parametrize("layer", [LegendreMemory(3, 2, 6.0, return_sequences=False), LegendreMemory(3, 2, 6.0)])
+def test_a_classifier_takes_the_last_output_of_any_layer(layer):
+    model = SequenceClassifier(layer, nn.Linear(6, 2), Embedding(11, 3))
+    tokens = torch.randint(1, 11, (3, 12))
+    scores, state = model(tokens, lengths=torch.tensor([12, 5, 0]))
+    for row, length in ((0, 12), (1, 5)):
+        alone, after = model(tokens[row : row + 1, :length])
+        torch.testing.assert_close(scores[row], alone[0])
+        torch.testing.assert_close(state.memory[row], after.memory[0])
+    torch.testing.assert_close(scores[2], model.head(torch.zeros(6)))
+    streamed = model.initial_state(1)
+    for token in tokens[0]:
+        score, streamed = model.step(token[None], streamed)
+    torch.testing.assert_close(score, scores[:1])
+    torch.testing.assert_close(model(tokens[:1, :0])[0], scores[2:])
+
+
+@pytest.mark.parametrize("layer", [LegendreMemory(4, 1, 9.0, return_sequences=False), GILR(4, 4)])
+def test_a_pair_is_compared_by_its_last_outputs(layer):
+    model = PairClassifier(layer, nn.Linear(16, 3), Embedding(11, 4))
+    first, second = torch.randint(1, 11, (2, 8)), torch.randint(1, 11, (2, 5))
+    scores = model(first, second, lengths=(torch.tensor([8, 3]), None))
+    m1, m2 = (SequenceClassifier(layer, nn.Identity(), model.embedding)(x)[0] for x in (first[1:, :3], second[1:]))
+    expected = model.head(torch.cat([m1, m2, (m1 - m2).abs(), m1 * m2], 1))
+    torch.testing.assert_close(scores[1:], expected)
+    assert sum(p.numel() for p in model.parameters()) == 51 + 44 + sum(p.numel() for p in layer.parameters())
+
+
+def test_an_embedding_gives_the_vectors_it_was_given():
+    vectors = torch.randn(5, 3)
+    embedding = Embedding(5, 3, vectors=vectors.numpy(), trainable=False)
+    tokens = torch.tensor([[4, 0, 1]])
+    assert torch.equal(embedding(tokens), torch.stack([vectors[4], torch.zeros(3), vectors[1]])[None])
+    assert not embedding.weight.requires_grad
+    learned = Embedding(5, 3)
+    learned(tokens).sum().backward()
+    assert learned.weight.grad is not None
+    assert learned.weight.grad.sum(1).tolist() == [0, 3, 0, 0, 3]
+
+
+def test_a_dropped_word_is_dropped_everywhere():
+    embedding = Embedding(50, 2, vectors=torch.ones(50, 2), padding=None, dropout=0.4)
+    tokens = torch.arange(50).repeat(3, 1)
+    output = embedding(tokens)
+    assert {round(v, 4) for v in output.flatten().tolist()} == {0.0, round(1 / 0.6, 4)}
+    assert torch.equal(output[0], output[2])
+    assert torch.equal(embedding.eval()(tokens), torch.ones(3, 50, 2))
+
+
+def test_locked_dropout_is_the_same_at_every_step():
+    dropout = LockedDropout(0.5)
+    y = dropout(torch.ones(4, 9, 20))
+    assert set(y.flatten().tolist()) == {0.0, 2.0}
+    assert torch.equal(y, y[:, :1].expand_as(y))
+    assert not torch.equal(y[0], y[1])
+    assert torch.equal(dropout.eval()(y), y)
+
+
 @pytest.mark.bad_input
 def test_wrong_parts_get_a_clear_error():
-    with pytest.raises(ValueError, match="build it with return_sequences=False"):
-        SequenceClassifier(Stack(*layers()), nn.Linear(4, 10))
+    with pytest.raises(ValueError, match=r"vectors of shape \(size, channels\) = \(5, 3\), got \(5, 4\)"):
+        Embedding(5, 3, vectors=torch.ones(5, 4))
+    with pytest.raises(ValueError, match="padding as a token from 0 to 4, or None, got 5"):
+        Embedding(5, 3, padding=5)
+    for wrong in (lambda: Embedding(5, 3, dropout=1.0), lambda: LockedDropout(-0.1)):
+        with pytest.raises(ValueError, match="expected dropout from 0 to below 1"):
+            wrong()
+    with pytest.raises(ValueError, match="tokens from 0 to 4, got 2 to 5: encode the text with the vocabulary"):
+        Embedding(5, 3)(torch.tensor([[2, 5]]))
+    with pytest.raises(ValueError, match="an embedding of 2 channels, the layer's input_size, got 3"):
+        SequenceClassifier(Stack(*layers()), nn.Linear(4, 10), Embedding(5, 3))
+    with pytest.raises(ValueError, match="method=None with return_sequences=False"):
+        LegendreMemory(2, 3, 6.0, method="fft", return_sequences=False)

@@ -105,7 +105,7 @@ class RecurrentLayer(nn.Module):
         reset = None if reset is None else zero_padding(reset, lengths)
         output, state = self._sequence(x, state, lengths, reset)
         if not self.return_sequences:
-            return torch.where((lengths > 0)[:, None], output, 0), state
+            return torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0), state
         return zero_padding(output, lengths), state
 
     def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, Any]:

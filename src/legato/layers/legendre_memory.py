@@ -41,10 +41,12 @@ class LegendreMemory(RecurrentLayer):
         discretizer: "zoh", "euler" or "bilinear"; see ``legato.legendre.delay_network``.
         trainable_theta: learn theta, as theta = 1 + exp(log_theta), so that an optimiser changes it in proportion and
             it stays above one step. A and B are then made again at every call.
+        return_sequences: True gives m_t at every step. False gives m at the last step that counts, by form (25).
         method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
         device, dtype: of the scale, hence of the input; theta itself is kept in float32 or wider.
 
-    Shapes: input (B, T, channels), output (B, T, channels, order), state.memory (B, channels, order).
+    Shapes: input (B, T, channels), output (B, T, channels, order) or (B, channels, order), state.memory
+    (B, channels, order).
 
     Example:
         >>> layer = LegendreMemory(channels=1, order=6, theta=100)
@@ -68,6 +70,7 @@ class LegendreMemory(RecurrentLayer):
         *,
         discretizer: str = "zoh",
         trainable_theta: bool = False,
+        return_sequences: bool = True,
         method: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,6 +80,8 @@ class LegendreMemory(RecurrentLayer):
         self.order = positive_int(order, "order")
         self.discretizer = discretizer
         self.trainable_theta = trainable_theta
+        self.return_sequences = return_sequences
+        refuse_method_without_sequences(method, return_sequences)
         if method is not None and method not in METHODS:
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
         self.method = method
@@ -185,6 +190,10 @@ class LegendreMemory(RecurrentLayer):
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory
+        if not self.return_sequences:
+            final = self.last(x, initial, lengths=lengths, reset=reset)
+            output = final if x.shape[1] else torch.zeros_like(final)
+            return (output * self.scale).to(x.dtype), LegendreMemoryState(final)
         # at_length must not pick a state that was rounded to 16 bits.
         u = x if lengths is None else x.to(self._carry_dtype())
         memory, final = apply(u, self.kernels(x.shape[1]), initial, reset=reset)
@@ -208,22 +217,16 @@ class LegendreMemory(RecurrentLayer):
     ) -> Float[Tensor, "B C N"]:
         """m after the last step that counts, form (25): one matrix product, no other memory is computed. Not scaled.
 
-        ``reset`` must be False from ``lengths`` on.
+        ``u`` must be finite and ``reset`` False from ``lengths`` on.
         """
         kernels = self.kernels(u.shape[1], last_only=True)
         if lengths is None:
             return apply(u, kernels, initial, reset=reset)[1]
-        # Moved to the right end, each row stops at its length; zeros before its start leave an empty memory empty.
-        source = torch.arange(u.shape[1], device=u.device) + (lengths - u.shape[1])[:, None]  # (B, T)
-        rows = torch.arange(u.shape[0], device=u.device)[:, None]
-        moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)
-        if reset is not None:
-            if initial is not None:
-                initial = torch.where(reset.any(1)[:, None, None], 0, initial)
-            reset = reset[rows, source.clamp(min=0)] & (source >= 0)
-        memory = apply(moved, kernels, None, reset=reset)[1]
+        memory = self._last_of_each(u, kernels, lengths, reset)
         if initial is None:
             return memory
+        if reset is not None:
+            initial = torch.where(reset.any(1)[:, None, None], 0, initial)
         # A^length by the binary digits of each length: powers holds A, A^2, A^4, ..., transposed.
         carried = initial.transpose(0, 1)  # (C, B, N)
         for digit in range(kernels.powers.shape[-3]):
@@ -231,6 +234,27 @@ class LegendreMemory(RecurrentLayer):
             with without_autocast(u):
                 carried = torch.where(taken[:, None], carried @ kernels.powers[..., digit, :, :], carried)
         return memory + carried.transpose(0, 1)
+
+    def _last_of_each(self, u: Tensor, kernels: Kernels, lengths: Tensor, reset: Tensor | None) -> Tensor:
+        """(25) where each row ends at its own length, from an empty memory."""
+        batch, steps, channels = u.shape
+        source = torch.arange(steps, device=u.device) + (lengths - steps)[:, None]  # (B, T)
+        if kernels.inputs.ndim == 2 and self.order <= channels:
+            # A row of H for each length is smaller than u: shift H, and zero it from the length on.
+            ahead = lengths[:, None] - 1 - torch.arange(steps, device=u.device)  # steps that follow, (B, T)
+            counts = ahead >= 0
+            if reset is not None:
+                since = reset.cumsum(1)
+                counts = counts & (since == since[:, -1:])  # no reset from the length on
+                u = u.masked_fill(~counts[..., None], 0)  # 0 times NaN is NaN
+            H = kernels.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)  # (B, T, N)
+            with without_autocast(u):
+                return u.to(H.dtype).mT @ H
+        # Moved to the right end, each row stops at its length; zeros before its start leave an empty memory empty.
+        rows = torch.arange(batch, device=u.device)[:, None]
+        moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)
+        reset = None if reset is None else reset[rows, source.clamp(min=0)] & (source >= 0)
+        return apply(moved, kernels, None, reset=reset)[1]
 
     def _weight(self) -> Tensor:
         return self.scale
@@ -285,3 +309,12 @@ class LegendreMemory(RecurrentLayer):
 
     def __getstate__(self):
         return {**self.__dict__, "_kept": {}, "_kept_version": None}
+
+
+def refuse_method_without_sequences(method: str | None, return_sequences: bool) -> None:
+    """Raise where a method is named for memories that are not computed."""
+    if method is not None and not return_sequences:
+        raise ValueError(
+            f"expected method=None with return_sequences=False, got {method!r}: the last output needs no sequence "
+            "of memories"
+        )

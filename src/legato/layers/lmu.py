@@ -14,7 +14,7 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
-from legato.layers.legendre_memory import LegendreMemory, Theta
+from legato.layers.legendre_memory import LegendreMemory, Theta, refuse_method_without_sequences
 from legato.layers.segments import over_segments, recomputable
 from legato.ops.lti import apply
 
@@ -101,11 +101,7 @@ class LMU(RecurrentLayer):
         self.hidden_size = positive_int(hidden_size, "hidden_size")
         if not 0 <= memory_dropout < 1:
             raise ValueError(f"expected memory_dropout from 0 to below 1, got {memory_dropout}")
-        if method is not None and not return_sequences:
-            raise ValueError(
-                f"expected method=None with return_sequences=False, got {method!r}: the last output needs no sequence "
-                "of memories"
-            )
+        refuse_method_without_sequences(method, return_sequences)
         self.encoder_activation = encoder_activation
         self.activation = activation
         for function in (encoder_activation, activation):

@@ -1,0 +1,131 @@
+"""Tokens as vectors, and the dropout that goes with them."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Int, Tensor
+from legato.layers._base import positive_int
+
+
+class Embedding(nn.Module):
+    """u_t = E[x_t]: a vector for every token, learned or given.
+
+    Args:
+        size: tokens in the vocabulary.
+        channels: of a vector.
+        vectors: E at first, (size, channels), such as pre-trained word vectors; None draws it from a normal
+            distribution of variance 1 / channels.
+        trainable: learn E; False keeps the vectors as they are given.
+        padding: the token whose vector stays zero; None is none.
+        dropout: share of the vocabulary whose vectors are zero in a training pass, 0 to below 1; the others grow by
+            1 / (1 - dropout). A word is thus dropped wherever it stands in the batch.
+        device, dtype: of E.
+
+    Shapes: tokens of any shape, integers from 0 to size - 1; output (*tokens, channels).
+
+    Raises:
+        ValueError: vectors of another shape, a number out of its range; in the forward pass, a token outside the
+            vocabulary (on a GPU torch's own error).
+
+    Example:
+        >>> embedding = Embedding(1000, 300, dropout=0.3)
+        >>> embedding(torch.randint(1000, (2, 20))).shape
+        torch.Size([2, 20, 300])
+
+    Source: the dropout is that of Gal & Ghahramani 2016, "A theoretically grounded application of dropout in recurrent
+    neural networks".
+    """
+
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        *,
+        vectors: np.ndarray | Tensor | None = None,
+        trainable: bool = True,
+        padding: int | None = 0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.size, self.channels = positive_int(size, "size"), positive_int(channels, "channels")
+        if padding is not None and not 0 <= padding < size:
+            raise ValueError(f"expected padding as a token from 0 to {size - 1}, or None, got {padding}")
+        self.padding, self.dropout = padding, _share(dropout)
+        if vectors is not None and tuple(vectors.shape) != (size, channels):
+            raise ValueError(
+                f"expected vectors of shape (size, channels) = {(size, channels)}, got {tuple(vectors.shape)}: give a "
+                "row for every token, and the vectors' own width as channels"
+            )
+        weight = torch.empty(size, channels, device=device, dtype=dtype)
+        with torch.no_grad():
+            if vectors is None:
+                weight.normal_(std=channels**-0.5)
+            else:
+                weight.copy_(torch.as_tensor(vectors))
+            if padding is not None:
+                weight[padding] = 0
+        self.weight = nn.Parameter(weight, requires_grad=trainable)
+
+    def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
+        """The vectors of these tokens."""
+        try:
+            output = F.embedding(tokens, self.weight, self.padding)
+        except IndexError as error:
+            low, high = tokens.min().item(), tokens.max().item()
+            raise ValueError(
+                f"expected tokens from 0 to {self.size - 1}, got {low} to {high}: encode the text with the vocabulary "
+                "that this embedding was made for"
+            ) from error
+        if self.training and self.dropout:
+            keep = 1 - self.dropout
+            factors = torch.empty(self.size, 1, device=output.device, dtype=output.dtype).bernoulli_(keep).div_(keep)
+            output = output * F.embedding(tokens, factors)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, {self.channels}, padding={self.padding}, dropout={self.dropout}"
+
+
+class LockedDropout(nn.Module):
+    """y[b, t, c] = x[b, t, c] * z[b, c] / (1 - p): in training, a channel of a row is dropped at all its steps.
+
+    Args:
+        p: share of the channels dropped, 0 to below 1.
+
+    Shapes: input (B, T, C), output the same. Outside training, and with p = 0, the output is the input.
+
+    Example:
+        >>> LockedDropout(0.5)(torch.ones(2, 20, 8)).shape
+        torch.Size([2, 20, 8])
+
+    Source: Gal & Ghahramani 2016; the name is that of Merity, Keskar & Socher 2018, "Regularizing and optimizing LSTM
+    language models".
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = _share(p)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """x with some of its channels dropped."""
+        if not self.training or not self.p:
+            return x
+        keep = 1 - self.p
+        return x * torch.empty_like(x[:, :1]).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def _share(dropout: Any) -> float:
+    if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
+        raise ValueError(f"expected dropout from 0 to below 1, got {dropout!r}: the share that is dropped")
+    return float(dropout)

@@ -1,0 +1,125 @@
+"""One sequence: a recurrent layer and a head. They keep the layers' contract, so they stream as the layers do."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from legato._shapes import Bool, Int, Shaped, Tensor
+from legato.layers._base import RecurrentLayer
+
+from .embedding import Embedding
+
+
+class SequenceRegressor(nn.Module):
+    """y_t = head(o_t), o = layer(x): a value at every step.
+
+    Args:
+        layer: a recurrent layer, such as a ``Stack``, with (B, T, channels) outputs.
+        head: any module that works on the last axis.
+        embedding: turns tokens (B, T) into x; None where x is given.
+
+    Example:
+        >>> import torch
+        >>> from legato import LMU
+        >>> model = SequenceRegressor(LMU(1, 8, order=4, theta=10), nn.Linear(8, 1))
+        >>> y, state = model(torch.randn(2, 20, 1))
+        >>> y.shape
+        torch.Size([2, 20, 1])
+        >>> y_t, state = model.step(torch.randn(2, 1), state)
+    """
+
+    def __init__(self, layer: RecurrentLayer, head: nn.Module, embedding: nn.Module | None = None) -> None:
+        super().__init__()
+        check_embedding(embedding, layer)
+        self.layer, self.head, self.embedding = layer, head, embedding
+
+    def forward(
+        self,
+        x: Shaped[Tensor, "B T *C"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """(y, state) of a chunk of inputs (B, T, C), or of tokens (B, T); the options are the layer's."""
+        output, state = self.layer(self._embed(x), state, lengths=lengths, reset=reset)
+        return self.head(output), state
+
+    def step(self, x_t: Shaped[Tensor, "B *C"], state: Any) -> tuple[Tensor, Any]:
+        """(y_t, state) of one step."""
+        output_t, state = self.layer.step(self._embed(x_t), state)
+        return self.head(output_t), state
+
+    def initial_state(self, batch_size: int, **options: Any) -> Any:
+        """The layer's initial state."""
+        return self.layer.initial_state(batch_size, **options)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return x if self.embedding is None else self.embedding(x)
+
+
+class SequenceClassifier(SequenceRegressor):
+    """y = head(o_T), o = layer(x): one vector of class scores for a sequence, from the output after its last step.
+
+    Args:
+        layer: a recurrent layer. Build it with ``return_sequences=False`` where it takes that: it need not compute the
+            other outputs then.
+        head: maps its output, flattened to (B, channels), to class scores.
+        embedding: turns tokens (B, T) into x, such as an ``Embedding``; None where x is given.
+
+    A row without steps has the scores of an output of zeros.
+
+    Example:
+        >>> import torch
+        >>> from legato import LMU
+        >>> model = SequenceClassifier(LMU(1, 8, order=4, theta=10, return_sequences=False), nn.Linear(8, 10))
+        >>> scores, state = model(torch.randn(2, 20, 1))
+        >>> scores.shape
+        torch.Size([2, 10])
+    """
+
+    def forward(
+        self,
+        x: Shaped[Tensor, "B T *C"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+        reset: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """(scores, state) after the last step that counts."""
+        output, state = last_output(self.layer, self._embed(x), state, lengths, reset)
+        return self.head(output), state
+
+    def step(self, x_t: Shaped[Tensor, "B *C"], state: Any) -> tuple[Tensor, Any]:
+        """(scores, state) after one more step."""
+        output_t, state = self.layer.step(self._embed(x_t), state)
+        return self.head(output_t.flatten(1)), state
+
+
+def last_output(
+    layer: RecurrentLayer,
+    x: Shaped[Tensor, "B T C"],
+    state: Any = None,
+    lengths: Int[Tensor, "B"] | None = None,
+    reset: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Tensor, Any]:
+    """The output at the last step that counts, flattened to (B, channels), zero where there is none; and the state."""
+    output, state = layer(x, state, lengths=lengths, reset=reset)
+    if layer.return_sequences:
+        if x.shape[1] == 0:
+            output = output.new_zeros(x.shape[0], *output.shape[2:])
+        elif lengths is None:
+            output = output[:, -1]
+        else:  # outputs from a length on are zero, hence those of a row without steps
+            output = output[torch.arange(len(x), device=x.device), (lengths.to(x.device) - 1).clamp(min=0)]
+    return output.flatten(1), state
+
+
+def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:
+    """Raise where the embedding's vectors are not as wide as the layer's input."""
+    if isinstance(embedding, Embedding) and embedding.channels != layer.input_size:
+        raise ValueError(
+            f"expected an embedding of {layer.input_size} channels, the layer's input_size, got {embedding.channels}: "
+            "make them equal"
+        )
