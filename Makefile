@@ -40,7 +40,7 @@ lint: .venv/.dev  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/.dev  ## measure this machine, results under benchmarks/results; SUBJECT="recurrence lti" for some
+bench: .venv/.dev  ## measure this machine in 15 minutes, results under benchmarks/results; SUBJECT="recurrence lti" for some
 	$(BIN)/python benchmarks/run.py $(SUBJECT)
 	$(BIN)/python benchmarks/report.py
 

@@ -1,7 +1,8 @@
 """Cost as the work grows: a training step over time, channels, batch and the LMU's order, ours and peers.
 
-One size grows four- or eightfold and the others stay. A candidate whose step has taken ``PATIENCE_SECONDS`` is not
-tried at the larger sizes; what is checked and how turns are taken is as in ``peers.py``.
+One size grows four- or eightfold and the others stay. A candidate whose step would take ``PATIENCE_SECONDS`` at the
+next size, were it eight times as slow there, is not tried at it; what is checked and how turns are taken is as in
+``peers.py``.
 """
 
 from pathlib import Path
@@ -43,7 +44,7 @@ def grow(name: str) -> list[dict]:
             now = sizes | {name: value}
             found = peers.compare(task, now, OURS[task], others, rounds=3, warmup=1, patience=PATIENCE_SECONDS)
             rows += [{"growing": name, "sizes": _words(now), name: value, **row} for row in found]
-            slow = {row["by"] for row in found if row.get("median_ms", 0) > 1e3 * PATIENCE_SECONDS / 4}
+            slow = {row["by"] for row in found if row.get("median_ms", 0) > 1e3 * PATIENCE_SECONDS / 8}
             skipped = {row["by"] for row in found if "skipped" in row}  # named once
             others = [peer for peer in others if peer.name not in slow | skipped]
     return rows
