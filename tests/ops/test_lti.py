@@ -496,6 +496,22 @@ def test_the_default_compiler_agrees():
         assert_close(g, w, 64)
 
 
+@pytest.mark.compiled
+def test_autocast_changes_nothing_in_an_exported_graph():
+    class Memory(torch.nn.Module):
+        def forward(self, u):
+            return lti(u, A.detach(), B.detach())
+
+    (u, A, B, _), _ = example(100, dtype=torch.float32)
+    u = u.detach()
+    exported = torch.export.export(Memory(), (u,)).module()
+    memory, final_state = exported(u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under, under_final = exported(u)
+    assert torch.equal(under, memory)
+    assert torch.equal(under_final, final_state)
+
+
 def test_explain_names_the_method_and_the_reason():
     A, B = delay_network(4, 10.0)
     lti(torch.randn(1, 20, 1), A, B, method="fft")

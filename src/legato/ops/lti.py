@@ -59,7 +59,8 @@ def lti(
 
     Args:
         u: inputs (B, T, C), real or complex; float16 and bfloat16 are carried in float32, and computed in it too, but
-            for the one large product of "chunked" on CUDA: it takes 16-bit factors and adds them up in float32.
+            for the one large product of "chunked" on CUDA: it takes 16-bit factors and adds them up in float32, or as
+            PyTorch's ``allow_bf16_reduced_precision_reduction`` and its float16 twin, on by default, let cuBLAS do.
         A: (N, N), or (C, N, N) for one system per channel. Its powers are formed in float64: give it in float64.
         B: (N,), or (C, N).
         initial_state: m before the first step, (B, C, N); zeros when None.

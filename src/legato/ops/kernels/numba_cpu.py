@@ -354,7 +354,7 @@ def _rescaled(product):
         return product * _UNIT, -1
     if _UNIT < size < np.inf:
         return product / _UNIT, 1
-    return product * 1.0, 0
+    return product * 1.0, 0  # Numba's type of it is then that of the others: float64, complex128
 
 
 @compiled
