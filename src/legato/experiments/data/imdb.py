@@ -21,6 +21,7 @@ PARTS = {
     "test": File("test.jsonl", 33_549_569, "sha256:52c63e509e62b822a4417871153914b67923d4338dc12b00c317225c93775216"),
     "unsup": File("unsup.jsonl", 68_331_050, "sha256:f710b634eb418095b95fd9524c9431515843eaf4d86f5f1a92f02605daf2f314"),
 }
+_REVIEW = File("aclImdb/train/pos/0_9.txt")
 _VALIDATION_PER_CLASS = 1250
 _LABELS = {"neg": 0, "pos": 1}
 Row = dict[str, Any]
@@ -57,7 +58,7 @@ def imdb(data_dir: Path | None = None, *, unlabelled: bool = False) -> IMDB:
 
     Source: Maas et al. 2011, Learning Word Vectors for Sentiment Analysis.
     """
-    rows = reviews(("train", "test", *(("unsup",) if unlabelled else ())), data_dir)
+    rows = reviews(data_dir, unlabelled=unlabelled)
     train, test = rows["train"], rows["test"]
     held_out = _validation(train)
     return IMDB(
@@ -68,18 +69,22 @@ def imdb(data_dir: Path | None = None, *, unlabelled: bool = False) -> IMDB:
     )
 
 
-def reviews(parts: Iterable[str], data_dir: Path | None = None) -> dict[str, list[Row]]:
-    """The rows of some of ``train``, ``test`` and ``unsup``: ``id``, ``label``, which ``unsup`` lacks, and ``text``."""
-    parts = tuple(parts)
-    archive = find(ARCHIVE, FOLDER, data_dir)
-    if archive is None:
-        marker = find(File("aclImdb/train/pos/0_9.txt"), FOLDER, data_dir)
-        if marker is not None:
-            return _unpacked(marker.parents[2], parts)
-        if find(PARTS["train"], FOLDER, data_dir) is not None:
-            return {part: _compact(part, data_dir) for part in parts}
-        archive = need(ARCHIVE, FOLDER, data_dir, otherwise="a folder aclImdb, nor train.jsonl and test.jsonl")
-    return _official(archive, tar_members(archive), parts)
+def imdb_files(data_dir: Path | None = None, *, unlabelled: bool = False) -> list[Path]:
+    """The files that ``imdb`` reads. One review stands for the folder ``aclImdb``: what is read there is checked."""
+    whole = find(ARCHIVE, FOLDER, data_dir) or find(_REVIEW, FOLDER, data_dir)
+    if whole is None and find(PARTS["train"], FOLDER, data_dir) is not None:
+        return [need(PARTS[part], FOLDER, data_dir) for part in _parts(unlabelled)]
+    return [whole or need(ARCHIVE, FOLDER, data_dir, otherwise="a folder aclImdb, nor train.jsonl and test.jsonl")]
+
+
+def reviews(data_dir: Path | None = None, *, unlabelled: bool = False) -> dict[str, list[Row]]:
+    """The rows of ``train``, ``test`` and, if asked, ``unsup``: ``id``, ``label`` (not of the last) and ``text``."""
+    paths, parts = imdb_files(data_dir, unlabelled=unlabelled), _parts(unlabelled)
+    if len(paths) > 1:
+        return {part: _compact(path, part) for path, part in zip(paths, parts, strict=True)}
+    if paths[0].name == ARCHIVE.name:
+        return _official(paths[0], tar_members(paths[0]), parts)
+    return _unpacked(paths[0].parents[2], parts)
 
 
 def as_lines(part: str, rows: list[Row]) -> bytes:
@@ -103,8 +108,11 @@ def _labelled(rows: list[Row]) -> Labelled:
     return Labelled([row["text"] for row in rows], [row["label"] for row in rows])
 
 
-def _compact(part: str, data_dir: Path | None) -> list[Row]:
-    path = need(PARTS[part], FOLDER, data_dir)
+def _parts(unlabelled: bool) -> tuple[str, ...]:
+    return ("train", "test", "unsup") if unlabelled else ("train", "test")
+
+
+def _compact(path: Path, part: str) -> list[Row]:
     classes = 0 if part == "unsup" else len(_LABELS)
     return records(read_text(path, PARTS[part]), ("id", "text"), classes, path)
 

@@ -63,23 +63,30 @@ def qqp(data_dir: Path | None = None) -> QQP:
 
     Source: Iyer, Dandekar & Csernai 2017, First Quora Dataset Release: Question Pairs; Wang, Hamza & Florian 2017.
     """
-    if find(OFFICIAL, FOLDER, data_dir) or find(PAIRS, FOLDER, data_dir) or not find_small(data_dir):
-        rows = questions(data_dir)
+    paths = qqp_files(data_dir)
+    if len(paths) == 1:
+        rows = questions(paths[0])
         test = _balanced(rows, _PER_CLASS)
         rest = [row for i, row in enumerate(rows) if i not in test]
-        held_out = _balanced(rest, _PER_CLASS)
-        return QQP(*_parted(rest, held_out), _pairs([rows[i] for i in sorted(test)]), "qqp")
-    dev, test = (_small(SMALL[part], data_dir) for part in ("dev", "test"))
-    return QQP(*_parted(dev, _balanced(dev, _SMALL_VALIDATION_PER_CLASS)), _pairs(test), "qqp-20k")
+        return QQP(*_parted(rest, _balanced(rest, _PER_CLASS)), _pairs([rows[i] for i in sorted(test)]), FOLDER)
+    dev, test = (_small(path, SMALL[part]) for path, part in zip(paths, ("dev", "test"), strict=True))
+    return QQP(*_parted(dev, _balanced(dev, _SMALL_VALIDATION_PER_CLASS)), _pairs(test), SMALL_FOLDER)
 
 
-def questions(data_dir: Path | None = None) -> list[Row]:
+def qqp_files(data_dir: Path | None = None) -> list[Path]:
+    """The file, or the two of the stand-in, that ``qqp`` reads."""
+    whole = find(OFFICIAL, FOLDER, data_dir) or find(PAIRS, FOLDER, data_dir)
+    small = [find(file, SMALL_FOLDER, data_dir) for file in SMALL.values()]
+    if whole is None and None not in small:
+        return [path for path in small if path is not None]
+    return [whole or need(OFFICIAL, FOLDER, data_dir, otherwise="pairs.jsonl, nor dev.tsv and test.tsv of qqp-20k")]
+
+
+def questions(path: Path) -> list[Row]:
     """The rows of the complete data in order: ``id``, ``label``, ``first`` and ``second``."""
-    path = find(PAIRS, FOLDER, data_dir)
-    if find(OFFICIAL, FOLDER, data_dir) is None and path is not None:
+    if path.name.startswith(PAIRS.name):
         rows = records(read_text(path, PAIRS), ("first", "second"), 2, path)
     else:
-        path = need(OFFICIAL, FOLDER, data_dir, otherwise="pairs.jsonl, nor dev.tsv and test.tsv of qqp-20k")
         rows = _official(read(path, OFFICIAL), path)
     for number, row in enumerate(rows):
         if row["id"] != number:
@@ -87,11 +94,6 @@ def questions(data_dir: Path | None = None) -> list[Row]:
     if len(rows) != COUNT:
         raise ExperimentError(f"{path} is not whole: expected {COUNT:,} pairs, got {len(rows):,}")
     return rows
-
-
-def find_small(data_dir: Path | None = None) -> bool:
-    """Whether the stand-in is there."""
-    return all(find(file, SMALL_FOLDER, data_dir) for file in SMALL.values())
 
 
 def as_lines(rows: list[Row]) -> bytes:
@@ -114,8 +116,7 @@ def _official(content: bytes, path: Path) -> list[Row]:
     return rows
 
 
-def _small(file: File, data_dir: Path | None) -> list[Row]:
-    path = need(file, SMALL_FOLDER, data_dir)
+def _small(path: Path, file: File) -> list[Row]:
     rows = []
     for number, (label, first, second, name) in enumerate(columns(read_text(path, file), 4, path), 1):
         if label not in ("0", "1"):

@@ -60,31 +60,44 @@ def snli(data_dir: Path | None = None) -> SNLI:
 
     Source: Bowman et al. 2015; Kaushik, Hovy & Lipton 2020 (augmented); Marelli et al. 2014 (SICK).
     """
-    whole = find(ARCHIVE, FOLDER, data_dir) or any(find(file, FOLDER, data_dir) for file in _forms("train"))
-    if whole or not all(find(file, folder, data_dir) for file, folder in STAND_IN.items()):
-        train, validation, test = (_pairs(inferences(part, data_dir)) for part in COUNTS)
-        return SNLI(train, validation, test, "snli")
-    cad, sick, dev, tested = (need(file, folder, data_dir) for file, folder in STAND_IN.items())
-    train = _pairs(_tsv(cad, CAD) + _sick(sick))
-    return SNLI(train, _pairs(_tsv(dev, DEV)), _pairs([_joined(row) for row in _tsv(tested, TEST)]), "cad+sick")
+    paths = snli_files(data_dir)
+    if paths[0].name.startswith(CAD.name):
+        cad, sick, dev, tested = paths
+        train = _pairs(_tsv(cad, CAD) + _sick(sick))
+        return SNLI(train, _pairs(_tsv(dev, DEV)), _pairs([_joined(row) for row in _tsv(tested, TEST)]), "cad+sick")
+    if paths[0].name == ARCHIVE.name:
+        check(paths[0], ARCHIVE)
+        paths *= len(COUNTS)
+    train, validation, test = (_pairs(inferences(path, part)) for path, part in zip(paths, COUNTS, strict=True))
+    return SNLI(train, validation, test, FOLDER)
 
 
-def inferences(part: str, data_dir: Path | None = None) -> list[Row]:
-    """The rows of SNLI's ``train``, ``dev`` or ``test``: ``label``, ``first`` and ``second``."""
-    official, ours = _forms(part)
-    path = find(ARCHIVE, FOLDER, data_dir)
-    if path is not None:
-        rows = _archived(path, official)
-    elif (found := find(official, FOLDER, data_dir)) is not None:
-        path, rows = found, _official(read_text(found, official), found)
-    elif (found := find(ours, FOLDER, data_dir)) is not None:
-        path, rows = found, records(read_text(found, ours), ("first", "second"), len(LABELS), found)
+def snli_files(data_dir: Path | None = None) -> list[Path]:
+    """The archive, or the file of each part, or the four of the stand-in, that ``snli`` reads."""
+    archive = find(ARCHIVE, FOLDER, data_dir)
+    if archive is None:
+        for form in ("snli_1.0_{}.jsonl", "{}.jsonl"):
+            if find(File(form.format("train")), FOLDER, data_dir) is not None:
+                return [need(File(form.format(part)), FOLDER, data_dir) for part in COUNTS]
+        stand_in = [find(file, folder, data_dir) for file, folder in STAND_IN.items()]
+        if None not in stand_in:
+            return [path for path in stand_in if path is not None]
+    return [archive or need(ARCHIVE, FOLDER, data_dir, otherwise="snli_1.0_train.jsonl, train.jsonl or cad_train.tsv")]
+
+
+def inferences(path: Path, part: str) -> list[Row]:
+    """The rows of SNLI's ``train``, ``dev`` or ``test``, from any form: ``label``, ``first`` and ``second``."""
+    official, ours = File(f"snli_1.0_{part}.jsonl"), File(f"{part}.jsonl")
+    if path.name == ARCHIVE.name:
+        path = path / "snli_1.0" / official.name
+        rows = _official(lines(zip_member(path.parents[1], f"snli_1.0/{official.name}"), path), path)
+    elif path.name.startswith(official.name):
+        rows = _official(read_text(path, official), path)
     else:
-        path = need(ARCHIVE, FOLDER, data_dir, otherwise=f"{official.name}, nor {ours.name}")
-        rows = _archived(path, official)
+        rows = records(read_text(path, ours), ("first", "second"), len(LABELS), path)
     if len(rows) != COUNTS[part]:
         raise ExperimentError(
-            f"{path} is not whole: expected {COUNTS[part]:,} pairs with a label for {part}, got {len(rows):,}: "
+            f"{path} is not whole: expected {COUNTS[part]:,} pairs with a label, got {len(rows):,}: "
             "put an intact copy there"
         )
     return rows
@@ -93,17 +106,6 @@ def inferences(part: str, data_dir: Path | None = None) -> list[Row]:
 def as_lines(rows: list[Row]) -> bytes:
     """Our own form of a part."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _forms(part: str) -> tuple[File, File]:
-    """The official file of a part, and ours."""
-    return File(f"snli_1.0_{part}.jsonl"), File(f"{part}.jsonl")
-
-
-def _archived(path: Path, file: File) -> list[Row]:
-    check(path, ARCHIVE)
-    name = f"snli_1.0/{file.name}"
-    return _official(lines(zip_member(path, name), path / name), path / name)
 
 
 def _official(rows: list[str], path: Path) -> list[Row]:
