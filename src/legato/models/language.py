@@ -1,0 +1,389 @@
+"""Language models: the probability of the next token, by any layer of the library; they generate a step at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Int, Tensor
+from legato.layers._base import RecurrentLayer, activation_function, zero_padding
+from legato.layers.highway import Highway
+from legato.layers.legendre_memory import LegendreMemory
+from legato.layers.lmu import LMU
+
+from .embedding import Embedding, LockedDropout
+
+
+class LanguageModel(nn.Module):
+    """log p(x_{t+1} | x_1 ... x_t) = log softmax(V y_t + b): blocks of memory, dense and highways over an embedding.
+
+    h_0 = E x;  h_k = highways(f(W m_k + b)), m_k = layer_k(h_{k-1});  y = highways(sum_k w_k h_k), w learned.
+
+    Nothing above the layers looks at more than one step, so the network streams as they do: ``step`` and ``generate``
+    hold the layers' states, whatever the length of the text.
+
+    Args:
+        embedding: E, which says how large the vocabulary is.
+        layers: the memories: a function that makes one for so many channels, called once a block, or the layers
+            themselves, one a block, each for ``channels`` inputs.
+        blocks: how many, where ``layers`` is a function.
+        channels: of every h; null is the embedding's width. Where they differ, a matrix lies between.
+        dense: with W, b and f; False where the layer gives ``channels`` outputs and is read as it is.
+        activation: f and that of the highways, a name or a callable.
+        highways: highway layers in each block.
+        top_highways: highway layers above the sum; null is as many as in a block.
+        gate_bias: of the highways at first.
+        tied: V is E, of plain softmax; where the embedding is of another width, a matrix maps y to it.
+        cutoffs: for adaptive softmax: where the clusters of rarer tokens begin, the vocabulary being sorted by falling
+            frequency. Empty is plain softmax.
+        dropout: share of the channels of every h_k and of y dropped in training, the same ones at every step.
+
+    Shapes: tokens (B, T) of int64; log-probabilities (B, T, vocabulary); state a tuple of the layers' states.
+
+    Raises:
+        ValueError: parts that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from legato import LMU
+        >>> make = lambda size: LMU(size, size, memory_size=size, order=5, theta=10)
+        >>> model = LanguageModel(Embedding(27, 32), make, blocks=5)
+        >>> log_p, state = model(torch.randint(27, (2, 100)))
+        >>> log_p.shape
+        torch.Size([2, 100, 27])
+        >>> model.generate(torch.randint(27, (2, 10)), 50).shape
+        torch.Size([2, 50])
+
+    Source: Chilkuri & Eliasmith 2021, supplement, figure 2: five blocks with three highways each. The sum starts as
+    the mean of all depths.
+    """
+
+    def __init__(
+        self,
+        embedding: Embedding,
+        layers: Callable[[int], RecurrentLayer] | Sequence[RecurrentLayer],
+        *,
+        blocks: int = 5,
+        channels: int | None = None,
+        dense: bool = True,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        highways: int = 3,
+        top_highways: int | None = None,
+        gate_bias: float = -1.0,
+        tied: bool = False,
+        cutoffs: Sequence[int] = (),
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        width = embedding.channels
+        self.channels = size = channels or width
+        if not isinstance(layers, Sequence):
+            layers = [layers(size) for _ in range(blocks)]
+        _check_layers(layers, size, dense)
+        self.embedding = embedding
+        self.into = nn.Linear(width, size) if width != size else nn.Identity()
+        rows = {"highways": highways, "activation": activation, "gate_bias": gate_bias}
+        self.blocks = nn.ModuleList(_Block(layer, size, dense, **rows) for layer in layers)
+        self.depths = nn.Parameter(torch.full((len(layers) + 1,), 1 / (len(layers) + 1)))  # w
+        top = highways if top_highways is None else top_highways
+        self.top = nn.Sequential(*(Highway(size, activation=activation, gate_bias=gate_bias) for _ in range(top)))
+        self.dropout = LockedDropout(dropout)
+        self.output = _output(embedding, size, tied, cutoffs)
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
+    ) -> tuple[Float[Tensor, "B T V"], tuple[Any, ...]]:
+        """log p of every token at the step after each, and the state after the last step that counts.
+
+        Args:
+            tokens: (B, T), from 0 to below the vocabulary's size.
+            state: what an earlier call or ``initial_state`` returned; None starts a text.
+            lengths: how many steps of each row count; log p is zero from there on.
+
+        Raises:
+            ValueError: a token outside the vocabulary, a state of another network, lengths beyond T.
+        """
+        features, state = self.features(tokens, state, lengths=lengths)
+        log_p = self.output.log_prob(features.flatten(0, 1)).unflatten(0, tokens.shape)
+        return (log_p if lengths is None else zero_padding(log_p, lengths)), state
+
+    def features(
+        self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
+    ) -> tuple[Float[Tensor, "B T C"], tuple[Any, ...]]:
+        """y, what the softmax reads, and the state: for a classifier on top of a trained model."""
+        self._check_tokens(tokens, 2)
+        h = self.dropout(self.into(self.embedding(tokens)))
+        total, states = self.depths[0] * h, []
+        for weight, block, old in zip(self.depths[1:], self.blocks, self._states(state), strict=True):
+            h, new = block(h, old, lengths)
+            h = self.dropout(h)
+            total = total + weight * h
+            states.append(new)
+        y = self.dropout(self.top(total))
+        return (y if lengths is None else zero_padding(y, lengths)), tuple(states)
+
+    def score(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+    ) -> tuple[Float[Tensor, "B T"], tuple[Any, ...]]:
+        """log p of ``targets`` alone, the tokens one step on, and the state; zero from ``lengths`` on.
+
+        Adaptive softmax needs a small part of the vocabulary for that, and steps past ``lengths`` need none.
+        """
+        self._check_tokens(targets, 2)
+        # On a device a look at the values would wait for all work before it; torch stops there.
+        if targets.device.type == "cpu" and targets.numel():
+            low, high = (int(value) for value in torch.aminmax(targets))
+            if low < 0 or high >= self.embedding.size:
+                raise ValueError(
+                    f"expected targets from 0 to {self.embedding.size - 1}, got {low} to {high}: encode the text with "
+                    "the vocabulary that the model was built for"
+                )
+        features, state = self.features(tokens, state, lengths=lengths)
+        if lengths is None:
+            return self.output(features.flatten(0, 1), targets.flatten()).view(targets.shape), state
+        counts = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
+        picked = self.output(features[counts], targets[counts])
+        return torch.zeros(tokens.shape, dtype=picked.dtype, device=picked.device).masked_scatter(counts, picked), state
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, "B"] | None = None,
+    ) -> tuple[Float[Tensor, ""], tuple[Any, ...]]:
+        """Mean of -log p(target) in nats over all steps that count, and the state. Arguments as for ``score``."""
+        log_p, state = self.score(tokens, targets, state, lengths=lengths)
+        steps = log_p.numel() if lengths is None else lengths.sum().clamp(min=1)
+        return -log_p.sum() / steps, state
+
+    def step(self, token: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
+        """log p of every token after this one, and the state to be given to the next step. It drops nothing."""
+        self._check_tokens(token, 1)
+        h = self.into(self.embedding(token))
+        total, states = self.depths[0] * h, []
+        for weight, block, old in zip(self.depths[1:], self.blocks, self._states(state), strict=True):
+            h, new = block.step(h, old)  # pyright: ignore[reportCallIssue]
+            total = total + weight * h
+            states.append(new)
+        return self.output.log_prob(self.top(total)), tuple(states)
+
+    def initial_state(self, batch_size: int, **options: Any) -> tuple[Any, ...]:
+        """The state before a text: that of every layer."""
+        return tuple(layer.initial_state(batch_size, **options) for layer in self.layers)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Int[Tensor, "B T"],
+        steps: int,
+        *,
+        temperature: float | int = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Int[Tensor, "B steps"]:
+        """The next ``steps`` tokens after ``prompt``, each drawn from p^(1 / temperature), in the memory of one step.
+
+        Args:
+            prompt: (B, T), T at least 1; read at once, after which the model runs as a stream.
+            steps: 0 or more.
+            temperature: 0 takes the most probable token; 1 draws from the model's distribution.
+            top_k: draw among that many most probable tokens only.
+            generator: of the random numbers, on the model's device.
+
+        Raises:
+            ValueError: an empty prompt, a temperature below 0, a top_k below 1.
+        """
+        _check_generation(prompt, steps, temperature, top_k)
+        was_training = self.training
+        self.eval()
+        features, state = self.features(prompt)
+        log_p, drawn = self.output.log_prob(features[:, -1]), []
+        for number in range(steps):
+            if number:
+                log_p, state = self.step(drawn[-1], state)
+            drawn.append(_draw(log_p, temperature, top_k, generator))
+        self.train(was_training)
+        return torch.stack(drawn, 1) if drawn else prompt[:, :0]
+
+    @property
+    def layers(self) -> list[RecurrentLayer]:
+        """The memories, from the lowest block up."""
+        return [cast(_Block, block).layer for block in self.blocks]
+
+    @torch.no_grad()
+    def calibrate(self, tokens: Int[Tensor, "B T"]) -> None:
+        """Scale each Legendre memory to a standard deviation of one on these texts, from the lowest block up.
+
+        Call it before training; other layers stay as they are.
+        """
+        h = self.into(self.embedding(tokens))
+        for layer, block in zip(self.layers, self.blocks, strict=True):
+            if isinstance(layer, LMU | LegendreMemory):
+                layer.calibrate(h)
+            h, _ = block(h, None, None)
+
+    def _states(self, state: Any) -> tuple[Any, ...]:
+        if state is None:
+            return (None,) * len(self.blocks)
+        if type(state) is not tuple or len(state) != len(self.blocks):
+            got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
+            raise ValueError(
+                f"expected a tuple of {len(self.blocks)} states, one a block, got {got}: "
+                "use initial_state() or what this model returned"
+            )
+        return state
+
+    def _check_tokens(self, tokens: Tensor, ndim: int) -> None:
+        axes = "(B, T)" if ndim == 2 else "(B,)"
+        if not isinstance(tokens, Tensor) or tokens.ndim != ndim or tokens.dtype not in (torch.int64, torch.int32):
+            got = f"{tuple(tokens.shape)} in {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"expected tokens of shape {axes} in int64, got {got}: encode the text first")
+
+
+class _Block(nn.Module):
+    """h' = highways(f(W layer(h) + b)); without ``dense`` highways(layer(h))."""
+
+    def __init__(self, layer: RecurrentLayer, size: int, dense: bool, highways: int, activation: Any, gate_bias: float):
+        super().__init__()
+        self.layer = layer
+        self.dense = nn.Linear(_width(layer), size) if dense else None
+        self.activation = activation
+        self.highways = nn.Sequential(
+            *(Highway(size, activation=activation, gate_bias=gate_bias) for _ in range(highways))
+        )
+
+    def forward(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        output, state = self.layer(x, state, lengths=lengths)
+        return self._read(output.flatten(2)), state
+
+    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+        output_t, state = self.layer.step(x_t, state)
+        return self._read(output_t.flatten(1)), state
+
+    def _read(self, output: Tensor) -> Tensor:
+        if self.dense is not None:
+            f = activation_function(self.activation)
+            output = self.dense(output) if f is None else f(self.dense(output))
+        return self.highways(output)
+
+
+class _Softmax(nn.Module):
+    """Plain softmax over V y + b; V is the embedding's where ``tied``."""
+
+    def __init__(self, vocabulary: int, size: int, tied: Embedding | None):
+        super().__init__()
+        width = size if tied is None else tied.channels
+        self.into = nn.Linear(size, width) if width != size else nn.Identity()
+        weight = torch.empty(vocabulary, width).uniform_(-(width**-0.5), width**-0.5)
+        self.weight = nn.Parameter(weight) if tied is None else tied.weight
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """log p of the targets."""
+        return -F.cross_entropy(self._scores(features).to(_wide(features)), targets, reduction="none")
+
+    def log_prob(self, features: Tensor) -> Tensor:
+        return F.log_softmax(self._scores(features), dim=-1, dtype=_wide(features))
+
+    def _scores(self, features: Tensor) -> Tensor:
+        return F.linear(self.into(features), self.weight, self.bias)
+
+
+class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
+    """Adaptive softmax (Grave et al. 2017): rarer clusters of tokens are read from fewer channels. The weights are
+    torch's; its passes mix dtypes under autocast, so they stand here."""
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """log p of the targets."""
+        head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
+        log_p = head.gather(1, targets.clamp(max=self.shortlist_size - 1)[:, None])[:, 0]
+        for number, (tail, low, high) in enumerate(self._clusters(), self.shortlist_size):
+            rows = ((targets >= low) & (targets < high)).nonzero()[:, 0]
+            inside = F.log_softmax(tail(features[rows]), dim=1, dtype=_wide(features))
+            inside = inside.gather(1, targets[rows, None] - low)[:, 0]
+            log_p = log_p.index_copy(0, rows, head[rows, number] + inside)
+        return log_p
+
+    def log_prob(self, features: Tensor) -> Tensor:
+        head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
+        parts = [head[:, : self.shortlist_size]]
+        for number, (tail, _, _) in enumerate(self._clusters(), self.shortlist_size):
+            parts.append(head[:, number, None] + F.log_softmax(tail(features), dim=1, dtype=_wide(features)))
+        return torch.cat(parts, 1)
+
+    def _clusters(self) -> Iterator[tuple[nn.Module, int, int]]:
+        return zip(self.tail, self.cutoffs[:-1], self.cutoffs[1:], strict=True)
+
+
+def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
+    vocabulary = embedding.size
+    if not cutoffs:
+        return _Softmax(vocabulary, size, embedding if tied else None)
+    if tied:
+        raise ValueError("adaptive softmax has a matrix a cluster, so it cannot be tied: leave tied or cutoffs out")
+    if any(a >= b for a, b in zip([0, *cutoffs], [*cutoffs, vocabulary], strict=True)):
+        raise ValueError(
+            f"expected cutoffs that rise between 0 and the vocabulary's {vocabulary}, got {list(cutoffs)}: "
+            "each is where a cluster of rarer tokens begins"
+        )
+    # Each cluster is read from a quarter of the channels of the one before, as in the paper, but never from none.
+    narrower = next(n for n in (4.0, 2.0, 1.0) if size >= n ** len(cutoffs))
+    return _AdaptiveSoftmax(size, vocabulary, list(cutoffs), div_value=narrower, head_bias=True)
+
+
+def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> None:
+    if not layers:
+        raise ValueError("expected at least one block, got none")
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, RecurrentLayer) or layer.bidirectional or not layer.return_sequences:
+            raise ValueError(
+                f"expected block {number} to have a layer of this library that gives an output at every step and looks "
+                f"at no later ones, got {type(layer).__name__}: build it so"
+            )
+        if layer.input_size != size or not (dense or _width(layer) == size):
+            raise ValueError(
+                f"expected the layer of block {number} to take {size} channels"
+                + ("" if dense else f" and to give {size}, as there is no dense layer above it")
+                + f", got {layer.input_size} and {_width(layer)}: make them equal"
+            )
+
+
+def _check_generation(prompt: Tensor, steps: int, temperature: float | int, top_k: int | None) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(
+            f"expected a prompt of shape (B, T) with T at least 1, got {tuple(prompt.shape)}: start with a token"
+        )
+    if steps < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            "expected steps and temperature of at least 0 and top_k of at least 1, "
+            f"got {steps}, {temperature} and {top_k}"
+        )
+
+
+def _draw(log_p: Tensor, temperature: float | int, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token a row, (B,)."""
+    if temperature == 0:
+        return log_p.argmax(-1)
+    if top_k is not None and top_k < log_p.shape[-1]:
+        least = log_p.topk(top_k, dim=-1).values[:, -1:]
+        log_p = log_p.masked_fill(log_p < least, -torch.inf)
+    return torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _width(layer: RecurrentLayer) -> int:
+    size = layer.output_size
+    return size if isinstance(size, int) else prod(size)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

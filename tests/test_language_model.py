@@ -1,0 +1,227 @@
+"""A language model says the same at once, in pieces and step by step, whatever layer stands in the memory's place."""
+
+import pytest
+import torch
+from torch import nn
+
+from legato.experiments.baselines import LSTM
+from legato.layers import GILRLSTM, LMU, SRU, LegendreMemory, Stack
+from legato.models import Embedding, LanguageModel
+
+VOCABULARY = 30
+MEMORIES = {
+    "delay network": lambda size: LegendreMemory(size, 3, 5),
+    "lmu": lambda size: LMU(size, 7, memory_size=4, order=3, theta=6),
+    "gilr-lstm": lambda size: GILRLSTM(size, 9),
+    "sru": lambda size: SRU(size, size),
+    "lstm": lambda size: LSTM(size, 9),
+    "stack": lambda size: Stack(SRU(size, 5), GILRLSTM(5, 6)),
+}
+OUTPUTS = {"plain": {}, "adaptive": {"cutoffs": (8, 20)}, "tied": {"tied": True, "channels": 10}}
+
+
+def model_of(memory="lmu", output="plain", **options):
+    """A small model in float64, all of whose weights are drawn, biases included."""
+    model = LanguageModel(
+        Embedding(VOCABULARY, 8, padding=None), MEMORIES[memory], blocks=2, **OUTPUTS[output], **options
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.double()
+
+
+def text(batch=3, steps=17):
+    return torch.randint(VOCABULARY, (batch, steps))
+
+
+def step_by_step(model, tokens):
+    state, log_p = model.initial_state(len(tokens)), []
+    for token in tokens.unbind(1):
+        now, state = model.step(token, state)
+        log_p.append(now)
+    return torch.stack(log_p, 1), state
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_stream_has_the_log_probabilities_of_the_parallel_pass(memory, output):
+    model, tokens = model_of(memory, output), text()
+    at_once, final = model(tokens)
+    streamed, state = step_by_step(model, tokens)
+    torch.testing.assert_close(streamed, at_once)
+    torch.testing.assert_close(state, final)
+    torch.testing.assert_close(at_once.exp().sum(-1), torch.ones(3, 17, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_two_pieces_of_a_text_equal_the_whole(memory):
+    model, tokens = model_of(memory), text()
+    whole, _ = model(tokens)
+    first, state = model(tokens[:, :6])
+    second, _ = model(tokens[:, 6:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_the_score_of_a_target_is_its_log_probability(output):
+    model, tokens, targets = model_of(output=output), text(), text()
+    log_p, final = model(tokens)
+    expected = log_p.gather(2, targets[..., None])[..., 0]
+    score, state = model.score(tokens, targets)
+    torch.testing.assert_close(score, expected)
+    torch.testing.assert_close(model.loss(tokens, targets)[0], -expected.mean())
+    torch.testing.assert_close(state, final)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("memory", ["delay network", "lmu", "gilr-lstm", "sru"])
+def test_padding_changes_nothing(memory, output):
+    model, tokens, targets = model_of(memory, output), text(), text()
+    lengths = torch.tensor([17, 5, 0])
+    score, state = model.score(tokens, targets, lengths=lengths)
+    log_p, _ = model(tokens, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()[:2]):
+        alone = slice(row, row + 1), slice(length)
+        expected, final = model.score(tokens[alone], targets[alone])
+        torch.testing.assert_close(score[alone], expected)
+        torch.testing.assert_close(log_p[alone], model(tokens[alone])[0])
+        for padded, exact in zip(state, final, strict=True):
+            torch.testing.assert_close(padded.memory[row : row + 1], exact.memory)
+    outside = torch.arange(17) >= lengths[:, None]
+    assert not score[outside].any()
+    assert not log_p[outside].any()
+    torch.testing.assert_close(model.loss(tokens, targets, lengths=lengths)[0], -score.sum() / 22)
+
+
+def test_a_batch_of_padding_alone_has_no_loss_and_finite_gradients():
+    for output in OUTPUTS:
+        model, tokens = model_of(output=output), text()
+        loss, _ = model.loss(tokens, tokens, lengths=torch.zeros(3, dtype=torch.int64))
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_weight_is_trained(memory, output):
+    model = model_of(memory, output)
+    every = torch.arange(VOCABULARY).repeat(3, 1)
+    model.loss(every, every.flip(1))[0].backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+def test_a_tied_output_is_the_embedding():
+    model = model_of(output="tied")
+    assert model.output.weight is model.embedding.weight
+    assert sum(p.shape == (VOCABULARY, 8) for p in model.parameters()) == 1
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_generation_takes_what_the_parallel_pass_finds_most_probable(memory):
+    model, prompt = model_of(memory), text(steps=4)
+    drawn = model.generate(prompt, 12, temperature=0)
+    log_p, _ = model(torch.cat([prompt, drawn[:, :-1]], 1))
+    assert torch.equal(drawn, log_p[:, 3:].argmax(-1))
+    assert torch.equal(model.generate(prompt, 12, top_k=1), drawn)
+
+
+def test_generation_draws_from_the_distribution_and_repeats_with_its_generator():
+    model, prompt = model_of(), text(batch=1, steps=4).repeat(20_000, 1)
+    drawn = model.generate(prompt, 1, generator=torch.Generator().manual_seed(1))[:, 0]
+    assert torch.equal(drawn, model.generate(prompt, 1, generator=torch.Generator().manual_seed(1))[:, 0])
+    p = model(prompt[:1])[0][0, -1].exp()
+    share = drawn.bincount(minlength=VOCABULARY) / len(drawn)
+    assert ((share - p).abs() < 5 * (p * (1 - p) / len(drawn)).sqrt() + 1 / len(drawn)).all()
+    few = model.generate(prompt, 1, top_k=3, generator=torch.Generator().manual_seed(1))
+    assert set(few.flatten().tolist()) == set(p.topk(3).indices.tolist())
+
+
+def test_generation_holds_a_state_of_one_size_and_no_graph():
+    model = model_of()
+    tokens = text(steps=40)
+    sizes = {sum(t.numel() for s in model(tokens[:, :n])[1] for t in s) for n in (1, 10, 40)}
+    assert len(sizes) == 1
+    assert not model.generate(tokens, 3).requires_grad
+    assert model.training
+    assert model.generate(tokens, 0).shape == (3, 0)
+
+
+def test_dropout_drops_a_channel_at_all_steps_and_nothing_outside_training():
+    model, tokens = model_of(dropout=0.5), text()
+    features, _ = model.features(tokens)
+    dropped = features == 0
+    assert dropped.any()
+    assert (dropped.all(1) == dropped.any(1)).all()
+    model.eval()
+    torch.testing.assert_close(model(tokens)[0], step_by_step(model, tokens)[0])
+
+
+def test_calibration_brings_every_memory_to_a_deviation_of_one():
+    model, tokens = model_of("delay network"), text(steps=50)
+    model.calibrate(tokens)
+    h = model.into(model.embedding(tokens))
+    for block in model.blocks:
+        memory, _ = block.layer(h)
+        torch.testing.assert_close(memory.std((0, 1), correction=0), torch.ones(8, 3, dtype=torch.float64))
+        h, _ = block(h, None, None)
+
+
+def test_a_layer_may_be_read_as_it_is():
+    layers = [LSTM(8, 8), LSTM(8, 8)]
+    model = LanguageModel(Embedding(VOCABULARY, 8), layers, dense=False, highways=0)
+    assert model.layers == layers
+    names = [name for name, _ in model.named_parameters() if "lstm" not in name]
+    assert names == ["depths", "embedding.weight", "output.weight", "output.bias"]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_it_trains_in_bfloat16_with_log_probabilities_in_float32(output):
+    model, tokens = model_of(output=output).float(), text()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model.loss(tokens, tokens)
+        log_p, _ = model(tokens)
+    loss.backward()
+    assert log_p.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.bad_input
+def test_parts_that_do_not_fit_get_a_clear_error():
+    embedding = Embedding(VOCABULARY, 8)
+    with pytest.raises(ValueError, match="take 8 channels, got 6 and 7"):
+        LanguageModel(embedding, lambda size: SRU(6, 7))
+    with pytest.raises(ValueError, match="to give 8, as there is no dense layer"):
+        LanguageModel(embedding, lambda size: SRU(8, 7), dense=False)
+    with pytest.raises(ValueError, match="an output at every step"):
+        LanguageModel(embedding, lambda size: LMU(8, 8, order=2, theta=3, return_sequences=False))
+    with pytest.raises(ValueError, match="got Linear"):
+        LanguageModel(embedding, [nn.Linear(8, 8)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="at least one block"):
+        LanguageModel(embedding, [])
+    with pytest.raises(ValueError, match="cannot be tied"):
+        LanguageModel(embedding, MEMORIES["sru"], tied=True, cutoffs=(5,))
+    with pytest.raises(ValueError, match="rise between 0 and the vocabulary's 30, got \\[20, 10\\]"):
+        LanguageModel(embedding, MEMORIES["sru"], cutoffs=(20, 10))
+
+
+@pytest.mark.bad_input
+def test_wrong_arguments_get_a_clear_error():
+    model = model_of()
+    with pytest.raises(ValueError, match=r"tokens of shape \(B, T\) in int64, got \(3, 17\) in torch.float32"):
+        model(torch.rand(3, 17))
+    with pytest.raises(ValueError, match="tokens from 0 to 29, got 0 to 30"):
+        model(torch.tensor([[0, 30]]))
+    with pytest.raises(ValueError, match="targets from 0 to 29, got 0 to 30"):
+        model.score(torch.tensor([[0, 29]]), torch.tensor([[0, 30]]))
+    with pytest.raises(ValueError, match="a tuple of 2 states, one a block, got 1 states"):
+        model(text(), model.initial_state(3)[:1])
+    with pytest.raises(ValueError, match="lengths from 0 to T = 17"):
+        model(text(), lengths=torch.tensor([18, 1, 1]))
+    with pytest.raises(ValueError, match="T at least 1"):
+        model.generate(text()[:, :0], 3)
+    for wrong in ({"steps": -1}, {"steps": 1, "temperature": -0.1}, {"steps": 1, "top_k": 0}):
+        with pytest.raises(ValueError, match="expected steps and temperature of at least 0"):
+            model.generate(text(), **wrong)
