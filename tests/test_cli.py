@@ -12,7 +12,7 @@ import yaml
 
 from legato import __version__
 from legato.cli import main
-from legato.experiments import checkpoint
+from legato.experiments import checkpoint, recipes, report
 
 SMALL = (  # noqa: SIM905 - as one types it
     "--data.train_series 2 --data.validation_series 1 --data.test_series 2 --data.steps 120 --training.epochs 3 "
@@ -66,7 +66,7 @@ def test_version_and_help(capsys):
         ("train mackey-glass --model.kind gru", "--model.kind: expected one of"),
         (
             "train",
-            "expected a recipe: adding, capacity, copy-memory, long-dependency, long-dependency-paper, mackey-glass",
+            "expected a recipe: adding, capacity, copy-memory, ",
         ),
         ("benchmark", "expected a table: kernel, networks: see legato benchmark --help"),
         ("benchmark network", "there is no table network (did you mean networks?)"),
@@ -109,8 +109,8 @@ def test_a_run_leaves_everything_about_it(run):
     for seed in (0, 1):
         home = run / f"seed-{seed}"
         names = {path.name for path in home.iterdir()}
-        expected = "config.yaml metrics.jsonl tensorboard last.ckpt best.ckpt result.json training.png prediction.png"
-        assert names == set(expected.split())
+        expected = "config.yaml metrics.jsonl seconds.jsonl tensorboard last.ckpt best.ckpt result.json training.png"
+        assert names == {*expected.split(), "prediction.png"}
         assert len((home / "metrics.jsonl").read_text().splitlines()) == 3
         config = yaml.safe_load((home / "config.yaml").read_text())
         assert config["seed"] == seed
@@ -286,3 +286,25 @@ def test_a_missing_extra_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd())
     assert done.returncode == 1
     assert "pip install 'legato[experiments]'" in done.stderr
+
+
+def test_a_figure_on_other_data_is_not_held_against_the_papers(capsys, tmp_path, run, monkeypatch):
+    result = json.loads((run / "seed-0/result.json").read_text())
+    paper = recipes.recipe("mackey-glass").paper
+    monkeypatch.setattr(paper, "data", "the real thing")
+    for data, beside in (("the real thing", str(paper.value)), ("a stand-in", "")):
+        home = tmp_path / data / "seed-0"
+        home.mkdir(parents=True)
+        (home / "result.json").write_text(json.dumps(result | {"data": data}))
+        legato(capsys, "report", tmp_path / data, "--markdown", tmp_path / "a.md")
+        head, _, row, *_ = [line.split(" | ") for line in (tmp_path / "a.md").read_text().splitlines()]
+        assert row[head.index("data")] == data
+        assert beside in row[head.index("paper")]
+        assert bool(row[head.index("paper")]) == bool(beside)
+
+
+def test_parameters_in_embeddings_are_counted_apart():
+    assert report.size_in_words({"parameters": 1301, "embedding_parameters": 1000}) == (
+        "301 parameters and 1,000 in embeddings"
+    )
+    assert report.size_in_words({"parameters": 301}) == "301 parameters"

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A recipe's own parser reads what follows its name: through two levels of commands, errors in files get lost.
     level = " ".join(arguments[:2]) if arguments[:1] == ["train"] and len(arguments) > 1 else ""
     level = level if level in parsers else ""
+    if level and "--smoke" in arguments:
+        parsers[level].set_defaults(_smoke(arguments[1]))
     try:
         chosen = parsers[level].parse_args(arguments[2:] if level else arguments)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
@@ -166,9 +168,17 @@ def _parsers() -> dict[str, Any]:
         recipes.add_subcommand(name, parser(f"legato train {name}", which.description), help=which.description)
         one = parser(f"legato train {name} [--config FILE] [--FIELD VALUE ...] [options]", which.description)
         _add_options(one)
+        if which.smoke:
+            one.add_argument("--smoke", action="store_true", help="a size that takes seconds; fields given count more")
         one.add_class_arguments(which.config)
         parsers[f"train {name}"] = one
     return parsers
+
+
+def _smoke(name: str) -> dict[str, Any]:
+    from legato.experiments.recipes import recipe
+
+    return recipe(name).smoke
 
 
 def _add_options(parser: Any) -> None:

@@ -124,3 +124,28 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(schedule):
 def test_half_precision_trains_and_is_finite(tmp_path):
     outcome = train(tmp_path, device=Device("cpu", 1, "bf16-mixed"))
     assert outcome["test"]["error"] < 10
+
+
+def test_a_parameter_learns_at_the_rate_that_its_task_gives_it(tmp_path):
+    task = Noisy()
+    task.rate = lambda name: 0.0 if name.startswith("2.") else 1.0
+    before = {name: parameter.clone() for name, parameter in task.model.named_parameters()}
+    fit(task, Training(epochs=1, batch_size=8, learning_rate=0.05), 0, tmp_path, CPU, {})
+    same = {name: torch.equal(parameter, before[name]) for name, parameter in task.model.named_parameters()}
+    assert same == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": True}
+
+
+def test_the_tokens_of_all_epochs_and_their_time_are_counted_across_a_resumption(tmp_path):
+    def run(epochs):
+        task = Noisy()
+        task.tokens = lambda batch: len(batch[0])
+        return fit(task, Training(epochs=epochs, batch_size=8), 0, tmp_path, CPU, {})
+
+    first, both = run(1), run(3)
+    assert first["tokens_per_second"] > 0
+    kept = checkpoint.load(tmp_path / "last.ckpt")["callbacks"]["RunFolder"]
+    assert kept["tokens"] == 3 * 48
+    assert both["tokens_per_second"] == round(kept["tokens"] / kept["training_seconds"])
+    rows = [json.loads(line) for line in (tmp_path / "seconds.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [6, 12, 18]
+    assert rows[0]["seconds"] < rows[1]["seconds"] < rows[2]["seconds"]

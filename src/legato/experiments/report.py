@@ -16,6 +16,7 @@ REMEMBERED = "* remembered: not seen in print by those who wrote it down"
 
 _COLUMNS = [
     "experiment",
+    "data",
     "test figure",
     "paper",
     "measured",
@@ -53,22 +54,35 @@ def show(results: list[dict[str, Any]]) -> None:
     paper = recipe(results[0]["recipe"]).paper
     metrics = list(results[0]["test"])
     trained = "seconds" in results[0]  # not evaluated only
-    costs = ["updates", "seconds", "peak memory"] if trained else []
+    text = trained and "tokens_per_second" in results[0]
+    costs = ["updates", "seconds", *["tokens a second"] * text, "peak memory"] if trained else []
+    data = results[0].get("data", "")
+    where = f", on {data}" if data else ""
     table = Table(
-        "seed", *[f"test {name}" for name in metrics], f"validation {paper.metric}", *costs, box=None, pad_edge=False
+        "seed",
+        *[f"test {name}{where}" for name in metrics],
+        f"validation {paper.metric}",
+        *costs,
+        box=None,
+        pad_edge=False,
     )
     for result in results:
         figures = [_scaled(result["test"][name], paper) for name in metrics]
         figures.append(_scaled(result["validation"][paper.metric], paper))
         if trained:
             figures += [f"{result['updates']:,}", f"{result['seconds']:,.0f}"]
+            if text:
+                figures.append(f"{result['tokens_per_second']:,}")
             figures.append(f"{result['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in result else "")
         table.add_row(str(result["seed"]), *figures)
     if len(results) > 1:
         table.add_row("mean", *[_spread([r["test"][name] for r in results], paper) for name in metrics], "")
-    table.add_row("paper", *[_figure(paper.value, paper) if name == paper.metric else "" for name in metrics], "")
+    if comparable(results[0]):
+        table.add_row("paper", *[_figure(paper.value, paper) if name == paper.metric else "" for name in metrics], "")
     console = _console()
     console.print(table)
+    if not comparable(results[0]):
+        console.print(f"The paper's {_figure(paper.value, paper)} is on {paper.data}: not comparable with {data}.")
     if paper.remembered:
         console.print(REMEMBERED)
 
@@ -98,6 +112,19 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
         markdown.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     if json_file:
         json_file.write_text(json.dumps(_groups(folders), indent=1) + "\n")
+
+
+def comparable(result: dict[str, Any]) -> bool:
+    """Whether a result is on the data that its paper's figure is on."""
+    data = recipe(result["recipe"]).paper.data
+    return not data or result.get("data", "") == data
+
+
+def size_in_words(result: dict[str, Any]) -> str:
+    """The parameters of a result's network; those in embeddings apart, as papers leave them out of their counts."""
+    embedded = result.get("embedding_parameters", 0)
+    rest = f"{result['parameters'] - embedded:,} parameters"
+    return f"{rest} and {embedded:,} in embeddings" if embedded else rest
 
 
 def paper_and_measured(name: str, results: list[dict[str, Any]]) -> Table:
@@ -144,15 +171,19 @@ def _groups(folders: list[Path]) -> list[list[dict[str, Any]]]:
 def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     """One row for each test figure, the one that the paper has first."""
     first = results[0]
-    paper = recipe(first["recipe"]).paper
+    which = recipe(first["recipe"])
+    paper = which.paper
     kind = first["config"]["model"].get("kind", "")
+    ours = kind == getattr(which.config().model, "kind", "")
     baseline = paper.kinds.get(kind)
     value = paper.baselines[baseline] if baseline else paper.value
+    beside = comparable(first) and (ours or baseline is not None)
     seeds = [r["seed"] for r in results]
     row = {
-        "experiment": first["recipe"] + (f" {kind}" if baseline else ""),
+        "experiment": first["recipe"] + ("" if ours else f" {kind}"),
         "seeds": str(len(seeds)),
-        "parameters": f"{first['parameters']:,}",
+        "data": first.get("data", ""),
+        "parameters": size_in_words(first).replace(" parameters", "").replace(" and ", " + "),
         "s a seed": f"{mean(r['seconds'] for r in results):.0f}",
         "machine": "{processor}, {threads} threads, torch {torch}".format(**first["machine"]),
         "commit": ", ".join(sorted({str(r["commit"]) for r in results})),
@@ -162,7 +193,7 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
         row
         | {
             "test figure": metric,
-            "paper": _figure(value, paper) if metric == paper.metric else "",
+            "paper": _figure(value, paper) if metric == paper.metric and beside else "",
             "measured": _spread([r["test"][metric] for r in results], paper),
         }
         for metric in sorted(first["test"], key=lambda metric: metric != paper.metric)

@@ -1,7 +1,7 @@
 """A run: a folder with everything about it, one sub-folder a seed. ``legato train`` and ``legato evaluate`` are here.
 
 ``runs/<recipe>/<time>/seed-0/``: ``config.yaml`` (complete: it repeats the run), ``metrics.jsonl``, ``tensorboard/``,
-``last.ckpt`` (to resume), ``best.ckpt`` (the weights), ``result.json`` (when finished) and plots.
+``seconds.jsonl``, ``last.ckpt`` (to resume), ``best.ckpt`` (the weights), ``result.json`` (when finished) and plots.
 """
 
 import json
@@ -15,11 +15,15 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from torch import nn
+
+from legato.models import Embedding
 
 from . import checkpoint as checkpoints
 from .environment import commit, environment, peak_memory
 from .plots import draw_curves
 from .recipes import Recipe, names, recipe
+from .report import size_in_words
 from .task import ExperimentError, Task
 
 
@@ -65,8 +69,8 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
             results.append(json.loads(finished.read_text()))
             continue
         task = which.build(config, seed, options.data_dir)
-        parameters = count(task)
-        console.print(f"[bold]{which.name}[/] seed {seed}: {parameters:,} parameters, {home}", soft_wrap=True)
+        sizes = {"parameters": count(task.model), "embedding_parameters": count(*embeddings(task.model))}
+        console.print(f"[bold]{which.name}[/] seed {seed}: {size_in_words(sizes)}, {home}", soft_wrap=True)
         about = {"recipe": which.name, "seed": seed, "config": asdict(config)}
         if first:
             _keep_config(home / "config.yaml", about["config"] | {"seed": seed} | _arithmetic(options), options.resume)
@@ -74,7 +78,7 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
 
         device = Device(options.accelerator, _devices(options), options.precision)
         outcome = fit(task, config.training, seed, home, device, about)
-        result = {"recipe": which.name, "seed": seed, "parameters": parameters} | outcome | environment()
+        result = {"recipe": which.name, "data": task.source, "seed": seed} | sizes | outcome | environment()
         result["peak_memory_gib"] = round(peak_memory(), 2)
         result |= {"config": about["config"], "command": _command(which, config, options, seed)}
         if first:
@@ -131,15 +135,23 @@ def configured(kind: type, fields: dict[str, Any]) -> Any:
     return config
 
 
-def count(task: Task) -> int:
-    """Trained parameters of the network."""
-    return sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+def count(*modules: nn.Module) -> int:
+    """Trained parameters in these modules."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """Those modules of a network that give a word its vector; papers leave them out of their counts."""
+    return [module for module in model.modules() if isinstance(module, Embedding)]
 
 
 def _evaluate_file(path: Path, data_dir: Path | None) -> dict[str, Any]:
     task, about = open_checkpoint(path, data_dir)
     test = task.metrics(task.total(task.model, task.test))
-    return {"recipe": about["recipe"], "seed": about["seed"], "validation": about["validation"], "test": test}
+    return {"recipe": about["recipe"], "data": task.source, "seed": about["seed"]} | {
+        "validation": about["validation"],
+        "test": test,
+    }
 
 
 def _folder(name: str, options: Options, first: bool) -> Path:

@@ -53,6 +53,8 @@ class Paper:
         unit: printed behind every figure.
         scale: factor from our figure to the printed one, such as 100 for percent.
         digits: after the point, in the printed one.
+        data: what the figure was measured on, as ``Task.source`` names it; a figure of ours on other data is never held
+            against it. Empty where the task needs no data set.
         remembered: nobody has seen the value in print here: it is quoted as a hypothesis.
         baselines: other figures from the same table.
         kinds: which baseline a network of ours of that kind, ``model.kind``, is to be held against.
@@ -66,6 +68,7 @@ class Paper:
     unit: str = ""
     scale: float = 1.0
     digits: int = 4
+    data: str = ""
     remembered: bool = False
     baselines: dict[str, float] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
@@ -112,6 +115,7 @@ class Task(ABC):
         train, validation, test: the examples.
         metric: name of the figure that chooses the best weights.
         higher_is_better: of that figure.
+        source: the data set in use, by the name that its figures are reported under; empty where there is none.
         keeps_last: the weights after the last epoch are tested, not those with the best figure: right where an epoch's
             figure is about an easier problem than the last one's.
     """
@@ -122,6 +126,7 @@ class Task(ABC):
     test: Examples
     metric: str
     higher_is_better: bool
+    source: str = ""
     keeps_last: bool = False
 
     @abstractmethod
@@ -145,6 +150,14 @@ class Task(ABC):
                 batch = tuple(part.to(device) for part in examples.take(indices[rank::world]))
                 sums.append(self.totals(model, batch).double().cpu())
         return torch.stack(sums).sum(0)
+
+    def rate(self, name: str) -> float:
+        """Factor on the learning rate of the parameter of this name in ``model``."""
+        return 1.0
+
+    def tokens(self, batch: Batch) -> int:
+        """Words or characters that a training batch has, without padding; of other data none."""
+        return 0
 
     def finished(self, figures: dict[str, float]) -> bool:
         """Whether there is nothing left to train for, given the epoch's validation figures; asked after every epoch."""

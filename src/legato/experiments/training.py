@@ -52,7 +52,8 @@ def fit(
         about: plain values written into every checkpoint, from which ``evaluate`` builds the network again.
 
     Returns:
-        dict: ``validation`` and ``test`` figures of the best weights, their ``epoch``, ``updates`` and ``seconds``.
+        dict: ``validation`` and ``test`` figures of the best weights, their ``epoch``, ``updates`` and ``seconds``; of
+            text ``tokens_per_second``, validation left out.
 
     Raises:
         CheckpointError: a checkpoint cannot be written or read.
@@ -88,13 +89,16 @@ def fit(
     learner.tested_model.load_state_dict(best["model"])
     learner.to(trainer.strategy.root_device)
     test = learner.evaluate(task.test)
-    return {
+    outcome = {
         "validation": keeper.best,
         "test": test,
         "epoch": keeper.best_epoch,
         "updates": trainer.global_step,
         "seconds": round(keeper.seconds, 1),
-    } | task.outcome()
+    }
+    if keeper.tokens:
+        outcome["tokens_per_second"] = round(keeper.tokens / keeper.training_seconds)
+    return outcome | task.outcome()
 
 
 class Learner(LightningModule):
@@ -120,27 +124,29 @@ class Learner(LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.training_config
-        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim >= 2]
-        others = [p for p in self.model.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups: dict[tuple[float, bool], Any] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                rate, matrix = self.task.rate(name), parameter.ndim >= 2
+                decay = config.weight_decay if matrix else 0.0
+                group = {"params": [], "lr": rate * config.learning_rate, "weight_decay": decay}
+                groups.setdefault((rate, matrix), group)["params"].append(parameter)
         # Fused, an update of small weights takes a fifth of the time; Lightning refuses it in mixed precision.
         fused = self.trainer.precision in ("32-true", "64-true")
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        optimizer = torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, fused=fused)
         total = config.epochs * self.updates
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate(config, update, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(1_000_003 * self.seed + 1009 * self.current_epoch + self.global_rank)
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.loss_sum, self.tokens = torch.zeros((), device=self.device), 0
         _forget_kernels(self.model)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = self.task.loss(self.model, batch)
         self.loss_sum += loss.detach()
+        self.tokens += self.task.tokens(batch)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
@@ -183,17 +189,22 @@ class Stream:
 
 
 class RunFolder(Callback):
-    """After every epoch: a line in ``metrics.jsonl``, points in TensorBoard, ``last.ckpt``; a ``best.ckpt``."""
+    """After every epoch: a line in ``metrics.jsonl``, points in TensorBoard, ``last.ckpt``; a ``best.ckpt``.
+
+    How long it took stands in ``seconds.jsonl``: the others are the same whenever a run is repeated.
+    """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about = folder, about
         self.best: dict[str, float] | None = None
         self.figures: dict[str, float] = {}
         self.best_epoch = -1
-        self.seconds = 0.0
+        self.seconds = self.training_seconds = 0.0
+        self.tokens = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("best", "figures", "best_epoch", "seconds")}
+        kept = ("best", "figures", "best_epoch", "seconds", "training_seconds", "tokens")
+        return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
@@ -210,22 +221,29 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             from torch.utils.tensorboard import SummaryWriter
 
-            _keep_lines(self.folder / "metrics.jsonl", trainer.current_epoch)
+            for log in ("metrics.jsonl", "seconds.jsonl"):
+                _keep_lines(self.folder / log, trainer.current_epoch)
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.global_step + 1)
+
+    def on_validation_start(self, trainer: Trainer, learner: Learner) -> None:  # type: ignore[override]
+        self.training_seconds += time.perf_counter() - self.started
 
     def on_train_epoch_end(self, trainer: Trainer, learner: Learner) -> None:  # type: ignore[override]
         figures = learner.figures
         loss = float(learner.loss_sum) / learner.updates
         row = {"epoch": trainer.current_epoch, "update": trainer.global_step, "loss": loss}
         row |= {f"validation_{name}": value for name, value in figures.items()}
+        self.tokens += trainer.world_size * learner.tokens
+        self.seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
         if trainer.is_global_zero:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            time_row = {"update": trainer.global_step, "seconds": round(self.seconds, 3)}
+            for log, line in (("metrics.jsonl", row), ("seconds.jsonl", time_row)):
+                with open(self.folder / log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
             for name, value in row.items():
                 if name not in ("epoch", "update"):
                     self.board.add_scalar(name, value, trainer.global_step)
-        self.seconds += time.perf_counter() - self.started
-        self.started = time.perf_counter()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss} in epoch {trainer.current_epoch}: lower --training.learning_rate"

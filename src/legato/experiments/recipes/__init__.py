@@ -1,4 +1,8 @@
-"""The experiments, by name. To add one: a module with ``PAPER``, ``Config`` and ``build``, and its line in _MODULES."""
+"""The experiments, by name. To add one: a module with ``PAPER``, ``Config`` and ``build``, and its line in _MODULES.
+
+``SMOKE`` in a module, values by dotted field such as ``{"training.epochs": 1}``, is what ``--smoke`` makes of it: the
+whole way in seconds, on a few real examples.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -21,12 +25,16 @@ _MODULES = {
 
 @dataclass
 class Recipe:
-    """A recipe module, opened: its configuration, what its paper reports, and the function that builds the task."""
+    """A recipe module, opened: its configuration, what its paper reports, and the function that builds the task.
+
+    ``smoke`` are the fields of its smallest size; empty where it has none.
+    """
 
     name: str
     config: type
     paper: Paper
     build: Callable[[Any, int, Path | None], Task]
+    smoke: dict[str, Any]
 
     @property
     def description(self) -> str:
@@ -42,4 +50,4 @@ def names() -> list[str]:
 def recipe(name: str) -> Recipe:
     """The recipe of this name, its module imported."""
     module = importlib.import_module(f".{_MODULES[name]}", __name__)
-    return Recipe(name, module.Config, module.PAPER, module.build)
+    return Recipe(name, module.Config, module.PAPER, module.build, getattr(module, "SMOKE", {}))
