@@ -248,8 +248,8 @@ class LegendreMemory(RecurrentLayer):
                 counts = counts & (since == since[:, -1:])  # no reset from the length on
                 u = u.masked_fill(~counts[..., None], 0)  # 0 times NaN is NaN
             H = kernels.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)  # (B, T, N)
-            with without_autocast(u):
-                return u.to(H.dtype).mT @ H
+            with without_autocast(u):  # in this order the gradient of u is laid out as u is
+                return (H.mT @ u.to(H.dtype)).mT
         # Moved to the right end, each row stops at its length; zeros before its start leave an empty memory empty.
         rows = torch.arange(batch, device=u.device)[:, None]
         moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)

@@ -87,7 +87,7 @@ class Embedding(nn.Module):
         if self.training and self.dropout:
             keep = 1 - self.dropout
             factors = torch.empty(self.size, 1, device=output.device, dtype=output.dtype).bernoulli_(keep).div_(keep)
-            output = output * F.embedding(tokens, factors)
+            output = output.mul_(F.embedding(tokens, factors))
         return output
 
     def extra_repr(self) -> str:

@@ -16,10 +16,13 @@ _MODULES = {
     "adding": "adding",
     "capacity": "capacity",
     "copy-memory": "copy_memory",
+    "imdb": "imdb",
     "long-dependency": "long_dependency",
     "long-dependency-paper": "long_dependency_paper",
     "mackey-glass": "mackey_glass",
     "psmnist": "psmnist",
+    "qqp": "qqp",
+    "snli": "snli",
 }
 
 

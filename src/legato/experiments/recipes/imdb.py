@@ -1,0 +1,58 @@
+"""IMDB: whether a review is positive (Chilkuri & Eliasmith 2021): 301 parameters beside the word vectors."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.imdb import imdb, imdb_files
+from ..task import Paper
+from . import _classification
+from ._classification import Classification, Data, FineTuning, Model, numbers
+
+PAPER = Paper(
+    source="Chilkuri & Eliasmith 2021",
+    metric="accuracy",
+    value=89.10,
+    parameters="301",
+    unit=" %",
+    scale=100.0,
+    digits=2,
+    data="IMDB",
+    remembered=True,
+    baselines={"LSTM": 87.29},
+    kinds={"lstm": "LSTM"},
+    labels={"accuracy": "delay network of order 1, here"},
+)
+SMOKE: dict[str, Any] = {
+    "data.examples": 200,
+    "data.longest": 100,
+    "model.units": 8,
+    "training.epochs": 1,
+    "training.batch_size": 20,
+}
+
+
+@dataclass
+class Config(_classification.Config):
+    """IMDB: whether a film review is positive, from its word vectors by a delay network of order 1."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=lambda: Model(word_dropout=0.4))
+    training: FineTuning = field(
+        default_factory=lambda: FineTuning(
+            epochs=10, batch_size=256, learning_rate=0.01, vector_rate=0.5, warmup=0.1, average=0.99
+        )
+    )
+
+
+def build(config: Config, seed: int, data_dir: Path | None = None) -> Classification:
+    """The task of this configuration, its weights drawn by ``seed``.
+
+    Raises:
+        ExperimentError: a data file is missing or not whole; the vectors have another width than the network.
+    """
+    data = numbers(config, "imdb", lambda: imdb(data_dir), lambda: imdb_files(data_dir), data_dir)
+    torch.manual_seed(seed)
+    return Classification(config, data, classes=2)

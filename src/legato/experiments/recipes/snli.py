@@ -1,0 +1,52 @@
+"""SNLI: whether one sentence follows from another (Chilkuri & Eliasmith 2021): 3,603 parameters beside the vectors."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.snli import snli, snli_files
+from ..task import Paper
+from . import _classification
+from ._classification import Classification, Data, FineTuning, Model, numbers
+
+PAPER = Paper(
+    source="Chilkuri & Eliasmith 2021",
+    metric="accuracy",
+    value=78.85,
+    parameters="3.6k",
+    unit=" %",
+    scale=100.0,
+    digits=2,
+    data="snli",
+    baselines={"LSTM": 77.6},
+    kinds={"lstm": "LSTM"},
+    labels={"accuracy": "delay network of order 1, here"},
+)
+SMOKE: dict[str, Any] = {
+    "data.examples": 200,
+    "model.units": 8,
+    "training.epochs": 1,
+    "training.batch_size": 20,
+}
+
+
+@dataclass
+class Config(_classification.Config):
+    """SNLI: entailment, neutral or contradiction, from two sentences' word vectors by a delay network of order 1."""
+
+    data: Data = field(default_factory=lambda: Data(longest=50, truncate="back", words_of="all", least_count=1))
+    model: Model = field(default_factory=lambda: Model(units=128))
+    training: FineTuning = field(default_factory=FineTuning)
+
+
+def build(config: Config, seed: int, data_dir: Path | None = None) -> Classification:
+    """The task of this configuration, its weights drawn by ``seed``.
+
+    Raises:
+        ExperimentError: a data file is missing or not whole; the vectors have another width than the network.
+    """
+    data = numbers(config, "snli", lambda: snli(data_dir), lambda: snli_files(data_dir), data_dir)
+    torch.manual_seed(seed)
+    return Classification(config, data, classes=3)
