@@ -1,10 +1,16 @@
+import gzip
+import http.server
+import io
 import os
+import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from legato.experiments.data import vectors as module
+from legato.experiments.data.files import File
 from legato.experiments.data.vectors import word_vectors
 from legato.experiments.task import ExperimentError
 
@@ -26,10 +32,25 @@ def glove(width=300):
     return "".join(line(word, vector(seed, width)) + "\n" for word, seed in rows)
 
 
-@pytest.fixture(params=["txt", "zip"])
+@pytest.fixture
+def known():
+    """The files as they are known. For the tests they may have any content, and nothing is downloaded."""
+    return dict(module.FILES)
+
+
+@pytest.fixture(autouse=True)
+def any_content(known, monkeypatch):
+    for name, (folder, files) in known.items():
+        monkeypatch.setitem(module.FILES, name, (folder, tuple(File(file.name) for file in files)))
+
+
+@pytest.fixture(params=["txt", "gz", "zip"])
 def folder(request, tmp_path):
     if request.param == "txt":
         (tmp_path / "glove.840B.300d.txt").write_text(glove(), encoding="utf-8")
+    elif request.param == "gz":
+        (tmp_path / "glove").mkdir()
+        (tmp_path / "glove" / "glove.840B.300d.txt.gz").write_bytes(gzip.compress(glove().encode()))
     else:
         with zipfile.ZipFile(tmp_path / "glove.840B.300d.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("glove.840B.300d.txt", glove())
@@ -98,15 +119,54 @@ def test_an_archive_cut_short_is_named(tmp_path):
         word_vectors(WORDS, tmp_path, "glove.840B.300d")
 
 
-def test_a_missing_file_and_an_unknown_name_say_what_is_expected(tmp_path, monkeypatch):
-    with pytest.raises(ExperimentError, match=r"no vectors glove\.6B\.300d in .*expected glove\.6B\.300d\.txt or"):
+def test_a_missing_file_and_an_unknown_name_say_what_is_expected(tmp_path):
+    with pytest.raises(ExperimentError, match=r"expected glove\.6B\.zip in .* nor glove\.6B\.300d\.txt"):
         word_vectors(WORDS, tmp_path, "glove.6B.300d")
+    with pytest.raises(ExperimentError, match=r"expected sg300_wiki_imdb\.npz.* in .*vectors300"):
+        word_vectors(WORDS, tmp_path)
     with pytest.raises(ExperimentError, match="'glove': expected one of vectors300, glove"):
         word_vectors(WORDS, tmp_path, "glove")
 
 
+def test_a_file_of_another_content_is_refused(known, folder, monkeypatch):
+    monkeypatch.setitem(module.FILES, "glove.840B.300d", known["glove.840B.300d"])
+    with pytest.raises(ExperimentError, match=r"expected [25],\d{3},\d{3},\d{3} bytes of content"):
+        word_vectors(WORDS, folder, "glove.840B.300d")
+
+
+def test_a_file_that_is_nowhere_is_downloaded_once(tmp_path, monkeypatch):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("glove.6B.300d.txt", glove())
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content.getvalue())))
+            self.end_headers()
+            self.wfile.write(content.getvalue())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/glove.6B.zip"
+        monkeypatch.setitem(module.FILES, "glove.6B.300d", ("glove", (File("glove.6B.zip", url=url),)))
+        monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("LEGATO_DATA", raising=False)
+        monkeypatch.chdir(tmp_path)
+        for _ in range(2):
+            assert word_vectors(WORDS, None, "glove.6B.300d").found.sum() == 3
+        server.shutdown()
+    assert asked == ["/glove.6B.zip"]
+
+
 @pytest.mark.skipif(REAL is None, reason="needs vectors300 in LEGATO_DATA or ../shared/data")
-def test_the_vectors_of_this_project_know_the_usual_words():
+def test_the_vectors_of_this_project_know_the_usual_words(known, monkeypatch):
+    monkeypatch.setitem(module.FILES, "vectors300", known["vectors300"])
     matrix, found, _ = word_vectors(["don't", "film", "movie", "of", "zzzzzz"], REAL)
     assert found.tolist() == [True] * 4 + [False]
     unit = matrix[:4] / np.linalg.norm(matrix[:4], axis=1, keepdims=True)

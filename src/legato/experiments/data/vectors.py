@@ -1,25 +1,60 @@
 """Vectors of words from disk: ``vectors300``, made for this project, and GloVe as its authors distribute it."""
 
-import os
+import gzip
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from legato._shapes import Bool, Float
 
 from ..task import ExperimentError
+from .files import File, check, find, need
 
-#: Where the vectors of a name may lie, first choice first.
+#: Folder and files of the vectors of a name, first choice first; the last is downloaded if none is there.
 FILES = {
-    "vectors300": ("vectors300/sg300_wiki_imdb.npz", "sg300_wiki_imdb.npz"),
-    "glove.840B.300d": ("glove.840B.300d.txt", "glove.840B.300d.zip"),
-    "glove.6B.300d": ("glove.6B.300d.txt", "glove.6B.zip"),
+    "vectors300": (
+        "vectors300",
+        (
+            File(
+                "sg300_wiki_imdb.npz",
+                41_741_505,
+                "sha256:5379d47d823df534dd1ff6637c168a28e9df5d56e594a237af2cea8ecedfa854",
+            ),
+        ),
+    ),
+    "glove.840B.300d": (
+        "glove",
+        (
+            File("glove.840B.300d.txt", 5_646_236_541),
+            File(
+                "glove.840B.300d.zip",
+                2_176_768_927,
+                "sha256:c06db255e65095393609f19a4cfca20bf3a71e20cc53e892aafa490347e3849f",
+                "https://nlp.stanford.edu/data/glove.840B.300d.zip",
+            ),
+        ),
+    ),
+    "glove.6B.300d": (
+        "glove",
+        (
+            File("glove.6B.300d.txt", 1_037_962_819),
+            File(
+                "glove.6B.zip",
+                862_182_613,
+                "sha256:617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb",
+                "https://nlp.stanford.edu/data/glove.6B.zip",
+            ),
+        ),
+    ),
 }
+_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 class WordVectors(NamedTuple):
@@ -38,7 +73,8 @@ def word_vectors(
     Args:
         words: as a vocabulary has them. They are looked for as they are: the vectors of ``vectors300`` and of
             glove.6B are of lower-cased words, those of glove.840B of both.
-        data_dir: folder with the files. By default $LEGATO_DATA, else ../shared/data.
+        data_dir: folder that holds the file, or holds it in ``vectors300/`` or ``glove/``. By default $LEGATO_DATA,
+            else ../shared/data; else GloVe is downloaded into the user's cache (2.2 GB, or 0.9 GB of 6B).
         name: one of ``FILES``.
         width: numbers in a vector.
 
@@ -48,14 +84,17 @@ def word_vectors(
 
     Source: Pennington, Socher & Manning 2014, GloVe: global vectors for word representation.
     """
-    path = vectors_file(data_dir, name)
+    path, file = _find(data_dir, name)
+    check(path, file)
     matrix, found = np.zeros((len(words), width), np.float32), np.zeros(len(words), bool)
     rows = {word.encode(): row for row, word in enumerate(words)}
     try:
-        for word, vector in (_in_arrays if path.suffix == ".npz" else _in_lines)(path, name, rows, width):
-            if not found[row := rows[word]]:  # GloVe has a few words twice: the first is the more frequent
-                matrix[row], found[row] = vector, True
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        with _opened(path, name) as stream:
+            arrays = file.name.endswith(".npz")
+            for word, vector in (_in_arrays if arrays else _in_lines)(stream, rows, width, path):
+                if not found[row := rows[word]]:  # GloVe has a few words twice: the first is the more frequent
+                    matrix[row], found[row] = vector, True
+    except _UNREADABLE as error:
         raise ExperimentError(
             f"{path} cannot be read as the vectors {name}: {error}: put an intact copy there"
         ) from error
@@ -63,27 +102,43 @@ def word_vectors(
 
 
 def vectors_file(data_dir: Path | None, name: str) -> Path:
-    """The file in which ``word_vectors`` finds these vectors.
+    """The file in which ``word_vectors`` finds these vectors, which is downloaded if need be.
 
     Raises:
-        ExperimentError: the name is unknown or the file is missing.
+        ExperimentError: the name is unknown, or the file is missing and cannot be downloaded.
     """
+    return _find(data_dir, name)[0]
+
+
+def _find(data_dir: Path | None, name: str) -> tuple[Path, File]:
     if name not in FILES:
         raise ExperimentError(f"there are no vectors {name!r}: expected one of {', '.join(FILES)}")
-    root = data_dir or Path(os.environ.get("LEGATO_DATA") or "../shared/data")
-    for file in FILES[name]:
-        if (root / file).is_file():
-            return root / file
-    raise ExperimentError(
-        f"there are no vectors {name} in {root}: expected {' or '.join(FILES[name])}: put the file there, or name its "
-        "folder with --data-dir or LEGATO_DATA"
-    )
+    folder, files = FILES[name]
+    for file in files:
+        path = find(file, folder, data_dir)
+        if path is not None:
+            return path, file
+    others = " or ".join(file.name for file in files[:-1])
+    return need(files[-1], folder, data_dir, otherwise=others), files[-1]
 
 
-def _in_arrays(path: Path, name: str, rows: dict[bytes, int], width: int) -> Iterator[tuple[bytes, np.ndarray]]:
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[BufferedIOBase]:
+    """The bytes of a file, unpacked; of an archive, those of the text of this name."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.txt") as file:
+            yield file  # type: ignore[misc]
+    else:
+        with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb") as file:
+            yield file  # type: ignore[misc]
+
+
+def _in_arrays(
+    stream: BufferedIOBase, rows: dict[bytes, int], width: int, path: Path
+) -> Iterator[tuple[bytes, np.ndarray]]:
     """Arrays ``words`` (bytes) and ``vectors`` of one length."""
-    with np.load(path, allow_pickle=False) as file:
-        words, vectors = file["words"], file["vectors"]
+    with np.load(stream, allow_pickle=False) as arrays:
+        words, vectors = arrays["words"], arrays["vectors"]
     if vectors.ndim != 2 or words.shape != vectors.shape[:1]:
         raise ValueError(f"expected a vector for each word, got {words.shape} words and vectors {vectors.shape}")
     _expect(width, vectors.shape[1], path)
@@ -92,34 +147,24 @@ def _in_arrays(path: Path, name: str, rows: dict[bytes, int], width: int) -> Ite
             yield word, vectors[index]
 
 
-def _in_lines(path: Path, name: str, rows: dict[bytes, int], width: int) -> Iterator[tuple[bytes, np.ndarray]]:
+def _in_lines(
+    stream: BufferedIOBase, rows: dict[bytes, int], width: int, path: Path
+) -> Iterator[tuple[bytes, np.ndarray]]:
     """Lines of a word and its numbers, between spaces."""
     number = 0
-    with _text(path, name) as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                _expect(width, line.count(b" "), path)
-            if line.partition(b" ")[0] not in rows:
-                continue
-            # Some words of glove.840B have spaces in them, so the numbers are counted from the end.
-            word, *numbers = line.rsplit(b" ", width)
-            if len(numbers) != width:
-                raise ValueError(f"expected a word and {width} numbers in line {number:,}, got {len(numbers)} numbers")
-            if word in rows:
-                yield word, np.array(numbers, np.float32)
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            _expect(width, line.count(b" "), path)
+        if line.partition(b" ")[0] not in rows:
+            continue
+        # Some words of glove.840B have spaces in them, so the numbers are counted from the end.
+        word, *numbers = line.rsplit(b" ", width)
+        if len(numbers) != width:
+            raise ValueError(f"expected a word and {width} numbers in line {number:,}, got {len(numbers)} numbers")
+        if word in rows:
+            yield word, np.array(numbers, np.float32)
     if not number:
         raise ValueError("expected lines of a word and its numbers, got an empty file")
-
-
-@contextmanager
-def _text(path: Path, name: str) -> Iterator[BinaryIO]:
-    """The lines of a text file, or of the text file of this name in a zip file."""
-    if path.suffix != ".zip":
-        with open(path, "rb") as file:
-            yield file
-        return
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.txt") as file:
-        yield file  # type: ignore[misc]
 
 
 def _expect(width: int, found: int, path: Path) -> None:
