@@ -3,9 +3,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from legato.experiments.data.encoded import encoded, found
+from legato.experiments.data.encoded import arrays, encoded, found
 from legato.experiments.data.files import File
 from legato.experiments.data.texts import Labelled, Pairs, Parallel
+from legato.experiments.data.vectors import FILES
 from legato.experiments.task import ExperimentError
 
 
@@ -139,7 +140,8 @@ def test_labels_that_are_not_one_to_a_text_are_refused(files):
         encoded("questions", lambda: data, files)
 
 
-def test_vectors_belong_to_the_words_and_are_read_once(files, tmp_path):
+def test_vectors_belong_to_the_words_and_are_read_once(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(FILES, "vectors300", ("vectors300", (File("sg300_wiki_imdb.npz"),)))
     words = np.array([b"film", b"good", b"what"])
     vectors = np.arange(3 * 300, dtype=np.float16).reshape(3, 300) / 64
     np.savez(tmp_path / "sg300_wiki_imdb.npz", words=words, vectors=vectors)
@@ -152,7 +154,7 @@ def test_vectors_belong_to_the_words_and_are_read_once(files, tmp_path):
         assert data.found.sum() == 2
         assert not data.vectors[~data.found].any()
     (tmp_path / "sg300_wiki_imdb.npz").unlink()
-    with pytest.raises(ExperimentError, match="no vectors vectors300"):
+    with pytest.raises(ExperimentError, match=r"there is no sg300_wiki_imdb\.npz there"):
         encoded("reviews", lambda: REVIEWS, files, vectors="vectors300", data_dir=tmp_path)
 
 
@@ -177,3 +179,17 @@ def test_what_has_no_files_is_not_cached():
     for _ in range(2):
         assert text(encoded("reviews", load, list), "test") == ["good <unk>", "film"]
     assert len(calls) == 2
+
+
+def test_arrays_need_no_words(files):
+    class Characters(NamedTuple):
+        train: np.ndarray
+        source: str = "characters"
+
+    calls, load = counted(Characters(np.arange(5, dtype=np.uint8)))
+    for _ in range(2):
+        data = arrays("characters", load, files)
+        assert data["train"].tolist() == [0, 1, 2, 3, 4]
+        assert data["train"].dtype == np.uint8
+        assert data["source"] == "characters"
+    assert len(calls) == 1

@@ -4,8 +4,8 @@ A recipe calls ``encoded`` and makes batches of what it returns::
 
     data = encoded(
         "imdb",
-        lambda: imdb.imdb(data_dir),
-        lambda: found(imdb.FOLDER, (imdb.ARCHIVE, *imdb.PARTS.values()), data_dir),
+        lambda: imdb(data_dir),
+        lambda: imdb_files(data_dir),
         only=("train", "validation", "test"),
         vocabulary={"least_count": 2},
         vectors="vectors300",
@@ -89,8 +89,9 @@ def encoded(
         name: of the entry in the cache; another one for every other ``load``, such as "imdb-unlabelled".
         load: reads the data; called only if nothing is cached. It returns a tuple with named fields: lists of texts,
             lists of labels, such tuples again, and the name of the data in ``source``.
-        files: finds the files that ``load`` reads, such as ``found``. Their content, not their names, decides what is
-            read from the cache. If there is none even after ``load``, which may download it, nothing is cached.
+        files: finds the files that ``load`` reads, as the loader's own function does, or ``found``. Their content, not
+            their names, decides what is read from the cache. If there is none even after ``load``, which may download
+            it, nothing is cached.
         vocabulary: arguments of ``word_vocabulary``, or ``{"bpe": size}`` with those of ``bpe_vocabulary``; a list of
             ``words`` must be in it, not in a file.
         learnt_from: the words are counted in texts with one of these in their name.
@@ -113,14 +114,7 @@ def encoded(
         "examples": examples,
     }
 
-    def build(data: Any) -> dict[str, Any]:
-        return _numbers(load() if data is None else data, asked, learnt_from, only, examples)
-
-    paths, data = files(), None
-    if not paths:
-        data = load()
-        paths = files()
-    content = prepare(name, settings, [*_CODE, *paths], lambda: build(data)) if paths else build(data)
+    content = _kept(name, settings, load, files, lambda data: _numbers(data, asked, learnt_from, only, examples))
     made = Vocabulary.from_json(content["vocabulary"])
     texts = {
         key.removeprefix("ids "): Texts(ids, content[f"offsets {key.removeprefix('ids ')}"])
@@ -142,15 +136,45 @@ def encoded(
     return Encoded(texts, labels, made, content["source"], np.array(rows["matrix"]), np.array(rows["found"]))
 
 
+def arrays(name: str, load: Callable[[], Any], files: Callable[[], Sequence[Path]]) -> dict[str, Any]:
+    """The arrays and strings of a data set that needs no words, such as text8: as ``encoded``, from the cache.
+
+    Args:
+        name: as in ``encoded``.
+        load: as in ``encoded``; it returns a tuple with named fields, arrays and strings.
+        files: as in ``encoded``.
+    """
+    return _kept(name, {}, load, files, lambda data: data._asdict())
+
+
 def found(folder: str, files: Iterable[File], data_dir: Path | None = None) -> list[Path]:
     """Where those of a data set's files lie that are there; ``files.find`` looks for each."""
     paths = (find(file, folder, data_dir) for file in files)
     return [path for path in paths if path is not None]
 
 
+def _kept(
+    name: str,
+    settings: dict[str, Any],
+    load: Callable[[], Any],
+    files: Callable[[], Sequence[Path]],
+    make: Callable[[Any], dict[str, Any]],
+) -> dict[str, Any]:
+    """What ``make`` makes of what ``load`` returns, from the cache if the files are the same."""
+    paths, data = files(), None
+    if not paths:
+        data = load()
+        paths = files()
+
+    def build() -> dict[str, Any]:
+        return make(load() if data is None else data)
+
+    return prepare(name, settings, [*_CODE, *paths], build) if paths else build()
+
+
 def _numbers(
     data: Any, vocabulary: dict[str, Any], learnt_from: Sequence[str], only: Sequence[str] | None, examples: int | None
-) -> dict[str, np.ndarray | str]:
+) -> dict[str, Any]:
     """The arrays and strings that are kept in the cache."""
     texts: dict[str, list[str]] = {}
     labels: dict[str, list[int]] = {}
