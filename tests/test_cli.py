@@ -75,7 +75,7 @@ def test_version_and_help(capsys):
             "no option --length (did you mean --lengths?): see legato benchmark networks",
         ),
         ("benchmark kernel --features x", "--features: expected int, got 'x': see legato benchmark kernel --help"),
-        ("", "expected a command: list, train, evaluate, report, benchmark, demo: see legato --help"),
+        ("", "expected a command: list, train, evaluate, report, benchmark, demo, data: see legato --help"),
         ("report --markdwn x", "there is no option --markdwn (did you mean --markdown?): see legato report --help"),
         ("evaluate", "legato evaluate --help"),
     ],

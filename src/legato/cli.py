@@ -87,6 +87,8 @@ def _run(chosen: Any) -> int:
         from legato.experiments.demo import demo
 
         demo(given.out)
+    elif command == "data":
+        _data(given.subcommand, given[given.subcommand])
     return 0
 
 
@@ -98,6 +100,18 @@ def _benchmark(table: str, given: Any) -> None:
         benchmark_kernel(given.features, options)
     else:
         benchmark_networks(given.networks, options)
+
+
+def _data(subcommand: str, given: Any) -> None:
+    if subcommand == "list":
+        from legato.experiments.data.catalogue import show
+
+        show(given.data_dir, thorough=given.check)
+    else:
+        from legato.experiments.data.convert import convert
+
+        for path in convert(given.name, given["from"], given.to):
+            print(f"{path} ({path.stat().st_size / 1e6:,.1f} MB)")
 
 
 def _parsers() -> dict[str, Any]:
@@ -162,6 +176,7 @@ def _parsers() -> dict[str, Any]:
     parsers: dict[str, Any] = {"": root, "list": listing, "train": training, "evaluate": evaluating}
     parsers |= {"report": reporting, "benchmark": measuring, "demo": showing}
     parsers |= {"benchmark kernel": kernel, "benchmark networks": networks}
+    parsers |= _add_data(commands, parser)
     for name in names():
         which = recipe(name)
         # For the list of recipes only: a parser that hangs below another loses --print_config when it is used alone.
@@ -201,6 +216,26 @@ def _add_options(parser: Any) -> None:
     add("--accelerator", type=str, default="auto", help="auto, cpu, gpu, ... as Lightning has them")
     add("--devices", type=int, default=1, help="how many devices; torchrun's number of processes counts more")
     add("--precision", type=str, default="32-true", help="32-true, bf16-mixed, 16-mixed or 64-true")
+
+
+def _add_data(commands: Any, parser: Any) -> dict[str, Any]:
+    """The commands about files of data, under their words."""
+    data = parser("legato data list|convert [options]", "Files of data: what is here, and compact forms of others.")
+    commands.add_subcommand("data", data, help="find, check and convert the files of data sets")
+    subcommands = data.add_subcommands(dest="subcommand", title="subcommands")
+    listing = parser("legato data list [--data-dir DIR] [--check]", "What is here of every data set, and its licence.")
+    _add_data_dir(listing)
+    listing.add_argument("--check", action="store_true", help="compare all checksums, not only sizes: some seconds")
+    subcommands.add_subcommand("list", listing, help="what is here, where, whole or not")
+    converting = parser(
+        "legato data convert NAME --from PATH --to DIR", "Make a data set's compact form from its official files."
+    )
+    names = "imdb, qqp, snli, text8 or iwslt15-en-vi"
+    converting.add_argument("name", type=str, help=names)
+    converting.add_argument("--from", type=Path, required=True, help="folder of the official files, or one of them")
+    converting.add_argument("--to", type=Path, required=True, help="folder of data to write to")
+    subcommands.add_subcommand("convert", converting, help="the compact form from the official files")
+    return {"data": data, "data list": listing, "data convert": converting}
 
 
 def _add_data_dir(parser: Any) -> None:
@@ -243,9 +278,9 @@ def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str
     choice = re.search(r"invalid choice: '?([^']+?)'? \(choose from (.*)\)", message)
     if choice:
         names = [name.strip(" '") for name in choice[2].split(",")]
-        kind = {"train": "recipe", "benchmark": "table"}.get(words[0], "command")
+        kind = {"train": "recipe", "benchmark": "table", "data": "subcommand"}.get(words[0], "command")
         return f"there is no {kind} {choice[1]}{_nearest(choice[1], names)}: expected one of {', '.join(names)}"
-    missing = re.search(r'expected "(?:\w+\.)?(recipe|table|command)" to be one of', message)
+    missing = re.search(r'expected "(?:\w+\.)?(recipe|table|subcommand|command)" to be one of', message)
     if missing:
         depth = len(level.split())  # the parser itself cuts a long list short
         names = [name.split()[-1] for name in parsers if name.startswith(level) and len(name.split()) == depth + 1]
@@ -257,7 +292,8 @@ def _explain(message: str, arguments: list[str], parsers: dict[str, Any]) -> str
         wanted = f"one of {literal[1]}" if literal else " or ".join(dict.fromkeys(kinds)).replace("NoneType", "null")
         if wanted:
             return f"--{value[1]}: expected {wanted}, got {value[3].strip()!r}: {see}"
-    message = re.sub(r"arguments are required: \w+\.", "arguments are required: ", message)
+    if "arguments are required" in message:
+        message = re.sub(r"\b[\w.]+\.(?=\w)", "", message)  # the names without those of their commands
     return f"{' '.join(message.split())}: {see}"
 
 

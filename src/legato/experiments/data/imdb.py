@@ -12,8 +12,9 @@ from .texts import Labelled, chosen
 FOLDER = "imdb"
 ARCHIVE = File(
     "aclImdb_v1.tar.gz",
-    checksum="sha256:c40f74a18d3b61f90feba1e17730e0d38e8b97c05fe7008942e91923d1658fe",
-    url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+    84_125_825,
+    "sha256:c40f74a18d3b61f90feba1e17730e0d38e8b97c05fe7008942e91923d1658fe",
+    "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
 )
 #: Our own form of the three parts; the official ones are held to the same checksums, once they are in it.
 PARTS = {
@@ -21,7 +22,7 @@ PARTS = {
     "test": File("test.jsonl", 33_549_569, "sha256:52c63e509e62b822a4417871153914b67923d4338dc12b00c317225c93775216"),
     "unsup": File("unsup.jsonl", 68_331_050, "sha256:f710b634eb418095b95fd9524c9431515843eaf4d86f5f1a92f02605daf2f314"),
 }
-_REVIEW = File("aclImdb/train/pos/0_9.txt")
+REVIEW = File("aclImdb/train/pos/0_9.txt")
 _VALIDATION_PER_CLASS = 1250
 _LABELS = {"neg": 0, "pos": 1}
 Row = dict[str, Any]
@@ -71,7 +72,7 @@ def imdb(data_dir: Path | None = None, *, unlabelled: bool = False) -> IMDB:
 
 def imdb_files(data_dir: Path | None = None, *, unlabelled: bool = False) -> list[Path]:
     """The files that ``imdb`` reads. One review stands for the folder ``aclImdb``: what is read there is checked."""
-    whole = find(ARCHIVE, FOLDER, data_dir) or find(_REVIEW, FOLDER, data_dir)
+    whole = find(ARCHIVE, FOLDER, data_dir) or find(REVIEW, FOLDER, data_dir)
     if whole is None and find(PARTS["train"], FOLDER, data_dir) is not None:
         return [need(PARTS[part], FOLDER, data_dir) for part in _parts(unlabelled)]
     return [whole or need(ARCHIVE, FOLDER, data_dir, otherwise="a folder aclImdb, nor train.jsonl and test.jsonl")]

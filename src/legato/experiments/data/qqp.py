@@ -13,8 +13,9 @@ from .texts import Pairs, chosen
 FOLDER = "qqp"
 OFFICIAL = File(
     "quora_duplicate_questions.tsv",
-    checksum="md5:b6d5672bd9dc1e66ab2bb020ebeafb8d",
-    url="http://qim.fs.quoracdn.net/quora_duplicate_questions.tsv",
+    58_176_133,
+    "md5:b6d5672bd9dc1e66ab2bb020ebeafb8d",
+    "http://qim.fs.quoracdn.net/quora_duplicate_questions.tsv",
 )
 PAIRS = File("pairs.jsonl")  # our own form
 COUNT = 404_290
@@ -49,10 +50,10 @@ def qqp(data_dir: Path | None = None) -> QQP:
     ``qqp-20k``, 9,000 / 1,000 / 10,000, a stand-in: 20,000 of these pairs, half of them duplicates. ``dev.tsv`` trains,
     less the 500 of each class whose row ids have the smallest SHA-256, which validate; ``test.tsv`` tests.
 
-    Forms of the complete data: ``quora_duplicate_questions.tsv`` (a header, quoted as CSV), checked by the MD5 that two
-    public libraries give for it; ``pairs.jsonl``, a line ``{"id": 0, "label": 0, "first": "...", "second": "..."}`` a
-    pair, ASCII, checked by its ids 0 to 404,289. Of the stand-in: label, two questions and row id with tabs between
-    them, no header, no quotes. Any may be packed by xz or gzip.
+    Forms of the complete data: ``quora_duplicate_questions.tsv`` (a header, quoted as CSV), checked by its size and
+    the MD5 that two public libraries give for it; our ``pairs.jsonl``, checked by its ids 0 to 404,289, in ASCII a line
+    ``{"id": 0, "label": 0, "first": "...", "second": "..."}`` a pair. Of the stand-in: label, two questions and
+    row id with tabs between them, no header, no quotes. Any may be packed by xz or gzip.
 
     Args:
         data_dir: folder that holds a form, or holds it in ``qqp/`` or ``qqp-20k/``; the complete data win. By default

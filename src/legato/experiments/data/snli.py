@@ -15,6 +15,7 @@ ARCHIVE = File(
     checksum="sha256:afb3d70a5af5d8de0d9d81e2637e0fb8c22d1235c2749d83125ca43dab0dbd3e",
     url="https://nlp.stanford.edu/projects/snli/snli_1.0.zip",
 )
+FORMS = ("snli_1.0_{}.jsonl", "{}.jsonl")  # the official parts, and ours
 #: Pairs with a label that annotators agreed on.
 COUNTS = {"train": 549_367, "dev": 9_842, "test": 9_824}
 LABELS = ("entailment", "neutral", "contradiction")
@@ -65,10 +66,7 @@ def snli(data_dir: Path | None = None) -> SNLI:
         cad, sick, dev, tested = paths
         train = _pairs(_tsv(cad, CAD) + _sick(sick))
         return SNLI(train, _pairs(_tsv(dev, DEV)), _pairs([_joined(row) for row in _tsv(tested, TEST)]), "cad+sick")
-    if paths[0].name == ARCHIVE.name:
-        check(paths[0], ARCHIVE)
-        paths *= len(COUNTS)
-    train, validation, test = (_pairs(inferences(path, part)) for path, part in zip(paths, COUNTS, strict=True))
+    train, validation, test = map(_pairs, inferences(paths).values())
     return SNLI(train, validation, test, FOLDER)
 
 
@@ -76,7 +74,7 @@ def snli_files(data_dir: Path | None = None) -> list[Path]:
     """The archive, or the file of each part, or the four of the stand-in, that ``snli`` reads."""
     archive = find(ARCHIVE, FOLDER, data_dir)
     if archive is None:
-        for form in ("snli_1.0_{}.jsonl", "{}.jsonl"):
+        for form in FORMS:
             if find(File(form.format("train")), FOLDER, data_dir) is not None:
                 return [need(File(form.format(part)), FOLDER, data_dir) for part in COUNTS]
         stand_in = [find(file, folder, data_dir) for file, folder in STAND_IN.items()]
@@ -85,12 +83,25 @@ def snli_files(data_dir: Path | None = None) -> list[Path]:
     return [archive or need(ARCHIVE, FOLDER, data_dir, otherwise="snli_1.0_train.jsonl, train.jsonl or cad_train.tsv")]
 
 
-def inferences(path: Path, part: str) -> list[Row]:
-    """The rows of SNLI's ``train``, ``dev`` or ``test``, from any form: ``label``, ``first`` and ``second``."""
-    official, ours = File(f"snli_1.0_{part}.jsonl"), File(f"{part}.jsonl")
+def inferences(paths: list[Path]) -> dict[str, list[Row]]:
+    """The rows of SNLI's ``train``, ``dev`` and ``test``, as ``snli_files`` found them."""
+    if paths[0].name == ARCHIVE.name:
+        check(paths[0], ARCHIVE)
+        paths = paths * len(COUNTS)
+    return {part: _rows(path, part) for path, part in zip(paths, COUNTS, strict=True)}
+
+
+def as_lines(rows: list[Row]) -> bytes:
+    """Our own form of a part."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _rows(path: Path, part: str) -> list[Row]:
+    official, ours = (File(form.format(part)) for form in FORMS)
     if path.name == ARCHIVE.name:
-        path = path / "snli_1.0" / official.name
-        rows = _official(lines(zip_member(path.parents[1], f"snli_1.0/{official.name}"), path), path)
+        member = f"snli_1.0/{official.name}"
+        path, content = path / member, zip_member(path, member)
+        rows = _official(lines(content, path), path)
     elif path.name.startswith(official.name):
         rows = _official(read_text(path, official), path)
     else:
@@ -101,11 +112,6 @@ def inferences(path: Path, part: str) -> list[Row]:
             "put an intact copy there"
         )
     return rows
-
-
-def as_lines(rows: list[Row]) -> bytes:
-    """Our own form of a part."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _official(rows: list[str], path: Path) -> list[Row]:
