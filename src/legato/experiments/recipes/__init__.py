@@ -17,6 +17,7 @@ _MODULES = {
     "capacity": "capacity",
     "copy-memory": "copy_memory",
     "imdb": "imdb",
+    "iwslt15": "iwslt15",
     "long-dependency": "long_dependency",
     "long-dependency-paper": "long_dependency_paper",
     "mackey-glass": "mackey_glass",
