@@ -147,15 +147,18 @@ def test_of_two_processes_one_builds_and_the_other_reads(tmp_path):
     assert log.read_text() == "built\n"
 
 
-def test_a_build_that_is_killed_leaves_nothing_that_is_read(folder, tmp_path):
-    log = tmp_path / "log"
-    killed = slow(log, 60)
-    while not log.exists():
+@pytest.mark.parametrize("stage", ["build", "write"])
+def test_a_process_that_is_killed_leaves_nothing_that_is_read(folder, tmp_path, monkeypatch, stage):
+    log, writing = tmp_path / "log", tmp_path / "writing"
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "_to_disk", lambda file: (file.flush(), writing.touch(), time.sleep(60)))
+        killed = slow(log, 60 if stage == "build" else 0)
+    while not (log if stage == "build" else writing).exists():
         time.sleep(0.02)
         assert killed.is_alive()
-    (folder / f"{next(folder.glob('*.lock')).stem}.left.partial").mkdir()  # as if it had begun to write
     killed.kill()
     killed.join(60)
+    assert any(path.suffix == ".partial" for path in folder.iterdir()) == (stage == "write")
     assert got(slow(log, 0), log) == "499500 '\\u3042\\n'"
     assert log.read_text() == "built\n" * 2
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".lock"]

@@ -78,8 +78,9 @@ def padded(
         ExperimentError: ``longest`` is less than 1, or ``truncate`` is neither.
 
     Example:
-        >>> padded([np.array([5, 6, 7]), np.array([8])], longest=2, truncate="front")
-        (tensor([[6, 7], [8, 0]]), tensor([2, 1]), 1)
+        >>> words, lengths, cut = padded([np.array([5, 6, 7]), np.array([8])], longest=2, truncate="front")
+        >>> words.tolist(), lengths.tolist(), cut
+        ([[6, 7], [8, 0]], [2, 1], 1)
     """
     if truncate not in ("front", "back"):
         raise ExperimentError(f'truncate must be "front" or "back", got {truncate!r}')
