@@ -50,7 +50,7 @@ class Bucketed(Examples):
             yield batches.pop()
 
 
-def padding_share(batches: Iterable[Int[Tensor, " B"]], lengths: Int[Tensor, " size"]) -> float:
+def padding_share(batches: Iterable[Tensor], lengths: Int[Tensor, " size"]) -> float:
     """Share of padding among all steps of these batches, each as long as its longest example."""
     words = steps = 0
     for indices in batches:
