@@ -5,6 +5,7 @@ A file is looked for in the folder that is named, else in ../shared/data and in 
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -14,12 +15,13 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..task import ExperimentError
 
 _SHARED = Path("../shared/data")
 _BLOCK = 1 << 20  # bytes read at a time
+_RECEIVED = 1 << 16  # bytes of a download at a time: what a broken connection may lose
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 
 
@@ -317,7 +319,9 @@ class _Resuming:
         shown = (TextColumn(self.part.stem), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with open(self.part, "ab" if have else "wb") as stream, Progress(*shown, console=Console(stderr=True)) as bar:
             line = bar.add_task("", total=total, completed=have)
-            for block in reply.iter_content(_BLOCK):
+            # What came before the connection broke is kept; how much that is, is compared below.
+            reply.raw.enforce_content_length = False
+            for block in reply.iter_content(_RECEIVED):
                 stream.write(block)
                 bar.advance(line, len(block))
         received = self.part.stat().st_size
@@ -338,9 +342,10 @@ def _places(folder: str, data_dir: Path | None) -> Iterator[Path]:
         yield cache() / folder
 
 
-def _unpacked(path: Path, packed: bool) -> IO[bytes]:
-    opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix if packed else "", open)
-    return opened(path, "rb")  # pyright: ignore[reportReturnType, reportCallIssue, reportArgumentType]
+def _unpacked(path: Path, packed: bool) -> io.BufferedIOBase:
+    if packed and path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return lzma.open(path, "rb") if packed and path.suffix == ".xz" else open(path, "rb")
 
 
 def _blocks(path: Path, packed: bool) -> Iterator[bytes]:
@@ -348,7 +353,7 @@ def _blocks(path: Path, packed: bool) -> Iterator[bytes]:
         yield from iter(lambda: stream.read(_BLOCK), b"")
 
 
-def _packing(raw: IO[bytes], suffix: str) -> Any:
+def _packing(raw: io.BufferedWriter, suffix: str) -> io.BufferedIOBase:
     if suffix == ".gz":
         return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
     return lzma.open(raw, "wb") if suffix == ".xz" else raw
