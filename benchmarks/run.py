@@ -24,8 +24,8 @@ from measure import copy_bandwidth, judge, machine, save
 
 ROOT = Path(__file__).parent.parent
 ALL = ("recurrence", "lti", "layers", "training", "streaming", "memory", "startup", "scaling")
-# What a variant of ours, or a setting of the user's, is worth against another: not in ``all``, which takes 15 minutes.
-BY_NAME = ("gated", "allocator")
+# Variants of ours, settings of the user's, data that must be at hand: not in ``all``, which takes 15 minutes.
+BY_NAME = ("gated", "allocator", "preparing")
 SUBJECTS = ALL + BY_NAME
 
 

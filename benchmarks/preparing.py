@@ -1,0 +1,66 @@
+"""From the files of a data set to a task that is ready to train: the first time, and again from the cache.
+
+Every figure is a new process with the recipe's own defaults, timed from before the data is asked for until the network
+is built; the peak is the resident memory of the whole process. Data sets that are not at hand are left out; nothing is
+downloaded.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+from measure import Target
+
+FIRST, AGAIN = "first start", "again, from the cache"
+# The recipe, and how many times it is started again.
+RECIPES = {"imdb": 3, "text8": 3, "qqp": 1, "snli": 1}
+_BUILD = """
+import json, resource, sys, time
+from legato.experiments.recipes import recipe
+from legato.experiments.task import ExperimentError
+which = recipe(sys.argv[1])
+start = time.perf_counter()
+try:
+    task = which.build(which.config(), 0, None)
+except ExperimentError as error:
+    print(json.dumps({"missing": str(error)}))
+else:
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"data": task.source, "seconds": seconds, "peak_GiB": peak}))
+"""
+
+TESTS = ("tests/experiments/test_prepared.py", "tests/experiments/test_encoded.py")
+TARGETS = (
+    Target("IMDB, first start", "seconds", 60, "s", {"recipe": "imdb", "start": FIRST}, at_most=True),
+    Target("IMDB, peak memory of the first start", "peak_GiB", 2, "GiB", {"recipe": "imdb", "start": FIRST}, True),
+    Target("100 million characters, first start", "seconds", 30, "s", {"recipe": "text8", "start": FIRST}, True),
+    *(
+        Target(f"{name}, again", "seconds", 2, "s", {"recipe": recipe, "start": AGAIN}, at_most=True)
+        for name, recipe in (("IMDB", "imdb"), ("100 million characters", "text8"))
+    ),
+)
+
+
+def measure() -> list[dict]:
+    rows = []
+    for name, repeats in RECIPES.items():
+        with tempfile.TemporaryDirectory() as cache:
+            starts = [_start(name, cache) for _ in range(1 + repeats)]
+        if "missing" in starts[0]:
+            print(f"{name} is left out: {starts[0]['missing']}", file=sys.stderr)
+            continue
+        again = sorted(starts[1:], key=lambda row: row["seconds"])[repeats // 2]
+        rows += [{"recipe": name, "start": start, **row} for start, row in ((FIRST, starts[0]), (AGAIN, again))]
+    return rows
+
+
+def _start(name: str, cache: str) -> dict:
+    # A folder that is named is all that is looked at.
+    environment = {"LEGATO_DATA": "../shared/data", **os.environ, "LEGATO_CACHE": cache}
+    done = subprocess.run([sys.executable, "-c", _BUILD, name], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} could not be prepared:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
