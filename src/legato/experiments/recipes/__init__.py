@@ -17,6 +17,10 @@ _MODULES = {
     "capacity": "capacity",
     "copy-memory": "copy_memory",
     "imdb": "imdb",
+    "imdb-language-model": "imdb_language_model",
+    "imdb-language-model-large": "imdb_language_model_large",
+    "imdb-pretrained": "imdb_pretrained",
+    "imdb-pretrained-large": "imdb_pretrained_large",
     "iwslt15": "iwslt15",
     "long-dependency": "long_dependency",
     "long-dependency-paper": "long_dependency_paper",
@@ -24,6 +28,8 @@ _MODULES = {
     "psmnist": "psmnist",
     "qqp": "qqp",
     "snli": "snli",
+    "text8": "text8",
+    "text8-large": "text8_large",
 }
 
 

@@ -1,0 +1,128 @@
+"""What every language-model recipe shares: how a long text is read in training and in evaluation, and the figures.
+
+A text is one array of tokens. In training, readers start at random places each epoch and read on window by window,
+their states carried over. In evaluation the text is cut into streams, each warmed up on what stands before it, and
+every token counts once. Next: ``recipes/text8.py``.
+"""
+
+from collections.abc import Iterator
+from math import exp, log
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from legato._shapes import Int, Tensor
+from legato.models import LanguageModel
+
+from .task import Batch, Examples, Task
+
+
+class Windows(Examples):
+    """Windows of a text for training: (tokens, targets, positions), the targets one step on.
+
+    Args:
+        text: the tokens, one array of integers.
+        batch_size: readers, each at a place of its own.
+        window: tokens that a reader reads between two updates; the text is taken as a ring.
+        updates: in an epoch that is not told how many; None is one pass over the text.
+    """
+
+    def __init__(self, text: np.ndarray, batch_size: int, window: int, updates: int | None = None):
+        super().__init__(max(1, len(text) // window), batch_size, self._read)
+        self.text, self.window, self.updates = text, window, updates
+
+    def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
+        """Where every reader stands, update by update."""
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        start = torch.randint(len(self.text), (self.batch_size,), generator=generator)
+        for number in range(updates):
+            yield start + number * self.window
+
+    @property
+    def updates_per_pass(self) -> int:
+        return self.updates or max(1, self.size // self.batch_size)
+
+    def _read(self, positions: Int[Tensor, "B"]) -> Batch:
+        places = (positions.numpy()[:, None] + np.arange(self.window + 1)) % len(self.text)
+        tokens = torch.from_numpy(self.text[places].astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:], positions
+
+
+class Streams(Examples):
+    """A text in ``count`` parts that are read side by side: (tokens, targets, counted), each (streams, steps).
+
+    Args:
+        text: the tokens to be predicted, each counted once.
+        before: what stands before the text: every part is warmed up on ``warm_up`` tokens, the first one on these.
+        count: parts.
+        warm_up: tokens read before a part's first one counts.
+    """
+
+    def __init__(self, text: np.ndarray, before: np.ndarray, count: int, warm_up: int):
+        count = min(count, len(text))
+        super().__init__(count, count, self._read)
+        self.length, self.warm_up, self.tokens = -(-len(text) // count), warm_up, len(text)
+        before = before[-(warm_up + 1) :]
+        lead, rest = warm_up + 1 - len(before), count * self.length - len(text)
+        self.text = np.concatenate([np.zeros(lead, text.dtype), before, text, np.zeros(rest, text.dtype)])
+
+    def _read(self, rows: Int[Tensor, "S"]) -> Batch:
+        steps = np.arange(self.warm_up + self.length)
+        places = rows.numpy()[:, None] * self.length + steps
+        counted = (steps >= self.warm_up) & (places - self.warm_up < self.tokens)
+        tokens, targets = (torch.from_numpy(self.text[at].astype(np.int32)) for at in (places, places + 1))
+        return tokens, targets, torch.from_numpy(counted)
+
+
+class LanguageTask(Task):
+    """Predict the next token. A recipe sets the model, ``train`` to Windows and the others to Streams."""
+
+    higher_is_better = False
+    train: Windows  # pyright: ignore[reportIncompatibleVariableOverride]
+    #: Steps of a stream that are evaluated at once; it changes nothing but memory and time.
+    steps_at_once = 256
+
+    def __init__(self) -> None:
+        self.carried: tuple[Tensor, Any] | None = None
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, targets, positions = batch
+        model = cast(LanguageModel, model)
+        loss, state = model.loss(tokens, targets, self._state(model, positions))
+        self.carried = positions + tokens.shape[1], _map(lambda tensor: tensor.detach(), state)
+        return loss
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[-log p in nats, tokens] over the tokens that count."""
+        state, nats = None, []
+        for tokens, targets, counted in zip(*(part.split(self.steps_at_once, 1) for part in batch), strict=True):
+            log_p, state = cast(LanguageModel, model).score(tokens.long(), targets.long(), state)
+            nats.append(-(log_p * counted).sum())
+        return torch.stack([torch.stack(nats).double().sum(), batch[2].sum().double()])
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        nats, tokens = totals.tolist()
+        if self.metric == "perplexity":
+            return {"perplexity": exp(min(nats / tokens, 700.0))}
+        return {"bits_per_character": nats / tokens / log(2)}
+
+    def tokens(self, batch: Batch) -> int:
+        return batch[0].numel()
+
+    def _state(self, model: LanguageModel, positions: Tensor) -> Any:
+        """That of the readers who go on where they stopped, zeros for those who start elsewhere."""
+        if self.carried is None or len(self.carried[0]) != len(positions):
+            return model.initial_state(len(positions))
+        stopped, state = self.carried
+        started = positions != stopped
+        return _map(lambda tensor: tensor.masked_fill(started.view(-1, *[1] * (tensor.ndim - 1)), 0), state)
+
+
+def _map(change: Any, state: Any) -> Any:
+    """A state with every tensor in it changed."""
+    if isinstance(state, Tensor):
+        return change(state)
+    parts = [_map(change, part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)

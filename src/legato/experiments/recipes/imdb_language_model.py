@@ -1,0 +1,201 @@
+"""A language model on the 75,000 film reviews that are not IMDB's test texts; ``imdb_pretrained.py`` reads on from it.
+
+The reviews of the training set, less those that validate, and the unlabelled ones stand one after another, an end
+symbol behind each. The validation reviews choose the weights, and as many of the unlabelled ones are held out for the
+test figure: no test text and no label is ever read. ``imdb_language_model_large.py`` is the paper's size, for a GPU.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from legato.models import Embedding, LanguageModel
+
+from ..data.encoded import Encoded, encoded, found
+from ..data.imdb import ARCHIVE, FOLDER, PARTS, imdb
+from ..data.words import END, Texts
+from ..kinds import Kind, layer_of
+from ..language import LanguageTask, Streams, Windows
+from ..task import ExperimentError, Paper, Training
+from ._classification import Fingerprint
+
+# The paper pre-trains on Amazon's reviews and reports what fine-tuning makes of it: see imdb_pretrained.py.
+PAPER = Paper(
+    source="knowing nothing: every word of the vocabulary alike",
+    metric="perplexity",
+    value=20_000,
+    parameters="0",
+    digits=1,
+)
+SMOKE = {
+    "data.examples": 40,
+    "data.held_out": 10,
+    "data.vocabulary": 500,
+    "data.streams": 4,
+    "data.warm_up": 20,
+    "model.channels": 16,
+    "model.width": 8,
+    "model.blocks": 2,
+    "model.cutoffs": [100],
+    "training.batch_size": 4,
+    "training.window": 32,
+    "training.epochs": 2,
+    "training.updates_per_epoch": 3,
+}
+
+
+@dataclass
+class Data:
+    """The reviews as one long text of words.
+
+    Args:
+        examples: so many reviews of each split only; null is all.
+        vocabulary: words at most, the most frequent of the training and the unlabelled reviews, four symbols included.
+        validation_words: of the validation reviews, those that choose the best weights.
+        held_out: unlabelled reviews, the last ones, for the test figure.
+        vectors: of the words, at first: vectors300 or glove.840B.300d, from disk; null draws them.
+        streams: parts of the validation and of the test text that are read side by side.
+        warm_up: words before each part that are read first and do not count.
+    """
+
+    examples: int | None = None
+    vocabulary: int = 20_000
+    validation_words: int = 100_000
+    held_out: int = 2_500
+    vectors: str | None = None
+    streams: int = 64
+    warm_up: int = 100
+
+
+@dataclass
+class Model:
+    """The network: word vectors, blocks of memory, dense and highway layers, a weighted sum of all depths, softmax.
+
+    Args:
+        kind: of the layer in the memory's place: lmu, gilr-lstm, sru, lstm or transformer.
+        width: of the word vectors.
+        channels: of every layer.
+        blocks: of memory, dense and highways.
+        highways: in each block and above the sum.
+        order: numbers that the memory keeps for each channel.
+        theta: window of the memory, in words.
+        cutoffs: where the clusters of rarer words begin, for adaptive softmax; empty is plain softmax.
+        tied: the softmax reads with the word vectors, which needs plain softmax.
+        dropout: share of the channels dropped in training.
+        word_dropout: share of the vocabulary left out of each update.
+    """
+
+    kind: Kind = "lmu"
+    width: int = 128
+    channels: int = 128
+    blocks: int = 2
+    highways: int = 1
+    order: int = 4
+    theta: float = 10.0
+    cutoffs: list[int] = field(default_factory=lambda: [2000, 8000])
+    tied: bool = False
+    dropout: float = 0.0
+    word_dropout: float = 0.0
+
+
+@dataclass
+class Reading(Training):
+    """Trained by readers who start at random places each epoch and read on, window by window.
+
+    Args:
+        window: words that a reader reads between two updates.
+    """
+
+    epochs: int = 8
+    updates_per_epoch: int | None = 400
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    warmup: float = 0.05
+    max_norm: float | None = 1.0
+    window: int = 64
+
+
+@dataclass
+class Config:
+    """A language model on IMDB's 75,000 reviews without the test texts, to be fine-tuned by imdb-pretrained."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: Reading = field(default_factory=Reading)
+
+
+def build(config: Config, seed: int, data_dir: Path | None = None) -> "NextWord":
+    """The task of this configuration, its weights drawn by ``seed``."""
+    reviews = encoded_reviews(config.data, data_dir)
+    torch.manual_seed(seed)
+    return NextWord(config, reviews)
+
+
+class NextWord(LanguageTask):
+    metric = "perplexity"
+
+    def __init__(self, config: Config, reviews: Encoded) -> None:
+        super().__init__()
+        data, training, texts = config.data, config.training, reviews.texts
+        self.source = f"{reviews.source} reviews"
+        unlabelled = texts["unlabelled"]
+        kept = len(unlabelled) - data.held_out
+        if kept < 1:
+            raise ExperimentError(
+                f"expected fewer reviews held out than the {len(unlabelled):,} unlabelled ones, got {data.held_out:,}: "
+                "lower --data.held_out"
+            )
+        train = np.concatenate([end_to_end(texts["train"]), end_to_end(unlabelled, slice(kept))])
+        validation, test = end_to_end(texts["validation"]), end_to_end(unlabelled, slice(kept, None))
+        self.train = Windows(train, training.batch_size, training.window)
+        self.validation = Streams(validation[: data.validation_words], train, data.streams, data.warm_up)
+        self.test = Streams(test, train, data.streams, data.warm_up)
+        self.model = network(config.model, reviews)
+        if config.model.kind == "lmu":
+            self.model.calibrate(self.train.take(torch.linspace(0, len(train), 64).long())[0])
+
+
+def encoded_reviews(data: Data, data_dir: Path | None) -> Encoded:
+    """Every review as numbers, by a vocabulary in which no test text has a part."""
+    return encoded(
+        "imdb-unlabelled",
+        lambda: imdb(data_dir, unlabelled=True),
+        lambda: found(FOLDER, (ARCHIVE, *PARTS.values()), data_dir),
+        vocabulary={"largest": data.vocabulary},
+        learnt_from=("train", "unlabelled"),
+        examples=data.examples,
+        vectors=data.vectors,
+        data_dir=data_dir,
+    )
+
+
+def end_to_end(texts: Texts, which: slice = slice(None)) -> np.ndarray:
+    """These texts as one, an end symbol behind each."""
+    first, last, _ = which.indices(len(texts))
+    begin, end = texts.offsets[first], texts.offsets[last]
+    return np.insert(texts.ids[begin:end], texts.offsets[first + 1 : last + 1] - begin, END)
+
+
+def network(config: Model, reviews: Encoded) -> LanguageModel:
+    """The language model, with its vocabulary's digest beside the weights."""
+    if reviews.vectors is not None and reviews.vectors.shape[1] != config.width:
+        raise ExperimentError(
+            f"the word vectors are {reviews.vectors.shape[1]} wide, and the network reads {config.width}: "
+            f"set --model.width {reviews.vectors.shape[1]}, or choose other --data.vectors"
+        )
+    words = reviews.vocabulary.size
+    model = LanguageModel(
+        Embedding(words, config.width, vectors=reviews.vectors, dropout=config.word_dropout),
+        lambda size: layer_of(config.kind, size, size, order=config.order, theta=config.theta),
+        blocks=config.blocks,
+        channels=config.channels,
+        dense=config.kind != "lmu",  # an LMU reads its memory with a dense layer of its own
+        highways=config.highways,
+        tied=config.tied,
+        cutoffs=[cutoff for cutoff in config.cutoffs if cutoff < words],
+        dropout=config.dropout,
+    )
+    model.vocabulary = Fingerprint(reviews.vocabulary)
+    return model

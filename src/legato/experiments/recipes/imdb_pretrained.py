@@ -1,0 +1,239 @@
+"""IMDB with pre-training: a review's sentiment, read from the features of a language model that is trained further.
+
+``legato train imdb-language-model`` first, then ``legato train imdb-pretrained --language_model RUN``; without a name
+the newest run is taken. ``--pretrained false`` trains the same network from drawn weights.
+``imdb_pretrained_large.py`` is the paper's size, for a GPU.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from legato._shapes import Float, Int, Tensor
+from legato.models import LanguageModel
+
+from .. import checkpoint as checkpoints
+from ..data.buckets import Bucketed, padded
+from ..data.encoded import Encoded
+from ..task import Batch, ExperimentError, Paper, Task, Training
+from . import imdb_language_model
+from ._classification import check_labels
+from .imdb_language_model import Model, encoded_reviews, network
+
+PAPER = Paper(
+    source="Chilkuri & Eliasmith 2021, table 3",
+    metric="accuracy",
+    value=93.20,
+    parameters="34M",
+    unit=" %",
+    scale=100.0,
+    digits=2,
+    data="IMDB",
+    baselines={"LSTM (remembered)": 92.88, "DistilBERT": 92.82},
+    kinds={"lstm": "LSTM (remembered)"},
+)
+SMOKE = {key: value for key, value in imdb_language_model.SMOKE.items() if key.startswith(("data", "model"))} | {
+    "data.longest": 30,
+    "pretrained": False,
+    "training.batch_size": 8,
+    "training.epochs": 2,
+}
+# Of a language model's network, what its weights depend on.
+_SHAPE = ("kind", "width", "channels", "blocks", "highways", "order", "theta", "cutoffs", "tied")
+
+
+@dataclass
+class Data(imdb_language_model.Data):
+    """The reviews, 22,500 to train, 2,500 to validate, 25,000 to test; the vocabulary is the language model's.
+
+    Args:
+        longest: words kept of a review; of a longer one its first words are dropped.
+    """
+
+    longest: int = 400
+
+
+@dataclass
+class FineTuning(Training):
+    """The language model's weights are trained further, with a learning rate of their own.
+
+    Args:
+        body_rate: theirs, in learning rates of the head; 1 without pre-training.
+        dropout: share of the pooled features dropped before the head.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_norm: float | None = 1.0
+    body_rate: float = 0.3
+    dropout: float = 0.2
+
+
+@dataclass
+class Config:
+    """IMDB: the sentiment of a review, after pre-training as a language model on reviews.
+
+    Args:
+        pretrained: start from the language model's weights; false draws the same network's.
+        language_model: run of imdb-language-model, or its best.ckpt; null is the newest one in runs.
+    """
+
+    #: The recipe whose newest run is taken.
+    source: ClassVar[str] = "imdb-language-model"
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: FineTuning = field(default_factory=FineTuning)
+    pretrained: bool = True
+    language_model: str | None = None
+
+
+def build(config: Config, seed: int, data_dir: Path | None = None) -> "Sentiment":
+    """The task of this configuration; ``seed`` draws the head, and without pre-training all weights."""
+    reviews = encoded_reviews(config.data, data_dir)
+    torch.manual_seed(seed)
+    body = network(config.model, reviews)
+    if config.pretrained:
+        path = language_model(config)
+        read_language_model(body, path, config)
+        config.language_model = str(path)  # so that a run says which it was, however many follow
+    return Sentiment(config, reviews, body)
+
+
+class Sentiment(Task):
+    metric, higher_is_better = "accuracy", True
+
+    def __init__(self, config: Config, reviews: Encoded, body: LanguageModel) -> None:
+        self.config, self.reviews = config, reviews
+        self.source = reviews.source
+        self.train = self._examples("train", config.training.batch_size)
+        self.validation = self._examples("validation", 250)
+        self.test = self._examples("test", 250)
+        self.model = PooledClassifier(body, 2, config.training.dropout)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, lengths, labels = batch
+        return F.cross_entropy(model(tokens, lengths), labels)
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, lengths, labels = batch
+        right = model(tokens, lengths).argmax(1) == labels
+        return torch.stack([right.sum(), torch.tensor(len(labels), device=right.device)])
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        right, count = totals.tolist()
+        return {"accuracy": right / count}
+
+    def rate(self, name: str) -> float:
+        return self.config.training.body_rate if self.config.pretrained and name.startswith("body.") else 1.0
+
+    def tokens(self, batch: Batch) -> int:
+        return int(batch[1].sum())
+
+    def outcome(self) -> dict[str, Any]:
+        longest = self.config.data.longest
+        cut = {
+            name: int((self.reviews.texts[name].lengths > longest).sum()) for name in ("train", "validation", "test")
+        }
+        return {"truncated": cut}
+
+    def _examples(self, split: str, batch_size: int) -> Bucketed:
+        texts, labels = self.reviews.texts[split], torch.from_numpy(self.reviews.labels[split])
+        check_labels(self.reviews.labels[split], 2, f"{self.source}, {split}")
+        longest = self.config.data.longest
+
+        def take(indices: Tensor) -> Batch:
+            tokens, lengths, _ = padded([texts[i] for i in indices.tolist()], longest, "front")
+            return tokens, lengths, labels[indices]
+
+        return Bucketed(len(texts), batch_size, take, torch.from_numpy(np.asarray(texts.lengths)).clamp(max=longest))
+
+
+class PooledClassifier(nn.Module):
+    """scores = W [y_T, mean_t y_t, max_t y_t] + b: y are the features of a language model, whose softmax is left out.
+
+    Args:
+        body: the language model; its ``output`` is taken away.
+        classes: how many.
+        dropout: share of the pooled features dropped in training.
+    """
+
+    def __init__(self, body: LanguageModel, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.body = body
+        body.output = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(3 * body.channels, classes)
+
+    def forward(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B classes"]:
+        """Scores of every class; a text without a word is scored by the biases."""
+        y, _ = self.body.features(tokens, lengths=lengths)
+        lengths = lengths.to(y.device)
+        some = (lengths > 0)[:, None]
+        last = y[torch.arange(len(y), device=y.device), (lengths - 1).clamp(min=0)]
+        mean = y.sum(1) / lengths.clamp(min=1)[:, None]
+        outside = torch.arange(y.shape[1], device=y.device) >= lengths[:, None]
+        largest = y.masked_fill(outside[..., None], -torch.inf).amax(1)
+        pooled = torch.cat([last, mean, largest], 1).where(some, 0)
+        return self.head(self.dropout(pooled.to(self.head.weight.dtype)))
+
+
+def language_model(config: Config) -> Path:
+    """The checkpoint of the language model to start from.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    root = Path("runs") / config.source
+    places = [Path(config.language_model)] if config.language_model else sorted(root.glob("*"), key=_time, reverse=True)
+    for place in places:
+        found = [place] if place.is_file() else [*place.glob("best.ckpt"), *sorted(place.glob("seed-*/best.ckpt"))]
+        if found:
+            return found[0]
+    raise ExperimentError(
+        f"expected a run of {config.source} with seed-*/best.ckpt, found none in {config.language_model or root}: make "
+        f"one with legato train {config.source}, name one with --language_model, or use --pretrained false"
+    )
+
+
+def read_language_model(body: LanguageModel, path: Path, config: Config) -> None:
+    """Put the weights of a language model's checkpoint into a network of the same shape.
+
+    Raises:
+        ExperimentError: the file is missing, of another recipe, of another network or another vocabulary.
+    """
+    content = checkpoints.load(path)
+    about = content["about"]
+    if not about["recipe"].startswith("imdb-language-model") or "model" not in content:
+        raise ExperimentError(
+            f"{path} is of recipe {about['recipe']}: expected the best.ckpt of a run of {config.source}: "
+            "name one with --language_model"
+        )
+    theirs, ours = about["config"], {"data": vars(config.data), "model": vars(config.model)}
+    same = [("data", "vocabulary"), ("data", "examples")] + [("model", name) for name in _SHAPE]
+    wrong = [
+        f"--{part}.{name} {theirs[part][name]} (here {ours[part][name]})"
+        for part, name in same
+        if theirs[part][name] != ours[part][name]
+    ]
+    if wrong:
+        raise ExperimentError(
+            f"the language model in {path} does not fit this network: it was trained with {', '.join(wrong)}: "
+            "give the same options here, or name another run with --language_model"
+        )
+    try:
+        body.load_state_dict(content["model"])
+    except (RuntimeError, ExperimentError) as error:
+        raise ExperimentError(f"the weights in {path} do not fit this network: {error}") from error
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,0 +1,190 @@
+"""text8: the next of 27 characters of Wikipedia, in bits per character (Chilkuri & Eliasmith 2021).
+
+``--model.kind lstm`` and the others train a network of as many parameters for about as long on one thread of a CPU. The
+states of all layers are carried from window to window, in training and through the whole of the test text.
+``text8_large.py`` is the same at a size for a GPU.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+
+from legato._shapes import Int, Tensor
+from legato.layers._base import RecurrentLayer
+from legato.models import Embedding, LanguageModel
+
+from ..data.text8 import Text8, text8
+from ..kinds import Kind, layer_of
+from ..language import LanguageTask, Streams, Windows
+from ..task import Paper, Training
+
+PAPER = Paper(
+    source="Chilkuri & Eliasmith 2021",
+    metric="bits_per_character",
+    value=1.61,
+    parameters="",
+    data="text8",
+    digits=3,
+    baselines={"LSTM (remembered)": 1.65},
+    kinds={"lstm": "LSTM (remembered)"},
+)
+SMOKE = {
+    "data.examples": 3000,
+    "data.streams": 4,
+    "data.warm_up": 50,
+    "model.channels": 16,
+    "model.units": 16,
+    "training.batch_size": 4,
+    "training.window": 32,
+    "training.epochs": 2,
+    "training.updates_per_epoch": 3,
+}
+CHARACTERS = 27
+
+
+@dataclass
+class Data:
+    """The text: 90 million characters to train on, 5 million to validate, 5 million to test.
+
+    Args:
+        examples: the first so many characters of each; null is all.
+        validation_characters: of the validation text, those that choose the best weights.
+        streams: parts of the validation and of the test text that are read side by side.
+        warm_up: characters before each part that are read first and do not count.
+    """
+
+    examples: int | None = None
+    validation_characters: int = 200_000
+    streams: int = 128
+    warm_up: int = 500
+
+
+@dataclass
+class Model:
+    """The network: blocks of memory, dense and highway layers, and a learned weighted sum of all depths.
+
+    Args:
+        kind: of the layer in the memory's place: lmu, gilr-lstm, sru, lstm or transformer.
+        channels: of the embedding and of every block; null, here and below, is what ``SIZES`` has for the kind.
+        units: of the layer in the memory's place, which a dense layer reads; of an LMU, the channels of its memory.
+        blocks: of memory, dense and highways.
+        highways: in each block and above the sum.
+        order: numbers that the memory keeps for each channel.
+        theta: window of the memory, in characters.
+        dropout: share of the channels dropped in training.
+    """
+
+    kind: Kind = "lmu"
+    channels: int | None = None
+    units: int | None = None
+    blocks: int | None = None
+    highways: int | None = None
+    order: int = 4
+    theta: float = 10.0
+    dropout: float = 0.0
+
+
+class Size(NamedTuple):
+    """Of a kind: its network, and the updates of an epoch."""
+
+    channels: int
+    units: int
+    blocks: int
+    highways: int
+    updates: int
+
+
+#: 1.23 million parameters each, within 2 %; ten epochs are about 20 minutes of one thread of a CPU.
+SIZES = {
+    "lmu": Size(256, 128, 3, 1, 330),
+    "gilr-lstm": Size(192, 256, 2, 0, 330),
+    "sru": Size(192, 320, 3, 1, 330),
+    "lstm": Size(64, 516, 1, 0, 330),
+    "transformer": Size(192, 208, 2, 0, 330),
+}
+
+
+@dataclass
+class Reading(Training):
+    """Trained by readers who start at random places each epoch and read on, window by window.
+
+    Args:
+        window: characters that a reader reads between two updates.
+    """
+
+    epochs: int = 10
+    updates_per_epoch: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    warmup: float = 0.05
+    max_norm: float | None = 1.0
+    window: int = 128
+
+
+@dataclass
+class Config:
+    """text8: the next of 27 characters of Wikipedia."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    training: Reading = field(default_factory=Reading)
+
+
+def build(config: Config, seed: int, data_dir: Path | None = None) -> "NextCharacter":
+    """The task of this configuration, its weights drawn by ``seed``."""
+    text = text8(data_dir)
+    torch.manual_seed(seed)
+    return NextCharacter(config, text)
+
+
+class NextCharacter(LanguageTask):
+    metric = "bits_per_character"
+
+    def __init__(self, config: Config, text: Text8) -> None:
+        super().__init__()
+        data, training = config.data, config.training
+        self.source = text.source
+        train, validation, test = (part[: data.examples] for part in text[:3])
+        updates = SIZES[config.model.kind].updates
+        self.train = Windows(train, training.batch_size, training.window, updates)
+        chosen = validation[: data.validation_characters]
+        self.validation = Streams(chosen, train, data.streams, data.warm_up)
+        self.test = Streams(test, validation, data.streams, data.warm_up)
+        self.model = network(config.model)
+        if config.model.kind == "lmu":
+            self.model.calibrate(self.train.take(torch.linspace(0, len(train), 64).long())[0])
+
+    def plot(self, model: nn.Module, folder: Path) -> None:
+        """A sample of what the network writes, drawn from its probabilities, in ``sample.txt``."""
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.zeros(1, 1, dtype=torch.int64)
+        written = cast(LanguageModel, model).generate(prompt, 500, generator=generator)
+        (folder / "sample.txt").write_text(as_text(written[0]) + "\n")
+
+
+def network(config: Model) -> LanguageModel:
+    """The network of one kind; where nothing else is said, of 1.23 million parameters."""
+    size = SIZES[config.kind]
+    channels, units = config.channels or size.channels, config.units or size.units
+
+    def layer(inputs: int) -> RecurrentLayer:
+        if config.kind == "lmu":  # it reads its memory with a dense layer of its own
+            return layer_of("lmu", inputs, inputs, memory_size=units, order=config.order, theta=config.theta)
+        return layer_of(config.kind, inputs, units)
+
+    return LanguageModel(
+        Embedding(CHARACTERS, channels, padding=None),
+        layer,
+        blocks=config.blocks or size.blocks,
+        dense=config.kind != "lmu",
+        highways=size.highways if config.highways is None else config.highways,
+        dropout=config.dropout,
+    )
+
+
+def as_text(characters: Int[Tensor, " characters"]) -> str:
+    """0 is a space, 1 to 26 are a to z."""
+    return "".join(" " if code == 0 else chr(96 + code) for code in characters.tolist())
