@@ -12,7 +12,7 @@ en-vi both are the older papers' BLEU, of the tokenised text as it is (sacrebleu
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ class Model:
         length_penalty: 0 prefers short translations, 1 long ones.
     """
 
-    kind: Kind = "gilr-lstm"
+    kind: Kind = "lmu"
     channels: int = 128
     units: int | None = None
     layers: int = 1
@@ -138,7 +138,7 @@ class Smoothed(Training):
         label_smoothing: probability taken from the true word and spread over all.
     """
 
-    epochs: int = 12
+    epochs: int = 6
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup: float = 0.1
@@ -191,13 +191,13 @@ class Translation(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         source, source_lengths, target, target_lengths, _ = batch
-        return _translator(model).loss(
+        return cast(Translator, model).loss(
             source, target, source_lengths, target_lengths, label_smoothing=self.config.training.label_smoothing
         )
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
         source, source_lengths, target, target_lengths, rows = batch
-        translator, longest = _translator(model), self.config.data.longest
+        translator, longest = cast(Translator, model), self.config.data.longest
         counts = torch.zeros(len(BLEUS), COUNTS, dtype=torch.float64)
         if not len(rows):
             return torch.cat([torch.zeros(4, dtype=torch.float64), counts.flatten()])
@@ -339,8 +339,3 @@ def calibrate(model: Translator, train: Bucketed) -> None:
         hook.remove()
     for layer, (x, lengths) in inputs.items():
         layer.calibrate(x, lengths=lengths)
-
-
-def _translator(model: nn.Module) -> Translator:
-    assert isinstance(model, Translator)
-    return model
