@@ -162,19 +162,21 @@ def test_a_member_of_a_zip_is_read_and_a_damaged_one_refused(tmp_path):
             zip_member(path, "sea/t")
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
-def test_the_files_of_a_tar_come_in_order_and_a_cut_one_is_refused(tmp_path, mode):
-    path = tmp_path / "t.tar"
-    with tarfile.open(path, mode) as archive:
+@pytest.mark.parametrize("packed", ["", ".gz", ".xz"])
+def test_the_files_of_a_tar_come_in_order_and_a_cut_one_is_refused(tmp_path, packed):
+    path = tmp_path / f"t.tar{packed}"
+    with tarfile.open(path, f"w:{packed[1:]}") as archive:
         archive.add(tmp_path, "sea", recursive=False)
         for name, content in (("sea/a", b"1"), ("./sea/b", CONTENT)):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     assert list(tar_members(path)) == [("sea/a", b"1"), ("sea/b", CONTENT)]
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ExperimentError, match=r"t\.tar cannot be read or unpacked"):
-        list(tar_members(path))
+    whole = path.read_bytes()
+    for size in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ExperimentError, match=r"t\.tar\S* cannot be read or unpacked"):
+            list(tar_members(path))
 
 
 # Writing.

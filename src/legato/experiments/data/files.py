@@ -225,11 +225,12 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
         ExperimentError: the archive is damaged.
     """
     try:
-        with tarfile.open(path, "r|*") as archive:
+        # tarfile's own unpacking takes the end of a file that was cut short for the end of the archive.
+        with _unpacked(path, True) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is not None:
-                    yield member.name.removeprefix("./"), stream.read()
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is not None:
+                    yield member.name.removeprefix("./"), content.read()
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - else it keeps all it has seen
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
