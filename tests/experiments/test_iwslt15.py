@@ -53,8 +53,8 @@ def run(config, folder):
     return train(recipe("iwslt15"), config, options)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_every_kind_is_tested_greedily_and_by_a_beam(invented, kind, tmp_path):
+@pytest.mark.parametrize("kind", ["lmu", "lstm"])
+def test_a_run_is_tested_greedily_and_by_a_beam(invented, kind, tmp_path):
     result = run(smoke(model__kind=kind), tmp_path / "run")
     assert result["data"] == "multi30k-en-de"
     assert result["test"].keys() == {"bleu", "bleu_beam", "loss"}
