@@ -53,7 +53,7 @@ def archive(path, texts):
 def small(tmp_path, monkeypatch):
     """A folder with an archive in the official format, of ten reviews."""
     for part, rows in ROWS.items():
-        content = module.as_lines(part, rows)
+        content = module.as_lines(rows)
         file = File(f"{part}.jsonl", len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
         monkeypatch.setitem(module.PARTS, part, file)
     monkeypatch.setattr(module, "_VALIDATION_PER_CLASS", 1)
@@ -107,7 +107,7 @@ def test_another_review_is_noticed_in_every_form(small, tmp_path_factory):
         imdb(small)
     folder = tmp_path_factory.mktemp("folder")
     for part, rows in ROWS.items():
-        content = module.as_lines(part, rows).replace(b"laughed", b"giggled")
+        content = module.as_lines(rows).replace(b"laughed", b"giggled")
         (folder / f"{part}.jsonl").write_bytes(content)
     with pytest.raises(ExperimentError, match=r"train\.jsonl is corrupt.*expected content with SHA-256 \w+, got \w+"):
         imdb(folder)
@@ -140,18 +140,31 @@ def test_a_damaged_archive_and_an_empty_folder_are_named(small, tmp_path_factory
 
 @pytest.fixture(scope="module")
 def real():
+    """The rows of the real reviews, read once, and what is made of them."""
     if REAL is None:
         pytest.skip("needs the reviews of IMDB in LEGATO_DATA or ../shared/data")
-    return imdb(REAL)
+    rows = module.reviews(REAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "reviews", lambda *_, **__: rows)
+        return rows, imdb(REAL)
 
 
 def test_the_real_reviews_are_split_as_in_the_paper(real):
-    assert [len(part.texts) for part in real[:3]] == [22_500, 2_500, 25_000]
-    assert [sum(part.labels) for part in real[:3]] == [11_250, 1_250, 12_500]
-    assert not set(real.train.texts) & set(real.validation.texts)
+    _, data = real
+    assert [len(part.texts) for part in data[:3]] == [22_500, 2_500, 25_000]
+    assert [sum(part.labels) for part in data[:3]] == [11_250, 1_250, 12_500]
+    assert not set(data.train.texts) & set(data.validation.texts)
 
 
 def test_the_real_reviews_have_the_known_number_of_bytes(real):
-    train, validation, test = (sum(len(text.encode()) for text in part.texts) for part in real[:3])
-    assert train + validation == 33_132_823
-    assert test == 32_350_685
+    rows, _ = real
+    assert {part: sum(len(row["text"].encode()) for row in rows[part]) for part in rows} == {
+        "train": 33_132_823,
+        "test": 32_350_685,
+    }
+
+
+def test_official_reviews_are_held_to_checksums_that_the_real_ones_meet(real):
+    rows, _ = real
+    for part in rows:
+        assert module.PARTS[part].checksum == f"sha256:{hashlib.sha256(module.as_lines(rows[part])).hexdigest()}"

@@ -83,6 +83,9 @@ def test_a_file_without_its_header_or_with_broken_characters_is_refused(small):
     path.write_bytes(content.replace(b"harbour 0", b"harbour \xff", 1))
     with pytest.raises(ExperimentError, match="line 2: expected UTF-8"):
         qqp(small)
+    path.write_bytes(content.replace(b"harbour 0", b"h" * 200_000, 1))
+    with pytest.raises(ExperimentError, match=r"line 2: expected quoted columns .* got field larger"):
+        qqp(small)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def convert(name: str, source: Path, target: Path) -> list[Path]:
 
 def _imdb(source: Path) -> Converted:
     for part, rows in imdb.reviews(source, unlabelled=True).items():
-        yield f"{imdb.FOLDER}/{imdb.PARTS[part].name}.xz", imdb.as_lines(part, rows)
+        yield f"{imdb.FOLDER}/{imdb.PARTS[part].name}.xz", imdb.as_lines(rows)
 
 
 def _qqp(source: Path) -> Converted:

@@ -46,8 +46,7 @@ def imdb(data_dir: Path | None = None, *, unlabelled: bool = False) -> IMDB:
 
     Forms: ``aclImdb_v1.tar.gz``; the folder ``aclImdb`` unpacked from it; ``train.jsonl``, ``test.jsonl`` and
     ``unsup.jsonl``, packed by xz or gzip or not, a line ``{"id": "neg/0_3", "label": 0, "text": "..."}`` a review in
-    the order of class and number; ``unsup`` has no labels, and UTF-8 where the others have ASCII with ``\\u....``. All
-    three are held to the same checksums.
+    the order of class and number, UTF-8; ``unsup`` has no labels. All three are held to the same checksums.
 
     Args:
         data_dir: folder that holds one of the forms, or holds it in ``imdb/``. By default $LEGATO_DATA, else
@@ -88,9 +87,9 @@ def reviews(data_dir: Path | None = None, *, unlabelled: bool = False) -> dict[s
     return _unpacked(paths[0].parents[2], parts)
 
 
-def as_lines(part: str, rows: list[Row]) -> bytes:
+def as_lines(rows: list[Row]) -> bytes:
     """Our own form of a part."""
-    return "".join(json.dumps(row, ensure_ascii=part != "unsup") + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _validation(train: list[Row]) -> set[int]:
@@ -122,16 +121,16 @@ def _unpacked(folder: Path, parts: tuple[str, ...]) -> dict[str, list[Row]]:
     def members() -> Iterable[tuple[str, bytes]]:
         for part in parts:
             for path in sorted(folder.glob("train/unsup/*.txt" if part == "unsup" else f"{part}/[np]*/*.txt")):
-                yield f"aclImdb/{path.relative_to(folder).as_posix()}", path.read_bytes()
+                yield path.relative_to(folder).as_posix(), path.read_bytes()
 
     return _official(folder, members(), parts)
 
 
 def _official(path: Path, members: Iterable[tuple[str, bytes]], parts: tuple[str, ...]) -> dict[str, list[Row]]:
-    """The rows, from the files ``aclImdb/train/pos/0_9.txt`` and their like."""
+    """The rows, from the files ``train/pos/0_9.txt`` and their like."""
     found: dict[str, list[Row]] = {part: [] for part in parts}
     for name, content in members:
-        match = re.fullmatch(r"aclImdb/(train|test)/(?:(pos|neg)/(\d+_\d+)|unsup/(\d+)(?:_\d+)?)\.txt", name)
+        match = re.fullmatch(r"(?:aclImdb/)?(train|test)/(?:(pos|neg)/(\d+_\d+)|unsup/(\d+)(?:_\d+)?)\.txt", name)
         part = match[1] if match and match[2] else "unsup"
         if match is None or part not in found:
             continue
@@ -142,5 +141,5 @@ def _official(path: Path, members: Iterable[tuple[str, bytes]], parts: tuple[str
         found[part].append(row | {"text": text(content, path / name)})
     for part, rows in found.items():
         rows.sort(key=lambda row: (row["id"].split("/")[0], int(re.split("[/_]", row["id"])[1])))
-        compare(as_lines(part, rows), PARTS[part], path)
+        compare(as_lines(rows), PARTS[part], path)
     return found

@@ -51,7 +51,7 @@ def qqp(data_dir: Path | None = None) -> QQP:
     less the 500 of each class whose row ids have the smallest SHA-256, which validate; ``test.tsv`` tests.
 
     Forms of the complete data: ``quora_duplicate_questions.tsv`` (a header, quoted as CSV), checked by its size and
-    the MD5 that two public libraries give for it; our ``pairs.jsonl``, checked by its ids 0 to 404,289, in ASCII a line
+    the MD5 that two public libraries give for it; our ``pairs.jsonl``, checked by its ids 0 to 404,289, a UTF-8 line
     ``{"id": 0, "label": 0, "first": "...", "second": "..."}`` a pair. Of the stand-in: label, two questions and
     row id with tabs between them, no header, no quotes. Any may be packed by xz or gzip.
 
@@ -99,22 +99,28 @@ def questions(path: Path) -> list[Row]:
 
 def as_lines(rows: list[Row]) -> bytes:
     """Our own form of the complete data."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _official(content: bytes, path: Path) -> list[Row]:
     table = csv.reader(io.StringIO(text(content, path), newline=""), delimiter="\t")
     rows: list[Row] = []
-    head = next(table, [])
-    if head != _HEAD:
-        raise line_error(path, 1, f"the columns {', '.join(_HEAD)}", ", ".join(head)[:60])
-    for row in table:
-        if len(row) != len(_HEAD):
-            raise line_error(path, table.line_num, f"{len(_HEAD)} columns", str(len(row)))
-        if not row[0].isdigit() or row[5] not in ("0", "1"):
-            raise line_error(path, table.line_num, "an id and is_duplicate 0 or 1", f"{row[0]!r} and {row[5]!r}")
-        rows.append({"id": int(row[0]), "label": int(row[5]), "first": row[3], "second": row[4]})
+    try:
+        head = next(table, [])
+        if head != _HEAD:
+            raise line_error(path, 1, f"the columns {', '.join(_HEAD)}", ", ".join(head)[:60])
+        rows.extend(_row(row, table.line_num, path) for row in table)
+    except csv.Error as error:
+        raise line_error(path, table.line_num, "quoted columns with tabs between them", str(error)) from error
     return rows
+
+
+def _row(row: list[str], line: int, path: Path) -> Row:
+    if len(row) != len(_HEAD):
+        raise line_error(path, line, f"{len(_HEAD)} columns", str(len(row)))
+    if not row[0].isdigit() or row[5] not in ("0", "1"):
+        raise line_error(path, line, "an id and is_duplicate 0 or 1", f"{row[0]!r} and {row[5]!r}")
+    return {"id": int(row[0]), "label": int(row[5]), "first": row[3], "second": row[4]}
 
 
 def _small(path: Path, file: File) -> list[Row]:

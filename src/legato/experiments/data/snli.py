@@ -48,7 +48,7 @@ def snli(data_dir: Path | None = None) -> SNLI:
     them; what that splits is joined again (do n't, dog 's), and brackets and quotes are put back.
 
     Forms of SNLI: ``snli_1.0.zip``; the files ``snli_1.0_train.jsonl`` etc. in it; our ``train.jsonl``, ``dev.jsonl``
-    and ``test.jsonl``, a line ``{"label": 0, "first": "...", "second": "..."}`` a pair, ASCII. The archive is checked
+    and ``test.jsonl``, a line ``{"label": 0, "first": "...", "second": "..."}`` a pair, UTF-8. The archive is checked
     by its SHA-256, the others by the number of pairs. Of the stand-in: label, premise and hypothesis with tabs between
     them, no header; SICK as published. All but the archive may be packed by xz or gzip.
 
@@ -93,7 +93,7 @@ def inferences(paths: list[Path]) -> dict[str, list[Row]]:
 
 def as_lines(rows: list[Row]) -> bytes:
     """Our own form of a part."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _rows(path: Path, part: str) -> list[Row]:
