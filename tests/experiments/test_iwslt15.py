@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from legato.cli import main
+from legato.experiments.bleu import bleu, bleu_counts
 from legato.experiments.data.texts import Parallel
 from legato.experiments.data.translation import Translation as Sentences
+from legato.experiments.data.translation import translation
+from legato.experiments.data.words import UNKNOWN
 from legato.experiments.kinds import KINDS
 from legato.experiments.recipes import iwslt15, recipe
 from legato.experiments.run import Options, evaluate, train
@@ -138,6 +141,23 @@ def test_missing_files_to_train_on_are_named(tmp_path):
 def test_the_official_files_lack_those_to_train_on():
     with pytest.raises(ExperimentError, match=r"train\.en"):
         iwslt15.build(smoke(data__pair="en-vi"), 0, DATA)
+
+
+@pytest.mark.skipif(not (DATA / "iwslt15-en-vi").is_dir(), reason="the official IWSLT'15 files are not here")
+def test_the_official_words_write_the_official_references_but_for_one_in_a_hundred(monkeypatch):
+    official = translation("en-vi", DATA, train=False)
+    monkeypatch.setattr(iwslt15, "translation", lambda *_: official._replace(train=official.validation))
+    monkeypatch.setattr(iwslt15, "found", lambda *_: [])
+    task = iwslt15.build(smoke(data__pair="en-vi", data__examples=None), 0, DATA)
+    assert {side: of_side.vocabulary.size for side, of_side in task.numbers.items()} == {
+        "source": 17192,
+        "target": 7710,
+    }
+    for split, figure in (("validation", 97.6526), ("test", 97.5309)):
+        numbers, texts = task.numbers["target"].texts[f"{split}.target"], getattr(official, split).target
+        assert (numbers.ids == UNKNOWN).mean() == pytest.approx(0.0105, abs=0.0002)
+        written = [task.vocabulary.decode(numbers[i]) for i in range(len(numbers))]
+        assert bleu(bleu_counts(written, texts, "none"), "none") == pytest.approx(figure, abs=1e-4)
 
 
 @pytest.mark.parametrize("pair", ["fra-eng", "multi30k-en-de"])
