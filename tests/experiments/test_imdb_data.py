@@ -118,7 +118,7 @@ def test_a_missing_review_or_part_is_noticed(small, tmp_path_factory):
     with pytest.raises(ExperimentError, match="is cut short"):
         imdb(small)
     folder = tmp_path_factory.mktemp("folder")
-    (folder / "train.jsonl").write_bytes(module.as_lines("train", ROWS["train"]))
+    (folder / "train.jsonl").write_bytes(module.as_lines(ROWS["train"]))
     with pytest.raises(ExperimentError, match=r"there is no test\.jsonl"):
         imdb(folder)
 
