@@ -10,7 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from legato.experiments.data import files
-from legato.experiments.data.files import File, check, download, find, need, read, read_text, tar_members, zip_member
+from legato.experiments.data.files import (
+    File,
+    check,
+    download,
+    find,
+    need,
+    read,
+    read_text,
+    tar_members,
+    zip_lines,
+    zip_member,
+)
 from legato.experiments.task import ExperimentError
 
 CONTENT = b"The tide comes in.\nThe tide goes out.\n" * 5000
@@ -81,7 +92,7 @@ def test_packed_or_not_the_content_is_read_and_checked(tmp_path, name, pack, che
     path = put(tmp_path / name, pack(CONTENT))
     assert read(path, file) == CONTENT
     check(path, file)
-    assert read_text(path, file) == CONTENT.decode().splitlines()
+    assert read_text(path, file) == list(files.read_lines(path, file)) == CONTENT.decode().splitlines()
 
 
 def test_a_checksum_may_be_the_name_that_git_gives(tmp_path):
@@ -111,8 +122,9 @@ def test_a_file_cut_short_is_refused(tmp_path, look, name):
 
 def test_a_broken_character_is_found_in_its_line(tmp_path):
     path = put(tmp_path / "t", b"one\ntwo\nthr\xe9e\n")
-    with pytest.raises(ExperimentError, match=r"t, line 3: expected UTF-8, got a broken character \(byte 0xe9\)"):
-        read_text(path, File("t"))
+    for reading in (read_text, lambda *of: list(files.read_lines(*of))):
+        with pytest.raises(ExperimentError, match=r"t, line 3: expected UTF-8, got a broken character \(byte 0xe9\)"):
+            reading(path, File("t"))
 
 
 def test_only_line_feeds_end_lines():
@@ -139,9 +151,9 @@ def test_a_line_with_another_number_of_columns_is_named():
 )
 def test_a_line_that_is_no_record_is_named(row, message):
     good = '{"text": "a", "label": 1}'
-    assert files.records([good], ["text"], 2, "t") == [{"text": "a", "label": 1}]
+    assert list(files.records([good], ["text"], 2, "t")) == [{"text": "a", "label": 1}]
     with pytest.raises(ExperimentError) as caught:
-        files.records([good, row], ["text"], 2, "t")
+        list(files.records([good, row], ["text"], 2, "t"))
     assert f"t, line 2: expected {message}" in str(caught.value)
 
 
@@ -153,13 +165,17 @@ def test_a_member_of_a_zip_is_read_and_a_damaged_one_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("sea/t", CONTENT)
     assert zip_member(path, "sea/t") == CONTENT
-    with pytest.raises(ExperimentError, match=r"t\.zip has no member t"):
-        zip_member(path, "t")
+    assert list(zip_lines(path, "sea/t")) == CONTENT.decode().splitlines()
+    for reading in (zip_member, lambda *of: list(zip_lines(*of))):
+        with pytest.raises(ExperimentError, match=r"t\.zip has no member t"):
+            reading(path, "t")
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole.replace(b"goes", b"went", 1)):
         path.write_bytes(damaged)
         with pytest.raises(ExperimentError, match=r"t\.zip cannot be read or unpacked"):
             zip_member(path, "sea/t")
+        with pytest.raises(ExperimentError, match=r"t\.zip cannot be read or unpacked"):
+            list(zip_lines(path, "sea/t"))
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".xz"])

@@ -149,8 +149,20 @@ def text(content: bytes, path: Path | str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        broken = f"a broken character (byte {content[error.start]:#04x})"
-        raise line_error(path, line, "UTF-8", broken) from error
+        raise _broken(path, line, content[error.start]) from error
+
+
+def read_lines(path: Path, file: File) -> Iterator[str]:
+    """What ``read_text`` returns, one line after the other, in the memory of one; sizes and checksums are not compared.
+
+    Raises:
+        ExperimentError: it cannot be read or unpacked, or a line has a character that is not UTF-8.
+    """
+    try:
+        with _unpacked(path, path.name != file.name) as stream:
+            yield from _decoded(stream, path)
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
 
 
 def columns(rows: Iterable[str], count: int, path: Path | str, *, first_line: int = 1) -> list[list[str]]:
@@ -172,8 +184,8 @@ def columns(rows: Iterable[str], count: int, path: Path | str, *, first_line: in
     return table
 
 
-def records(rows: Iterable[str], texts: Sequence[str], classes: int, path: Path | str) -> list[dict[str, Any]]:
-    """Lines of JSON as dictionaries.
+def records(rows: Iterable[str], texts: Sequence[str], classes: int, path: Path | str) -> Iterator[dict[str, Any]]:
+    """Lines of JSON as dictionaries, one after the other.
 
     Args:
         rows: the lines.
@@ -184,7 +196,6 @@ def records(rows: Iterable[str], texts: Sequence[str], classes: int, path: Path 
     Raises:
         ExperimentError: a line is not JSON, lacks one of ``texts`` or has another label.
     """
-    objects = []
     for number, row in enumerate(rows, 1):
         try:
             record = json.loads(row)
@@ -194,8 +205,7 @@ def records(rows: Iterable[str], texts: Sequence[str], classes: int, path: Path 
             raise line_error(path, number, f"a JSON object with the texts {', '.join(texts)}", repr(row[:60]))
         if classes and record.get("label") not in range(classes):
             raise line_error(path, number, f"a label from 0 to {classes - 1}", repr(record.get("label")))
-        objects.append(record)
-    return objects
+        yield record
 
 
 def line_error(path: Path | str, line: int, expected: str, got: str) -> ExperimentError:
@@ -213,7 +223,22 @@ def zip_member(path: Path, name: str) -> bytes:
         with zipfile.ZipFile(path) as archive:
             return archive.read(name)
     except KeyError as error:
-        raise ExperimentError(f"{path} has no member {name}: put the original archive there") from error
+        raise _no_member(path, name) from error
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def zip_lines(path: Path, name: str) -> Iterator[str]:
+    """The lines of a member of a zip archive, one after the other, in the memory of one.
+
+    Raises:
+        ExperimentError: the archive is damaged or has no such member, or a line has a character that is not UTF-8.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as stream:
+            yield from _decoded(stream, path / name)
+    except KeyError as error:
+        raise _no_member(path, name) from error
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
 
@@ -354,6 +379,14 @@ def _blocks(path: Path, packed: bool) -> Iterator[bytes]:
         yield from iter(lambda: stream.read(_BLOCK), b"")
 
 
+def _decoded(stream: Iterable[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise _broken(path, number, line[error.start]) from error
+
+
 def _packing(raw: io.BufferedWriter, suffix: str) -> io.BufferedIOBase:
     if suffix == ".gz":
         return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
@@ -385,6 +418,14 @@ def _compare(path: Path, file: File, size: int, checksum: str) -> None:
             f"{path} is corrupt or another file: expected content with {kind} {expected}, got {found} "
             f"in {size:,} bytes: put an intact copy there"
         )
+
+
+def _broken(path: Path | str, line: int, byte: int) -> ExperimentError:
+    return line_error(path, line, "UTF-8", f"a broken character (byte {byte:#04x})")
+
+
+def _no_member(path: Path, name: str) -> ExperimentError:
+    return ExperimentError(f"{path} has no member {name}: put the original archive there")
 
 
 def _damaged(path: Path, error: BaseException) -> ExperimentError:

@@ -114,7 +114,7 @@ def _parts(unlabelled: bool) -> tuple[str, ...]:
 
 def _compact(path: Path, part: str) -> list[Row]:
     classes = 0 if part == "unsup" else len(_LABELS)
-    return records(read_text(path, PARTS[part]), ("id", "text"), classes, path)
+    return list(records(read_text(path, PARTS[part]), ("id", "text"), classes, path))
 
 
 def _unpacked(folder: Path, parts: tuple[str, ...]) -> dict[str, list[Row]]:

@@ -86,7 +86,7 @@ def qqp_files(data_dir: Path | None = None) -> list[Path]:
 def questions(path: Path) -> list[Row]:
     """The rows of the complete data in order: ``id``, ``label``, ``first`` and ``second``."""
     if path.name.startswith(PAIRS.name):
-        rows = records(read_text(path, PAIRS), ("first", "second"), 2, path)
+        rows = list(records(read_text(path, PAIRS), ("first", "second"), 2, path))
     else:
         rows = _official(read(path, OFFICIAL), path)
     for number, row in enumerate(rows):

@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..task import ExperimentError
-from .files import File, check, columns, find, line_error, lines, need, read_text, records, zip_member
+from .files import File, check, columns, find, line_error, need, read_lines, read_text, records, zip_lines
 from .texts import Pairs
 
 FOLDER = "snli"
@@ -100,12 +101,11 @@ def _rows(path: Path, part: str) -> list[Row]:
     official, ours = (File(form.format(part)) for form in FORMS)
     if path.name == ARCHIVE.name:
         member = f"snli_1.0/{official.name}"
-        path, content = path / member, zip_member(path, member)
-        rows = _official(lines(content, path), path)
+        rows = _official(zip_lines(path, member), path / member)
     elif path.name.startswith(official.name):
-        rows = _official(read_text(path, official), path)
+        rows = _official(read_lines(path, official), path)
     else:
-        rows = records(read_text(path, ours), ("first", "second"), len(LABELS), path)
+        rows = list(records(read_lines(path, ours), ("first", "second"), len(LABELS), path))
     if len(rows) != COUNTS[part]:
         raise ExperimentError(
             f"{path} is not whole: expected {COUNTS[part]:,} pairs with a label, got {len(rows):,}: "
@@ -114,7 +114,7 @@ def _rows(path: Path, part: str) -> list[Row]:
     return rows
 
 
-def _official(rows: list[str], path: Path) -> list[Row]:
+def _official(rows: Iterable[str], path: Path) -> list[Row]:
     found = []
     for number, row in enumerate(records(rows, ("gold_label", "sentence1", "sentence2"), 0, path), 1):
         if row["gold_label"] != "-":
