@@ -60,6 +60,23 @@ def test_a_pair_is_compared_by_its_last_outputs(layer):
     assert sum(p.numel() for p in model.parameters()) == 51 + 44 + sum(p.numel() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([7, 0, 4])])
+def test_a_bag_of_words_is_the_memory_of_order_one(lengths):
+    layer = LegendreMemory(4, 1, 9.0, trainable_theta=True, return_sequences=False).double()
+    layer.scale.uniform_()
+    model = SequenceClassifier(layer, nn.Linear(4, 2), Embedding(11, 4)).double()
+    tokens = torch.randint(11, (3, 7))
+    sources = [*model.parameters()]
+    scores, state = model(tokens, lengths=lengths)
+    found = [scores, state.memory, *torch.autograd.grad(scores.square().sum() + state.memory.sum(), sources)]
+    written_out = SequenceRegressor(layer, nn.Identity(), model.embedding)
+    output, state = written_out(tokens, lengths=lengths)
+    scores = model.head(output.flatten(1))
+    expected = [scores, state.memory, *torch.autograd.grad(scores.square().sum() + state.memory.sum(), sources)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=32 * 7 * torch.finfo(torch.float64).eps * max(1, b.abs().max()))
+
+
 def test_an_embedding_gives_the_vectors_it_was_given():
     vectors = torch.randn(5, 3)
     embedding = Embedding(5, 3, vectors=vectors.numpy(), trainable=False)
@@ -101,6 +118,11 @@ def test_wrong_parts_get_a_clear_error():
             wrong()
     with pytest.raises(ValueError, match="tokens from 0 to 4, got 2 to 5: encode the text with the vocabulary"):
         Embedding(5, 3)(torch.tensor([[2, 5]]))
+    bag = SequenceClassifier(LegendreMemory(3, 1, 6.0, return_sequences=False), nn.Linear(3, 1), Embedding(5, 3))
+    with pytest.raises(ValueError, match="tokens from 0 to 4, got 2 to 5: encode the text with the vocabulary"):
+        bag(torch.tensor([[2, 5]]))
+    with pytest.raises(ValueError, match="lengths from 0 to T = 2, got 3 to 3"):
+        bag(torch.tensor([[2, 4]]), lengths=torch.tensor([3]))
     with pytest.raises(ValueError, match="an embedding of 2 channels, the layer's input_size, got 3"):
         SequenceClassifier(Stack(*layers()), nn.Linear(4, 10), Embedding(5, 3))
     with pytest.raises(ValueError, match="method=None with return_sequences=False"):

@@ -168,7 +168,7 @@ class RecurrentLayer(nn.Module):
         if state is not None:
             self._check_state(state, x.shape[0])
         if lengths is not None:
-            _check_lengths(lengths, x)
+            check_lengths(lengths, x)
         if reset is not None:
             _check_reset(reset, x)
 
@@ -261,7 +261,8 @@ def _check_tensor(name: str, value: Any) -> None:
         raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}: wrap it with torch.as_tensor()")
 
 
-def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+def check_lengths(lengths: Tensor, x: Tensor) -> None:
+    """Raise where these are not numbers of steps of the rows of x, (B, T, ...)."""
     _check_tensor("lengths", lengths)
     batch, steps = x.shape[:2]
     if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:

@@ -235,22 +235,33 @@ class LegendreMemory(RecurrentLayer):
                 carried = torch.where(taken[:, None], carried @ kernels.powers[..., digit, :, :], carried)
         return memory + carried.transpose(0, 1)
 
+    def response(
+        self, lengths: Int[Tensor, "B"], steps: int, *, reset: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T N"]:
+        """w with m = sum_t w_t u_t after the last step that counts, from an empty memory; of one theta for all channels.
+
+        Row b is A^(L - 1 - t) B for t below its length L, zero from there on, and zero before the last reset.
+        """
+        kernels = self.kernels(steps, last_only=True)
+        ahead = lengths[:, None] - 1 - torch.arange(steps, device=lengths.device)  # steps that follow, (B, T)
+        counts = ahead >= 0
+        if reset is not None:
+            since = reset.cumsum(1)
+            counts = counts & (since == since[:, -1:])  # no reset from the length on
+        return kernels.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)
+
     def _last_of_each(self, u: Tensor, kernels: Kernels, lengths: Tensor, reset: Tensor | None) -> Tensor:
         """(25) where each row ends at its own length, from an empty memory."""
         batch, steps, channels = u.shape
-        source = torch.arange(steps, device=u.device) + (lengths - steps)[:, None]  # (B, T)
         if kernels.inputs.ndim == 2 and self.order <= channels:
-            # A row of H for each length is smaller than u: shift H, and zero it from the length on.
-            ahead = lengths[:, None] - 1 - torch.arange(steps, device=u.device)  # steps that follow, (B, T)
-            counts = ahead >= 0
+            # A row of H for each length is smaller than u: shift H.
+            w = self.response(lengths, steps, reset=reset)
             if reset is not None:
-                since = reset.cumsum(1)
-                counts = counts & (since == since[:, -1:])  # no reset from the length on
-                u = u.masked_fill(~counts[..., None], 0)  # 0 times NaN is NaN
-            H = kernels.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)  # (B, T, N)
+                u = torch.where((w != 0).any(-1, keepdim=True), u, 0)  # 0 times NaN is NaN
             with without_autocast(u):  # in this order the gradient of u is laid out as u is
-                return (H.mT @ u.to(H.dtype)).mT
+                return (w.mT @ u.to(w.dtype)).mT
         # Moved to the right end, each row stops at its length; zeros before its start leave an empty memory empty.
+        source = torch.arange(steps, device=u.device) + (lengths - steps)[:, None]  # (B, T)
         rows = torch.arange(batch, device=u.device)[:, None]
         moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)
         reset = None if reset is None else reset[rows, source.clamp(min=0)] & (source >= 0)

@@ -79,16 +79,36 @@ class Embedding(nn.Module):
         try:
             output = F.embedding(tokens, self.weight, self.padding)
         except IndexError as error:
-            low, high = tokens.min().item(), tokens.max().item()
-            raise ValueError(
-                f"expected tokens from 0 to {self.size - 1}, got {low} to {high}: encode the text with the vocabulary "
-                "that this embedding was made for"
-            ) from error
-        if self.training and self.dropout:
-            keep = 1 - self.dropout
-            factors = torch.empty(self.size, 1, device=output.device, dtype=output.dtype).bernoulli_(keep).div_(keep)
-            output = output.mul_(F.embedding(tokens, factors))
-        return output
+            raise self._outside(tokens) from error
+        factors = self._factors()
+        return output if factors is None else output.mul_(F.embedding(tokens, factors))
+
+    def weighted_sum(self, tokens: Int[Tensor, "B T"], weights: Float[Tensor, "B T"]) -> Float[Tensor, "B C"]:
+        """sum_t weights_t E[tokens_t] of each row: a bag of words, without writing the vectors out."""
+        factors = self._factors()
+        if factors is not None:
+            weights = weights * F.embedding(tokens, factors)[..., 0]
+        try:
+            return F.embedding_bag(
+                tokens, self.weight, mode="sum", per_sample_weights=weights, padding_idx=self.padding
+            )
+        except (IndexError, RuntimeError) as error:
+            if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.size):
+                raise self._outside(tokens) from error
+            raise
+
+    def _factors(self) -> Tensor | None:
+        """(size, 1): 0 for a dropped word, else 1 / (1 - dropout); None where none is dropped."""
+        if not self.training or not self.dropout:
+            return None
+        keep = 1 - self.dropout
+        return self.weight.new_empty(self.size, 1).bernoulli_(keep).div_(keep)
+
+    def _outside(self, tokens: Tensor) -> ValueError:
+        return ValueError(
+            f"expected tokens from 0 to {self.size - 1}, got {tokens.min().item()} to {tokens.max().item()}: encode "
+            "the text with the vocabulary that this embedding was made for"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.size}, {self.channels}, padding={self.padding}, dropout={self.dropout}"

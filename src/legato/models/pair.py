@@ -54,6 +54,4 @@ class PairClassifier(nn.Module):
         return self.head(torch.cat([m1, m2, (m1 - m2).abs(), m1 * m2], dim=1))
 
     def _read(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        if self.embedding is not None:
-            x = self.embedding(x)
-        return last_output(self.layer, x, lengths=lengths)[0]
+        return last_output(self.layer, self.embedding, x, lengths=lengths)[0]

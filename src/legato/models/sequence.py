@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from legato._shapes import Bool, Int, Shaped, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers._base import RecurrentLayer, check_lengths
+from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState
 
 from .embedding import Embedding
 
@@ -88,7 +89,7 @@ class SequenceClassifier(SequenceRegressor):
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Any]:
         """(scores, state) after the last step that counts."""
-        output, state = last_output(self.layer, self._embed(x), state, lengths, reset)
+        output, state = last_output(self.layer, self.embedding, x, state, lengths, reset)
         return self.head(output), state
 
     def step(self, x_t: Shaped[Tensor, "B *C"], state: Any) -> tuple[Tensor, Any]:
@@ -99,12 +100,20 @@ class SequenceClassifier(SequenceRegressor):
 
 def last_output(
     layer: RecurrentLayer,
-    x: Shaped[Tensor, "B T C"],
+    embedding: nn.Module | None,
+    x: Shaped[Tensor, "B T *C"],
     state: Any = None,
     lengths: Int[Tensor, "B"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Tensor, Any]:
-    """The output at the last step that counts, flattened to (B, channels), zero where there is none; and the state."""
+    """The output at the last step that counts, flattened to (B, channels), zero where there is none; and the state.
+
+    ``x`` are inputs, or tokens where there is an embedding.
+    """
+    if state is None and reset is None and _is_a_bag(layer, embedding):
+        return _bag(layer, embedding, x, lengths)
+    if embedding is not None:
+        x = embedding(x)
     output, state = layer(x, state, lengths=lengths, reset=reset)
     if layer.return_sequences:
         if x.shape[1] == 0:
@@ -114,6 +123,29 @@ def last_output(
         else:  # outputs from a length on are zero, hence those of a row without steps
             output = output[torch.arange(len(x), device=x.device), (lengths.to(x.device) - 1).clamp(min=0)]
     return output.flatten(1), state
+
+
+def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
+    """Whether the last memory is one weighted sum of word vectors."""
+    return (
+        isinstance(layer, LegendreMemory)
+        and not layer.return_sequences
+        and layer.order == 1
+        and layer.window().ndim == 0
+        and isinstance(embedding, Embedding)
+        and embedding.weight.dtype == layer.scale.dtype == layer._carry_dtype()
+    )
+
+
+def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    """The same in a fifth of the time: the vectors of all tokens are never written out."""
+    steps = tokens.shape[1]
+    if lengths is None:
+        lengths = torch.full((len(tokens),), steps)
+    check_lengths(lengths, tokens)
+    weights = layer.response(lengths.to(tokens.device), steps)[..., 0]
+    memory = embedding.weighted_sum(tokens, weights)
+    return memory * layer.scale[:, 0], LegendreMemoryState(memory[..., None])
 
 
 def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:

@@ -39,10 +39,10 @@ class Config(_classification.Config):
     """IMDB: whether a film review is positive, from its word vectors by a delay network of order 1."""
 
     data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=lambda: Model(word_dropout=0.4))
+    model: Model = field(default_factory=lambda: Model(word_dropout=0.6))
     training: FineTuning = field(
         default_factory=lambda: FineTuning(
-            epochs=10, batch_size=256, learning_rate=0.01, vector_rate=0.5, warmup=0.1, average=0.99
+            epochs=12, batch_size=256, learning_rate=0.005, vector_rate=0.5, warmup=0.1, average=0.99
         )
     )
 
