@@ -25,7 +25,7 @@ from ._classification import Fingerprint
 PAPER = Paper(
     source="knowing nothing: every word of the vocabulary alike",
     metric="perplexity",
-    value=20_000,
+    value=20_000.0,
     parameters="0",
     digits=1,
 )

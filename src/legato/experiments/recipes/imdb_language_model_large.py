@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from . import imdb_language_model
 from .imdb_language_model import SMOKE, Data, Model, Reading, build
 
-PAPER = replace(imdb_language_model.PAPER, value=30_000)
+PAPER = replace(imdb_language_model.PAPER, value=30_000.0)
 __all__ = ["PAPER", "SMOKE", "Config", "LargeData", "LargeModel", "build"]
 
 
