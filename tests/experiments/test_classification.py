@@ -26,8 +26,10 @@ class Invented(NamedTuple):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _own_cache_and_arithmetic(tmp_path, monkeypatch):
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+    yield
+    torch.set_flush_denormal(False)
 
 
 def texts(split, **vocabulary):

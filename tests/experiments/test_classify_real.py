@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from legato.cli import main
 from legato.experiments.recipes import recipe
@@ -15,8 +16,10 @@ BESIDE = {"imdb": 301, "qqp": 1201, "snli": 3603}
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
+def _own_cache_and_arithmetic(tmp_path, monkeypatch):
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.mark.parametrize("name", ["qqp", "snli", "imdb"])

@@ -1,6 +1,6 @@
 """The networks that the papers compare with, under the same contract as the layers. ``kinds.py`` gives them by name."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,25 +43,43 @@ class LSTM(RecurrentLayer):
     def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
         refuse_reset(reset)
         state = self.initial_state(len(x)) if state is None else state
+        hidden, cell = state.hidden.to(x.dtype), state.cell.to(x.dtype)
         if 0 in x.shape[:2]:
-            shape = (len(x), x.shape[1], self.hidden_size)
-            return x.new_zeros(shape if self.return_sequences else shape[::2]), state
-        start = tuple(part.to(x.dtype)[None] for part in (state.hidden, state.cell))
-        if lengths is None:
-            output, (hidden, cell) = self.lstm(x, start)
+            output = x.new_zeros(len(x), x.shape[1], self.hidden_size)
+        elif lengths is None:
+            output, (hidden, cell) = self._run(x, hidden, cell)
         else:
-            # A packed row has a step at least: that of an empty one is undone below.
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.clamp(min=1).cpu(), True, enforce_sorted=False)
-            output, (hidden, cell) = self.lstm(packed, start)
-            if self.return_sequences:
-                output, _ = nn.utils.rnn.pad_packed_sequence(output, True, total_length=x.shape[1])
-        cell, hidden = cell[0], hidden[0]
-        last = hidden
-        if lengths is not None:
-            some = (lengths > 0)[:, None]
-            cell, hidden = torch.where(some, cell, state.cell), torch.where(some, hidden, state.hidden)
-        new = LSTMState(*(part.to(self._carry_dtype()) for part in (cell, hidden)))
-        return (cast(Tensor, output) if self.return_sequences else last), new
+            output, (hidden, cell) = self._to_lengths(x, hidden, cell, lengths)
+        if not self.return_sequences:
+            output = hidden if x.shape[1] else torch.zeros_like(hidden)
+        return output, LSTMState(*(part.to(self._carry_dtype()) for part in (cell, hidden)))
+
+    def _run(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        output, (hidden, cell) = self.lstm(x, (hidden[None], cell[None]))
+        return output, (hidden[0], cell[0])
+
+    def _to_lengths(
+        self, x: Tensor, hidden: Tensor, cell: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """From one length that occurs to the next, with the rows that go on: on a CPU a tenth of a packed sequence's
+        time, whose gradient is written anew at every step."""
+        steps, order = x.shape[1], lengths.argsort(descending=True, stable=True)
+        ends = sorted({*lengths.tolist(), steps})
+        x, parts = x[order], [hidden[order], cell[order]]
+        outputs, ended = [], []
+        pieces = x.split([end - begin for begin, end in zip([0, *ends], ends, strict=False)], dim=1)
+        for piece, end in zip(pieces, ends, strict=True):
+            rows = int((lengths >= end).sum())
+            ended.append([part[rows:] for part in parts])
+            parts = [part[:rows] for part in parts]
+            output = piece.new_zeros(0, piece.shape[1], self.hidden_size)
+            if rows and piece.shape[1]:
+                output, parts = self._run(piece[:rows], *parts)
+            outputs.append(F.pad(output, (0, 0, 0, 0, 0, len(x) - len(output))))
+        ended.append(parts)
+        back = order.argsort()
+        hidden, cell = (torch.cat(part)[back] for part in zip(*reversed(ended), strict=True))
+        return torch.cat(outputs, dim=1)[back], (hidden, cell)
 
 
 class TransformerState(NamedTuple):
