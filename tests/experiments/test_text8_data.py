@@ -23,6 +23,11 @@ def known(name, content):
     return File(name, len(content), f"sha256:{sha256(content).hexdigest()}")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A folder with an archive in the official format, and the stand-in's file in a folder beside it."""
@@ -47,6 +52,22 @@ def test_nine_tenths_train_and_the_last_twentieth_tests(small):
     assert [len(part) for part in data[:3]] == [1710, 95, 95]
     assert all(part.dtype == np.uint8 for part in data[:3])
     assert b"".join(letters(part) for part in data[:3]) == TEXT
+
+
+def test_a_second_start_reads_the_arrays_and_not_the_file(small, monkeypatch):
+    first = text8(small)
+    monkeypatch.setattr(module, "characters", None)
+    for ours, theirs in zip(text8(small), first, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert isinstance(text8(small).train, np.memmap)
+
+
+def test_the_stand_in_under_the_official_name_is_refused_though_it_is_in_the_cache(small):
+    (small / "text8.zip").unlink()
+    assert text8(small).source == "wiki100m"
+    (small / "wiki100m" / "wiki100m.txt.xz").rename(small / "text8.xz")
+    with pytest.raises(ExperimentError, match=r"text8\.xz is corrupt or another file"):
+        text8(small)
 
 
 def test_official_files_win_over_the_stand_in_which_is_named_as_such(small):

@@ -66,10 +66,10 @@ def _snli(source: Path) -> Converted:
 
 
 def _text8(source: Path) -> Converted:
-    name, _, content = text8.text(source)
+    name, path = text8.text8_file(source)
     if name != text8.FOLDER:
         raise _stand_in(source, text8.ARCHIVE.name)
-    yield f"{text8.FOLDER}/{text8.TEXT8.name}.xz", content
+    yield f"{text8.FOLDER}/{text8.TEXT8.name}.xz", text8.characters(name, path)
 
 
 def _iwslt15(source: Path) -> Converted:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..task import ExperimentError
+from .encoded import arrays
 from .files import File, check, compare, find, need, read, zip_member
 
 FOLDER = "text8"
@@ -40,6 +41,8 @@ def text8(data_dir: Path | None = None) -> Text8:
     ``wiki100m``, a stand-in: ``wiki100m.txt``, the same leading articles nine years later, brought into the same form.
     Either text may be packed by xz or gzip.
 
+    Unpacked and checked once; later read from the cache of ``prepared.py``, memory-mapped.
+
     Args:
         data_dir: folder that holds one of the files, or holds it in ``text8/`` or ``wiki100m/``; text8 wins. By default
             $LEGATO_DATA, else ../shared/data; else text8.zip is downloaded into the user's cache (31 MB).
@@ -49,26 +52,34 @@ def text8(data_dir: Path | None = None) -> Text8:
 
     Source: M. Mahoney, About the Test Data; the split of Mikolov et al. 2012.
     """
-    source, path, content = text(data_dir)
-    codes = _codes(content, path)
-    validation, test = len(codes) // _VALIDATION, len(codes) // _TEST
-    ends = len(codes) - validation - test, len(codes) - test
-    return Text8(codes[: ends[0]], codes[ends[0] : ends[1]], codes[ends[1] :], source)
+    source, path = text8_file(data_dir)
+    return Text8(**arrays(source, lambda: _split(source, path), lambda: [path]))
 
 
-def text(data_dir: Path | None = None) -> tuple[str, Path, bytes]:
-    """Which data are there, in which file, and the characters."""
-    path = find(TEXT8, FOLDER, data_dir)
-    if path is not None:
-        return "text8", path, read(path, TEXT8)
-    stand_in = find(STAND_IN, STAND_IN_FOLDER, data_dir)
-    if stand_in is not None and find(ARCHIVE, FOLDER, data_dir) is None:
-        return "wiki100m", stand_in, read(stand_in, STAND_IN)
-    path = need(ARCHIVE, FOLDER, data_dir, otherwise="text8, nor wiki100m.txt")
+def text8_file(data_dir: Path | None = None) -> tuple[str, Path]:
+    """Which data are there, and the file."""
+    path = find(TEXT8, FOLDER, data_dir) or find(ARCHIVE, FOLDER, data_dir)
+    stand_in = None if path else find(STAND_IN, STAND_IN_FOLDER, data_dir)
+    if stand_in is not None:
+        return STAND_IN_FOLDER, stand_in
+    return FOLDER, path or need(ARCHIVE, FOLDER, data_dir, otherwise="text8, nor wiki100m.txt")
+
+
+def characters(source: str, path: Path) -> bytes:
+    """The text in the file of ``text8_file``, which is checked."""
+    if path.name != ARCHIVE.name:
+        return read(path, STAND_IN if source == STAND_IN_FOLDER else TEXT8)
     check(path, ARCHIVE)
     content = zip_member(path, TEXT8.name)
     compare(content, TEXT8, path)
-    return "text8", path, content
+    return content
+
+
+def _split(source: str, path: Path) -> Text8:
+    codes = _codes(characters(source, path), path)
+    validation, test = len(codes) // _VALIDATION, len(codes) // _TEST
+    ends = len(codes) - validation - test, len(codes) - test
+    return Text8(codes[: ends[0]], codes[ends[0] : ends[1]], codes[ends[1] :], source)
 
 
 def _codes(content: bytes, path: Path) -> np.ndarray:
