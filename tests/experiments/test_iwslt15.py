@@ -56,9 +56,9 @@ def run(config, folder):
     return train(recipe("iwslt15"), config, options)[0]
 
 
-@pytest.mark.parametrize("kind", ["lmu", "lstm"])
-def test_a_run_is_tested_greedily_and_by_a_beam(invented, kind, tmp_path):
-    result = run(smoke(model__kind=kind), tmp_path / "run")
+@pytest.mark.parametrize(("kind", "layers"), [("lmu", 2), ("lstm", 1)])
+def test_a_run_is_tested_greedily_and_by_a_beam(invented, kind, layers, tmp_path):
+    result = run(smoke(model__kind=kind, model__layers=layers), tmp_path / "run")
     assert result["data"] == "multi30k-en-de"
     assert result["test"].keys() == {"bleu", "bleu_beam", "loss"}
     assert result["validation"].keys() == {"bleu", "loss"}
