@@ -55,7 +55,7 @@ class Data(imdb_language_model.Data):
         longest: words kept of a review; of a longer one its first words are dropped.
     """
 
-    longest: int = 400
+    longest: int = 200
 
 
 @dataclass
@@ -67,7 +67,7 @@ class FineTuning(Training):
         dropout: share of the pooled features dropped before the head.
     """
 
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 32
     learning_rate: float = 2e-3
     warmup: float = 0.1
