@@ -99,6 +99,26 @@ def test_the_list_names_what_is_missing_and_where_to_get_it(tmp_path, capsys):
         assert part in told
 
 
+def test_what_was_not_compared_is_not_called_whole(tmp_path, capsys):
+    review = tmp_path / "[a]" / "imdb" / "aclImdb" / "train" / "pos" / "0_9.txt"
+    review.parent.mkdir(parents=True)
+    review.write_text("Fine.")
+    assert main(["data", "list", "--data-dir", str(tmp_path / "[a]")]) == 0
+    assert f"IMDB             unchecked  {review.parent}\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_not_an_empty_one(tmp_path, capsys):
+    assert main(["data", "list", "--data-dir", str(tmp_path / "nowhere")]) == 1
+    assert f"there is no folder {tmp_path / 'nowhere'}: correct --data-dir" in capsys.readouterr().err
+
+
+def test_what_is_published_nowhere_has_what_takes_its_place(tmp_path, capsys):
+    assert main(["data", "list", "--data-dir", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "there is no wiki100m.txt: it is not published; text8 takes its place\n" in told
+    assert "there is no sg300_wiki_imdb.npz: it is not published: use the vectors glove.840B.300d" in told
+
+
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     for name in CONVERTERS:
         with pytest.raises(ExperimentError, match=str(tmp_path)):

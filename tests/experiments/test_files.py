@@ -76,10 +76,23 @@ def test_a_file_may_lie_in_the_folder_of_its_data_set_or_above_it_packed_or_not(
 
 def test_a_missing_file_is_named_with_all_that_would_do(tmp_path):
     file = File("tides.txt", url="http://127.0.0.1:9/tides.txt")
+    (tmp_path / "data").mkdir()
     with pytest.raises(ExperimentError) as caught:
         need(file, "sea", tmp_path / "data", otherwise="ebb.txt")
     for part in ("tides.txt.xz", str(tmp_path / "data" / "sea"), "nor ebb.txt", file.url, "--data-dir"):
         assert part in str(caught.value)
+
+
+def test_a_file_that_is_published_nowhere_is_not_said_to_be_downloaded():
+    with pytest.raises(ExperimentError) as caught:
+        need(File("tides.txt", origin="ebb.txt takes its place"), "sea")
+    assert str(caught.value).endswith("name its folder with --data-dir or LEGATO_DATA; ebb.txt takes its place")
+
+
+def test_a_named_folder_that_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEGATO_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ExperimentError, match=r"there is no folder .*nowhere: correct --data-dir or LEGATO_DATA"):
+        need(File("tides.txt", url="http://127.0.0.1:9/tides.txt"), "sea")
 
 
 # Reading.

@@ -113,6 +113,12 @@ def test_a_line_with_another_number_of_columns_is_named(tmp_path, monkeypatch):
         translation("fra-eng", folder)
 
 
+def test_captions_are_downloaded_packed_from_one_version():
+    urls = [file.url for file in module.MULTI30K.values()]
+    assert {url.rpartition("/")[0] for url in urls} == {module._RAW.rstrip("/")}
+    assert all(url.endswith(f"/{name}.gz") for name, url in zip(module.MULTI30K, urls, strict=True))
+
+
 @needs_real
 def test_the_real_test_sets_and_vocabularies_have_the_known_sizes():
     data = translation("en-vi", REAL, train=False)

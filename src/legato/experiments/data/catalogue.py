@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..task import ExperimentError
 from . import imdb, mnist, qqp, snli, text8, translation
-from .files import File, check, find
+from .files import File, check, find, named_folder
 from .vectors import FILES as VECTORS
 
 Form = list[tuple[str, File]]  # files with their folders, all of which it takes
@@ -24,7 +24,7 @@ class Entry:
         licence: of the data, which are not ours.
         forms: what its loader reads, the first that is there.
         stands_for: the data set in whose place it is used; "" for the data that the papers used.
-        origin: where to get it, if not from the first form's addresses.
+        origin: where to get it, or what takes its place, if its files do not say it.
     """
 
     name: str
@@ -36,22 +36,28 @@ class Entry:
 
     def how_to_get_it(self) -> str:
         """One sentence."""
+        folder, first = self.forms[0][0]
         addresses = [file.url for _, file in self.forms[0] if file.url]
         if not addresses:
-            return self.origin
-        folder = self.forms[0][0][0]
+            return self.origin or first.origin
         where = addresses[0] + " and the others there" * (len(addresses) > 1)
-        return f"put {where} in {folder}/; where no folder of data is named, the first use downloads it"
+        return (
+            f"put {where} in {folder}/; the first use downloads it, if no folder of data is named nor a stand-in found"
+        )
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is there of a data set: nothing if ``folder`` is None; which files are missing or damaged."""
+    """What is there of a data set: nothing if ``folder`` is None; which files are missing or damaged.
+
+    ``compared`` is False if of a file that is there neither size nor checksum was compared.
+    """
 
     entry: Entry
     folder: Path | None
     missing: list[str]
     damaged: list[str]
+    compared: bool
 
     @property
     def whole(self) -> bool:
@@ -85,7 +91,7 @@ def catalogue() -> list[Entry]:
             "Quora's terms, non-commercial",
             [[(qqp.SMALL_FOLDER, file) for file in qqp.SMALL.values()]],
             stands_for="qqp",
-            origin="dev.tsv and test.tsv, 10,000 pairs each, come with the project's shared data only",
+            origin="they are not published; qqp, all of these pairs, takes their place",
         ),
         Entry(
             "snli",
@@ -102,7 +108,7 @@ def catalogue() -> list[Entry]:
             "Apache 2.0 (CAD), CC BY-NC-SA 3.0 (SICK), CC BY-SA 4.0 (SNLI)",
             [[(folder, file) for file, folder in snli.STAND_IN.items()]],
             stands_for="snli",
-            origin="the four files come with the project's shared data only",
+            origin="they are not published in this form; snli takes their place",
         ),
         Entry(
             "text8",
@@ -116,7 +122,7 @@ def catalogue() -> list[Entry]:
             "CC BY-SA 3.0",
             [[(text8.STAND_IN_FOLDER, text8.STAND_IN)]],
             stands_for="text8",
-            origin="wiki100m.txt comes with the project's shared data only",
+            origin="it is not published; text8 takes its place",
         ),
         Entry("en-vi", "IWSLT'15, 136,138 pairs of sentences", "CC BY-NC-ND", [iwslt15]),
         Entry(
@@ -128,7 +134,6 @@ def catalogue() -> list[Entry]:
                 [(translation.FRA_ENG_FOLDER, translation.FRA_ENG)],
             ],
             stands_for="en-vi",
-            origin="fra-eng.zip of 2017-09-29; the one at www.manythings.org/anki is newer and other",
         ),
         Entry(
             "multi30k-en-de",
@@ -136,7 +141,6 @@ def catalogue() -> list[Entry]:
             "for research",
             [[(translation.MULTI30K_FOLDER, file) for file in translation.MULTI30K.values()]],
             stands_for="en-vi",
-            origin="data/task1/raw of github.com/multi30k/dataset",
         ),
         *(
             Entry(
@@ -145,7 +149,6 @@ def catalogue() -> list[Entry]:
                 "CC BY-SA 3.0" if name == "vectors300" else "PDDL 1.0",
                 [[(folder, file)] for file in sorted(files, key=lambda file: not file.url)],
                 stands_for="glove.840B.300d" if name == "vectors300" else "",
-                origin="sg300_wiki_imdb.npz comes with the project's shared data only",
             )
             for name, (folder, files) in VECTORS.items()
         ),
@@ -169,18 +172,29 @@ def look(entry: Entry, data_dir: Path | None = None, *, thorough: bool = False) 
         there[0][0].parent if there else None,
         [file.name for file, path in form if path is None],
         [problem for path, file in there for problem in _problems(path, file, thorough)],
+        all(file.size is not None or (thorough and file.checksum) for _, file in there),
     )
 
 
 def show(data_dir: Path | None = None, *, thorough: bool = False) -> None:
-    """Print the catalogue with what is there of it."""
-    from rich.console import Console
+    """Print the catalogue with what is there of it.
 
-    console = Console(highlight=False, soft_wrap=True)
+    Raises:
+        ExperimentError: the folder that is named is none.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    named_folder(data_dir)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for entry in catalogue():
         found = look(entry, data_dir, thorough=thorough)
-        state = "whole" if found.whole else "not there" if found.folder is None else "not whole"
-        console.print(f"[bold]{entry.name:<16}[/bold] {state:<10} {found.folder or ''}".rstrip(), markup=True)
+        state = "not whole"
+        if found.whole:
+            state = "whole" if found.compared else "unchecked"
+        elif found.folder is None:
+            state = "not there"
+        console.print(Text(f"{entry.name:<16}", "bold"), f"{state:<10} {found.folder or ''}".rstrip())
         instead = f" in place of {entry.stands_for}" if entry.stands_for else ""
         console.print(f"{'':<16} {entry.what}{instead}; licence: {entry.licence}")
         for problem in found.damaged:
@@ -189,6 +203,7 @@ def show(data_dir: Path | None = None, *, thorough: bool = False) -> None:
             console.print(f"{'':<16} there is no {', '.join(found.missing)}: {entry.how_to_get_it()}")
     if not thorough:
         console.print("Sizes were compared; --check compares every checksum.")
+    console.print("What is unchecked is compared when it is read.")
 
 
 def _problems(path: Path, file: File, thorough: bool) -> Iterator[str]:

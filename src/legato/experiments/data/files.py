@@ -35,12 +35,14 @@ class File:
         checksum: of the unpacked bytes, ``sha256:...``, ``md5:...``, or ``git:...``, the name that git gives them; ""
             is not known.
         url: where it is downloaded from, packed or not; "" is nowhere.
+        origin: if nowhere, where else it is to be had, or what takes its place.
     """
 
     name: str
     size: int | None = None
     checksum: str = ""
     url: str = ""
+    origin: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,21 +73,36 @@ def need(file: File, folder: str, data_dir: Path | None = None, *, otherwise: st
         otherwise: for the error, what would do as well.
 
     Raises:
-        ExperimentError: the file is not in the folder that is named, cannot be downloaded, or came with other content.
+        ExperimentError: the file is not in the folder that is named, or that is no folder; the file is published
+            nowhere, cannot be downloaded, or came with other content.
     """
     found = find(file, folder, data_dir)
     if found is not None:
         return found
-    if file.url and _named(data_dir) is None:
+    if named_folder(data_dir) is None and file.url:
         return download(file, cache() / folder)
     where = " or ".join(str(place) for place in _places(folder, data_dir))
-    advice = "correct --data-dir or LEGATO_DATA"
+    advice = "name its folder with --data-dir or LEGATO_DATA"
     if file.url:
-        advice += f", put {file.url} there, or leave both out to download it"
+        advice = f"put {file.url} there, or name no folder by --data-dir or LEGATO_DATA: then it is downloaded"
+    elif file.origin:
+        advice += f"; {file.origin}"
     raise ExperimentError(
         f"expected {' or '.join(file.names)} in {where}: there is no {file.name} there"
         f"{f', nor {otherwise}' if otherwise else ''}: {advice}"
     )
+
+
+def named_folder(data_dir: Path | None = None) -> Path | None:
+    """The folder of data that the user named, if any: ``data_dir``, else $LEGATO_DATA.
+
+    Raises:
+        ExperimentError: it is not a folder.
+    """
+    named = _named(data_dir)
+    if named is not None and not named.is_dir():
+        raise ExperimentError(f"there is no folder {named}: correct --data-dir or LEGATO_DATA")
+    return named
 
 
 def cache() -> Path:
@@ -356,7 +373,6 @@ class _Resuming:
 
 
 def _named(data_dir: Path | None) -> Path | None:
-    """The folder of data that the user named."""
     return data_dir or (Path(os.environ["LEGATO_DATA"]) if os.environ.get("LEGATO_DATA") else None)
 
 

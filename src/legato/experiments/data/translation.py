@@ -36,20 +36,32 @@ IWSLT15 = {
 }
 
 MULTI30K_FOLDER = "multi30k"
+_RAW = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw/"
+
+
+def _raw(name: str, size: int, checksum: str) -> File:
+    return File(name, size, checksum, f"{_RAW}{name}.gz")
+
+
 MULTI30K = {
     file.name: file
     for file in (
-        File("train.en", 1_801_238, "sha256:460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6"),
-        File("train.de", 2_110_398, "sha256:2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72"),
-        File("val.en", 63_297, "sha256:1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227"),
-        File("val.de", 75_981, "sha256:660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660"),
-        File("test_2016_flickr.en", 62_076, "sha256:399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182"),
-        File("test_2016_flickr.de", 70_649, "sha256:4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16"),
+        _raw("train.en", 1_801_238, "sha256:460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6"),
+        _raw("train.de", 2_110_398, "sha256:2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72"),
+        _raw("val.en", 63_297, "sha256:1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227"),
+        _raw("val.de", 75_981, "sha256:660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660"),
+        _raw("test_2016_flickr.en", 62_076, "sha256:399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182"),
+        _raw("test_2016_flickr.de", 70_649, "sha256:4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16"),
     )
 }
 
 FRA_ENG_FOLDER = "fra-eng"
-FRA_ENG_ARCHIVE = File("fra-eng.zip")  # a newer one, with more sentences, is served under the same name
+FRA_ENG_ARCHIVE = File(
+    "fra-eng.zip",
+    2_951_390,
+    "sha256:16c4f7d0df9e7c5e6c54cdb0447f3f4a18a55052ff5e2e0b27dd4a06c0e49d04",
+    origin="it is of 2017-09-29 and not published any more: the one at www.manythings.org/anki is newer and other",
+)
 FRA_ENG = File("fra.txt", 10_009_515, "sha256:2546838ae46e0eac4c02ab7032ea0a02a006074a5340077a36a9444f41e02888")
 _SHARES = 64  # validation and test are one share each of the English sentences
 
@@ -79,8 +91,8 @@ def translation(pair: Pair, data_dir: Path | None = None, *, train: bool = True)
     Args:
         pair: en-vi, or its stand-ins fra-eng and multi30k-en-de.
         data_dir: folder that holds the files, or holds them in ``iwslt15-en-vi/``, ``fra-eng/`` or ``multi30k/``,
-            packed by xz or gzip or not. By default $LEGATO_DATA, else ../shared/data; else those of en-vi are
-            downloaded into the user's cache (31 MB).
+            packed by xz or gzip or not. By default $LEGATO_DATA, else ../shared/data; else those of en-vi (31 MB) and
+            of multi30k-en-de (2 MB) are downloaded into the user's cache; those of fra-eng are not published any more.
         train: False leaves the training part of en-vi empty and needs no file of it: enough to score translations.
 
     Raises:

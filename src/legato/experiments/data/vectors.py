@@ -1,4 +1,4 @@
-"""Vectors of words from disk: ``vectors300``, made for this project, and GloVe as its authors distribute it."""
+"""Vectors of words from disk: GloVe as its authors distribute it, and ``vectors300``, which are not published."""
 
 import gzip
 import lzma
@@ -26,6 +26,7 @@ FILES = {
                 "sg300_wiki_imdb.npz",
                 41_741_505,
                 "sha256:5379d47d823df534dd1ff6637c168a28e9df5d56e594a237af2cea8ecedfa854",
+                origin="it is not published: use the vectors glove.840B.300d or glove.6B.300d, which are downloaded",
             ),
         ),
     ),
@@ -75,7 +76,7 @@ def word_vectors(
             glove.6B are of lower-cased words, those of glove.840B of both.
         data_dir: folder that holds the file, or holds it in ``vectors300/`` or ``glove/``. By default $LEGATO_DATA,
             else ../shared/data; else GloVe is downloaded into the user's cache (2.2 GB, or 0.9 GB of 6B).
-        name: one of ``FILES``.
+        name: one of ``FILES``. ``vectors300`` are of our own making, from Wikipedia and IMDB without its test texts.
         width: numbers in a vector.
 
     Raises:
