@@ -88,6 +88,14 @@ def test_a_file_without_its_header_or_with_broken_characters_is_refused(small):
         qqp(small)
 
 
+@pytest.mark.parametrize("id", ["", '"id": 1, '])
+def test_a_pair_of_the_compact_form_without_its_id_is_refused(small, id):
+    (small / "quora_duplicate_questions.tsv").unlink()
+    (small / "pairs.jsonl").write_text(f'{{{id}"label": 0, "first": "Where?", "second": "When?"}}\n')
+    with pytest.raises(ExperimentError, match=r"pairs\.jsonl, pair 0: expected it to have that id, got (None|1): put"):
+        qqp(small)
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     for part in ("dev", "test"):

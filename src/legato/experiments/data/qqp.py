@@ -90,10 +90,14 @@ def questions(path: Path) -> list[Row]:
     else:
         rows = _official(read(path, OFFICIAL), path)
     for number, row in enumerate(rows):
-        if row["id"] != number:
-            raise ExperimentError(f"{path}, pair {number}: expected it to have that id, got {row['id']}")
+        if row.get("id") != number:
+            raise ExperimentError(
+                f"{path}, pair {number}: expected it to have that id, got {row.get('id')!r}: put an intact copy there"
+            )
     if len(rows) != COUNT:
-        raise ExperimentError(f"{path} is not whole: expected {COUNT:,} pairs, got {len(rows):,}")
+        raise ExperimentError(
+            f"{path} is not whole: expected {COUNT:,} pairs, got {len(rows):,}: put an intact copy there"
+        )
     return rows
 
 
@@ -118,7 +122,7 @@ def _official(content: bytes, path: Path) -> list[Row]:
 def _row(row: list[str], line: int, path: Path) -> Row:
     if len(row) != len(_HEAD):
         raise line_error(path, line, f"{len(_HEAD)} columns", str(len(row)))
-    if not row[0].isdigit() or row[5] not in ("0", "1"):
+    if not row[0].isdecimal() or row[5] not in ("0", "1"):
         raise line_error(path, line, "an id and is_duplicate 0 or 1", f"{row[0]!r} and {row[5]!r}")
     return {"id": int(row[0]), "label": int(row[5]), "first": row[3], "second": row[4]}
 
