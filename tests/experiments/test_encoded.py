@@ -134,6 +134,12 @@ def test_a_sample_of_pairs_keeps_them_together(files):
     assert text(sample, "train.second") == ["other 0", "other 3"]
 
 
+@pytest.mark.parametrize("examples", [0, -1])
+def test_a_sample_has_one_example_or_more(files, examples):
+    with pytest.raises(ExperimentError, match=f"expected 1 example or more of each split, got {examples}"):
+        encoded("reviews", lambda: REVIEWS, files, examples=examples)
+
+
 def test_labels_that_are_not_one_to_a_text_are_refused(files):
     data = Questions(Pairs(["a"], ["b", "c"], [0]), QUESTIONS.test)
     with pytest.raises(ExperimentError, match=r"label for each text of train\.second, got 2 texts and 1 labels"):

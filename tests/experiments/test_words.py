@@ -158,3 +158,6 @@ def test_texts_without_a_word_make_no_vocabulary():
         word_vocabulary(["", "\u3042"])
     with pytest.raises(ExperimentError, match="no word is left"):
         word_vocabulary(["a b"], least_count=2)
+    for largest in (4, 3, 0):
+        with pytest.raises(ExperimentError, match=f"no word is left.*at most {largest} with the 4 symbols"):
+            word_vocabulary(["a b"], largest=largest)

@@ -101,10 +101,13 @@ def encoded(
         data_dir: where the vectors are looked for.
 
     Raises:
-        ExperimentError: what the loader raises; nothing to learn a vocabulary from; a label for which there is no text.
+        ExperimentError: what the loader raises; nothing to learn a vocabulary from; a label for which there is no text;
+            less than one example asked for.
     """
     import tokenizers
 
+    if examples is not None and examples < 1:
+        raise ExperimentError(f"expected 1 example or more of each split, got {examples}")
     asked = dict(vocabulary or {})
     settings = {
         "tokenizers": tokenizers.__version__,

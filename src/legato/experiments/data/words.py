@@ -214,10 +214,10 @@ def word_vocabulary(
         ids = counter.get_vocab()
         words = sorted(ids, key=ids.__getitem__)
     ids = _numbered(words, largest)
-    if len(ids) == len(SYMBOLS):
+    if len(ids) <= len(SYMBOLS):
         raise ExperimentError(
             f"no word is left for a vocabulary: expected words that match {pattern} and occur {least_count} times or "
-            f"more, at most {largest} with the {len(SYMBOLS)} symbols: give more text, or lower least_count"
+            f"more, at most {largest} with the {len(SYMBOLS)} symbols: give more text or another least_count or largest"
         )
     return Vocabulary(tokenizer(models.WordLevel(ids, unk_token=SYMBOLS[UNKNOWN])))
 
