@@ -5,16 +5,14 @@ settings or other files never meet old arrays. It is whole or it is not there: t
 and the folder gets its name when every byte is on the disk. Next: ``encoded.py`` keeps texts as numbers this way.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ Content = Mapping[str, np.ndarray | str]
 
 _FORMAT = "legato-prepared-1"
 _MANIFEST = "manifest.json"
-_WAIT = 0.1  # seconds between two looks at a lock
 _LARGE = 256 * 2**20  # bytes; a file from here on is not read again for its checksum while its date stays
 _log = logging.getLogger(__name__)
 
@@ -165,39 +162,24 @@ def _to_disk(file: Any) -> None:
 @contextmanager
 def _alone(entry: Path) -> Iterator[bool]:
     """Hold the lock of this entry, which ends with the process that holds it; False where nothing can be written."""
-    with ExitStack() as held:
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(open(entry.with_name(f"{entry.name}.lock"), "ab"))
-            if not _locked(lock):
-                _log.warning("waiting for another process that prepares %s", entry)
-                while not _locked(lock):
-                    time.sleep(_WAIT)
-            writable = True
-        except OSError as error:
-            _log.warning(
-                "the cache cannot be written (%s): %s is prepared in memory, and again at every start; "
-                "name another folder with LEGATO_CACHE",
-                error,
-                entry.name,
-            )
-            writable = False
-        yield writable
+    from filelock import FileLock, Timeout
 
-
-def _locked(lock: Any) -> bool:
-    """Try to lock an open file; closing it gives the lock back."""
+    lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.warning("waiting for another process that prepares %s", entry)
+            lock.acquire()
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
+        _log.warning(
+            "the cache cannot be written (%s): %s is prepared in memory, and again at every start; "
+            "name another folder with LEGATO_CACHE",
+            error,
+            entry.name,
+        )
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
