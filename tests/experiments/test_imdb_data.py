@@ -88,6 +88,8 @@ def test_the_unpacked_folder_is_the_same_data(small):
     (small / "aclImdb_v1.tar.gz").unlink()
     assert imdb(small, unlabelled=True) == expected
     assert imdb_files(small) == [small / "imdb/aclImdb/train/pos/0_9.txt"]
+    convert("imdb", small / "imdb" / "aclImdb", small / "compact")
+    assert imdb(small / "compact", unlabelled=True) == expected
 
 
 def test_the_compact_form_is_the_same_data_and_always_the_same_bytes(small, tmp_path_factory):
@@ -153,7 +155,9 @@ def test_the_real_reviews_are_split_as_in_the_paper(real):
     _, data = real
     assert [len(part.texts) for part in data[:3]] == [22_500, 2_500, 25_000]
     assert [sum(part.labels) for part in data[:3]] == [11_250, 1_250, 12_500]
-    assert not set(data.train.texts) & set(data.validation.texts)
+    train, validation, test = (set(part.texts) for part in data[:3])
+    assert not train & validation
+    assert len((train | validation) & test) == 123
 
 
 def test_the_real_reviews_have_the_known_number_of_bytes(real):

@@ -46,7 +46,8 @@ def convert(name: str, source: Path, target: Path) -> list[Path]:
 
 
 def _imdb(source: Path) -> Converted:
-    for part, rows in imdb.reviews(source, unlabelled=True).items():
+    folder = source.parent if source.name == "aclImdb" else source
+    for part, rows in imdb.reviews(folder, unlabelled=True).items():
         yield f"{imdb.FOLDER}/{imdb.PARTS[part].name}.xz", imdb.as_lines(rows)
 
 

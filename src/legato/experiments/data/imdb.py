@@ -44,6 +44,9 @@ def imdb(data_dir: Path | None = None, *, unlabelled: bool = False) -> IMDB:
     Validation is drawn from the 25,000 reviews for training: of each class the 1,250 whose names, such as ``pos/0_9``,
     have the smallest SHA-256, among those whose text is there once. So it shares no text with training.
 
+    The data set has some texts twice, and they stay: 123 texts of the test are among the 25,000 for training too, and
+    266 of the test and 39 of validation among those without label.
+
     Forms: ``aclImdb_v1.tar.gz``; the folder ``aclImdb`` unpacked from it; ``train.jsonl``, ``test.jsonl`` and
     ``unsup.jsonl``, packed by xz or gzip or not, a line ``{"id": "neg/0_3", "label": 0, "text": "..."}`` a review in
     the order of class and number, UTF-8; ``unsup`` has no labels. All three are held to the same checksums.
