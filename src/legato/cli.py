@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_EXTRA.format(error.name), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("legato: stopped; the last checkpoint is whole, --resume goes on from it", file=sys.stderr)
+        goes_on = "; the last checkpoint is whole, --resume goes on from it" if level else ""
+        print(f"legato: stopped{goes_on}", file=sys.stderr)
         return 130
 
 
