@@ -138,6 +138,15 @@ def test_the_command_tells_what_it_wrote(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{path} (0.0 MB)\n"
 
 
+def test_converting_is_stopped_without_a_word_of_checkpoints(tmp_path, capsys, monkeypatch):
+    def stopped(source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CONVERTERS, "text8", stopped)
+    assert main(["data", "convert", "text8", "--from", str(tmp_path), "--to", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "legato: stopped\n"
+
+
 @pytest.mark.skipif(REAL is None, reason="needs the files in LEGATO_DATA or ../shared/data")
 def test_what_is_there_of_the_real_files_has_the_known_sizes():
     found = {one.name: look(one, REAL) for one in catalogue()}

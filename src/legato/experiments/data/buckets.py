@@ -1,6 +1,6 @@
 """Batches of texts of similar length, and a batch of texts as one tensor."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,16 +48,6 @@ class Bucketed(Examples):
                     batches += pool[self.lengths[pool].argsort(stable=True)].split(self.batch_size)
                 batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
             yield batches.pop()
-
-
-def padding_share(batches: Iterable[Tensor], lengths: Int[Tensor, " size"]) -> float:
-    """Share of padding among all steps of these batches, each as long as its longest example."""
-    words = steps = 0
-    for indices in batches:
-        of_batch = lengths[indices]
-        words += int(of_batch.sum())
-        steps += len(of_batch) * max(1, int(of_batch.max()))
-    return 1 - words / steps
 
 
 def padded(

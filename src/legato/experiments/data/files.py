@@ -84,7 +84,7 @@ def need(file: File, folder: str, data_dir: Path | None = None, *, otherwise: st
     where = " or ".join(str(place) for place in _places(folder, data_dir))
     advice = "name its folder with --data-dir or LEGATO_DATA"
     if file.url:
-        advice = f"put {file.url} there, or name no folder by --data-dir or LEGATO_DATA: then it is downloaded"
+        advice = f"put {file.url} there; it is downloaded where neither --data-dir nor LEGATO_DATA names a folder"
     elif file.origin:
         advice += f"; {file.origin}"
     raise ExperimentError(
