@@ -344,6 +344,24 @@ def test_two_that_need_a_file_at_once_download_it_once(server, tmp_path):
     assert server.asked == [None]
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    put(tmp_path / "sea")
+    with pytest.raises(ExperimentError, match=r"cannot write to .*sea: .*name another folder with LEGATO_CACHE"):
+        download(File("tides.txt", url="http://127.0.0.1:9/tides.txt"), tmp_path / "sea")
+
+
+def test_who_waits_for_another_download_says_so(server, tmp_path, caplog):
+    file, path = server.file(checksum=sha256(CONTENT)), tmp_path / "sea" / "tides.txt"
+    path.parent.mkdir()
+    with files.locked(path.with_name(".tides.txt.lock"), "holds it"):
+        waiting = threading.Thread(target=download, args=(file, path.parent))
+        waiting.start()
+        while "waiting for another process that downloads" not in caplog.text:
+            assert waiting.is_alive()
+    waiting.join()
+    assert path.read_bytes() == CONTENT
+
+
 def test_a_server_without_the_file_is_named(server, tmp_path, monkeypatch):
     monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
     with pytest.raises(ExperimentError, match=r"could not download .*404.*--data-dir or LEGATO_DATA"):

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import os
 import tarfile
@@ -22,6 +23,7 @@ from ..task import ExperimentError
 _SHARED = Path("../shared/data")
 _BLOCK = 1 << 20  # bytes read at a time
 _RECEIVED = 1 << 16  # bytes of a download at a time: what a broken connection may lose
+_log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
 
 
@@ -297,30 +299,55 @@ def download(file: File, folder: Path) -> Path:
     Raises:
         ExperimentError: it could not be downloaded, or what came has another size or checksum and was deleted.
     """
-    import pooch
-    from filelock import FileLock
-
-    pooch.get_logger().setLevel("WARNING")  # its size is told below, once it is known
     path = folder / file.url.rsplit("/", 1)[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{path.name}.lock"):
-        if path.is_file():
-            return path
-        try:
-            # pooch has no checksums of unpacked files: all are compared below.
-            resuming: Any = _Resuming(path)
-            pooch.retrieve(file.url, known_hash=None, fname=path.name, path=folder, downloader=resuming)
-        except Exception as error:
-            raise ExperimentError(
-                f"could not download {file.url} to {folder}: {error}: the same command goes on with it, or put the "
-                "file in a folder of data and name that with --data-dir or LEGATO_DATA"
-            ) from error
-        try:
-            check(path, file)
-        except ExperimentError as error:
-            path.unlink()
-            raise ExperimentError(f"{error} (it came from {file.url} and was deleted)") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock"), f"downloads {path}"):
+            if not path.is_file():
+                _download(file, path)
+    except OSError as error:
+        raise ExperimentError(f"cannot write to {folder}: {error}: name another folder with LEGATO_CACHE") from error
     return path
+
+
+def locked(path: Path, work: str) -> Any:
+    """Lock this file until the ``with`` that takes the result ends, or the process does.
+
+    Args:
+        path: of the lock.
+        work: what another process does that holds it, for the warning that this one waits.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        _log.warning("waiting for another process that %s", work)
+        return lock.acquire()
+
+
+def _download(file: File, path: Path) -> None:
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")  # the size is told below, once it is known
+    try:
+        # pooch has no checksums of unpacked files: all are compared below.
+        resuming: Any = _Resuming(path)
+        pooch.retrieve(file.url, known_hash=None, fname=path.name, path=path.parent, downloader=resuming)
+    except Exception as error:
+        raise ExperimentError(
+            f"could not download {file.url} to {path.parent}: {error}: the same command goes on with it, or put the "
+            "file in a folder of data and name that with --data-dir or LEGATO_DATA"
+        ) from error
+    try:
+        check(path, file)
+    except ExperimentError as error:
+        path.unlink()
+        raise ExperimentError(f"{error} (it came from {file.url} and was deleted)") from error
 
 
 class _Resuming:

@@ -12,13 +12,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import cache
+from .files import cache, locked
 
 Content = Mapping[str, np.ndarray | str]
 
@@ -162,24 +162,17 @@ def _to_disk(file: Any) -> None:
 @contextmanager
 def _alone(entry: Path) -> Iterator[bool]:
     """Hold the lock of this entry, which ends with the process that holds it; False where nothing can be written."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(entry.with_name(f"{entry.name}.lock"))
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _log.warning("waiting for another process that prepares %s", entry)
-            lock.acquire()
-    except OSError as error:
-        _log.warning(
-            "the cache cannot be written (%s): %s is prepared in memory, and again at every start; "
-            "name another folder with LEGATO_CACHE",
-            error,
-            entry.name,
-        )
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(entry.with_name(f"{entry.name}.lock"), f"prepares {entry}"))
+            writable = True
+        except OSError as error:
+            _log.warning(
+                "the cache cannot be written (%s): %s is prepared in memory, and again at every start; "
+                "name another folder with LEGATO_CACHE",
+                error,
+                entry.name,
+            )
+            writable = False
+        yield writable
