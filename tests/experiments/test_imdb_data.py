@@ -8,7 +8,7 @@ import pytest
 
 from legato.experiments.data import imdb as module
 from legato.experiments.data.convert import convert
-from legato.experiments.data.files import File
+from legato.experiments.data.files import File, as_lines
 from legato.experiments.data.imdb import imdb, imdb_files
 from legato.experiments.task import ExperimentError
 
@@ -53,7 +53,7 @@ def archive(path, texts):
 def small(tmp_path, monkeypatch):
     """A folder with an archive in the official format, of ten reviews."""
     for part, rows in ROWS.items():
-        content = module.as_lines(rows)
+        content = as_lines(rows)
         file = File(f"{part}.jsonl", len(content), f"sha256:{hashlib.sha256(content).hexdigest()}")
         monkeypatch.setitem(module.PARTS, part, file)
     monkeypatch.setattr(module, "_VALIDATION_PER_CLASS", 1)
@@ -109,7 +109,7 @@ def test_another_review_is_noticed_in_every_form(small, tmp_path_factory):
         imdb(small)
     folder = tmp_path_factory.mktemp("folder")
     for part, rows in ROWS.items():
-        content = module.as_lines(rows).replace(b"laughed", b"giggled")
+        content = as_lines(rows).replace(b"laughed", b"giggled")
         (folder / f"{part}.jsonl").write_bytes(content)
     with pytest.raises(ExperimentError, match=r"train\.jsonl is corrupt.*expected content with SHA-256 \w+, got \w+"):
         imdb(folder)
@@ -120,7 +120,7 @@ def test_a_missing_review_or_part_is_noticed(small, tmp_path_factory):
     with pytest.raises(ExperimentError, match="is cut short"):
         imdb(small)
     folder = tmp_path_factory.mktemp("folder")
-    (folder / "train.jsonl").write_bytes(module.as_lines(ROWS["train"]))
+    (folder / "train.jsonl").write_bytes(as_lines(ROWS["train"]))
     with pytest.raises(ExperimentError, match=r"there is no test\.jsonl"):
         imdb(folder)
 
@@ -171,4 +171,4 @@ def test_the_real_reviews_have_the_known_number_of_bytes(real):
 def test_official_reviews_are_held_to_checksums_that_the_real_ones_meet(real):
     rows, _ = real
     for part in rows:
-        assert module.PARTS[part].checksum == f"sha256:{hashlib.sha256(module.as_lines(rows[part])).hexdigest()}"
+        assert module.PARTS[part].checksum == f"sha256:{hashlib.sha256(as_lines(rows[part])).hexdigest()}"

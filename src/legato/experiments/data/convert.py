@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..task import ExperimentError
 from . import imdb, qqp, snli, text8, translation
-from .files import need, read, write
+from .files import as_lines, need, read, write
 
 Converted = Iterator[tuple[str, bytes]]
 
@@ -48,14 +48,14 @@ def convert(name: str, source: Path, target: Path) -> list[Path]:
 def _imdb(source: Path) -> Converted:
     folder = source.parent if source.name == "aclImdb" else source
     for part, rows in imdb.reviews(folder, unlabelled=True).items():
-        yield f"{imdb.FOLDER}/{imdb.PARTS[part].name}.xz", imdb.as_lines(rows)
+        yield f"{imdb.FOLDER}/{imdb.PARTS[part].name}.xz", as_lines(rows)
 
 
 def _qqp(source: Path) -> Converted:
     paths = qqp.qqp_files(source)
     if len(paths) > 1:
         raise _stand_in(source, qqp.OFFICIAL.name)
-    yield f"{qqp.FOLDER}/{qqp.PAIRS.name}.xz", qqp.as_lines(qqp.questions(paths[0]))
+    yield f"{qqp.FOLDER}/{qqp.PAIRS.name}.xz", as_lines(qqp.questions(paths[0]))
 
 
 def _snli(source: Path) -> Converted:
@@ -63,7 +63,7 @@ def _snli(source: Path) -> Converted:
     if len(paths) == len(snli.STAND_IN):
         raise _stand_in(source, snli.ARCHIVE.name)
     for part, rows in snli.inferences(paths).items():
-        yield f"{snli.FOLDER}/{part}.jsonl.xz", snli.as_lines(rows)
+        yield f"{snli.FOLDER}/{part}.jsonl.xz", as_lines(rows)
 
 
 def _text8(source: Path) -> Converted:

@@ -227,6 +227,11 @@ def records(rows: Iterable[str], texts: Sequence[str], classes: int, path: Path 
         yield record
 
 
+def as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Lines of JSON in UTF-8, as ``records`` reads them: our own form of a data set."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def line_error(path: Path | str, line: int, expected: str, got: str) -> ExperimentError:
     """What to raise for a line that cannot be right."""
     return ExperimentError(f"{path}, line {line}: expected {expected}, got {got}: put an intact copy there")

@@ -1,12 +1,11 @@
 """The Large Movie Review Dataset: reviews of films, positive or negative. ``recipes/imdb.py`` classifies them."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import File, compare, find, need, read_text, records, tar_members, text
+from .files import File, as_lines, compare, find, need, read_text, records, tar_members, text
 from .texts import Labelled, chosen
 
 FOLDER = "imdb"
@@ -88,11 +87,6 @@ def reviews(data_dir: Path | None = None, *, unlabelled: bool = False) -> dict[s
     if paths[0].name == ARCHIVE.name:
         return _official(paths[0], tar_members(paths[0]), parts)
     return _unpacked(paths[0].parents[2], parts)
-
-
-def as_lines(rows: list[Row]) -> bytes:
-    """Our own form of a part."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _validation(train: list[Row]) -> set[int]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,11 +98,6 @@ def questions(path: Path) -> list[Row]:
             f"{path} is not whole: expected {COUNT:,} pairs, got {len(rows):,}: put an intact copy there"
         )
     return rows
-
-
-def as_lines(rows: list[Row]) -> bytes:
-    """Our own form of the complete data."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _official(content: bytes, path: Path) -> list[Row]:

@@ -1,6 +1,5 @@
 """Stanford Natural Language Inference: does a sentence follow from another. ``recipes/snli.py`` classifies them."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,11 +89,6 @@ def inferences(paths: list[Path]) -> dict[str, list[Row]]:
         check(paths[0], ARCHIVE)
         paths = paths * len(COUNTS)
     return {part: _rows(path, part) for path, part in zip(paths, COUNTS, strict=True)}
-
-
-def as_lines(rows: list[Row]) -> bytes:
-    """Our own form of a part."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _rows(path: Path, part: str) -> list[Row]:

@@ -76,8 +76,8 @@ def word_vectors(
             glove.6B are of lower-cased words, those of glove.840B of both.
         data_dir: folder that holds the file, or holds it in ``vectors300/`` or ``glove/``. By default $LEGATO_DATA,
             else ../shared/data; else GloVe is downloaded into the user's cache (2.2 GB, or 0.9 GB of 6B).
-        name: one of ``FILES``. ``vectors300`` are of our own making, from Wikipedia and IMDB's reviews for
-            training and without label.
+        name: one of ``FILES``, which are known by their SHA-256; GloVe's unpacked text by its size only.
+            ``vectors300`` are of our own making, from Wikipedia and IMDB's reviews for training and without label.
         width: numbers in a vector.
 
     Raises:
