@@ -150,5 +150,7 @@ def test_converting_is_stopped_without_a_word_of_checkpoints(tmp_path, capsys, m
 @pytest.mark.skipif(REAL is None, reason="needs the files in LEGATO_DATA or ../shared/data")
 def test_what_is_there_of_the_real_files_has_the_known_sizes():
     found = {one.name: look(one, REAL) for one in catalogue()}
-    assert found["IMDB"].whole
+    for name in ("MNIST", "IMDB"):
+        assert found[name].whole
+        assert found[name].compared
     assert [problem for one in found.values() for problem in one.damaged] == []

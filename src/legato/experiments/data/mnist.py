@@ -18,6 +18,12 @@ CONTENT = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+SIZES = {
+    "train-images-idx3-ubyte": 47_040_016,
+    "train-labels-idx1-ubyte": 60_008,
+    "t10k-images-idx3-ubyte": 7_840_016,
+    "t10k-labels-idx1-ubyte": 10_008,
+}
 FOLDER = "mnist"
 _SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # the packed files, as PyTorch serves them
 _UNSIGNED_BYTE = 8  # the type code of an idx file
@@ -49,7 +55,7 @@ def mnist(data_dir: Path | None = None) -> MNIST:
 
 def files() -> list[File]:
     """The four files. What is downloaded is packed."""
-    return [File(name, checksum=f"sha256:{digest}", url=f"{_SOURCE}{name}.gz") for name, digest in CONTENT.items()]
+    return [File(name, SIZES[name], f"sha256:{digest}", f"{_SOURCE}{name}.gz") for name, digest in CONTENT.items()]
 
 
 def read_idx(path: Path, sha256: str | None = None) -> Shaped[Tensor, "..."]:
