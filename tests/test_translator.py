@@ -67,6 +67,22 @@ def test_words_one_by_one_have_the_probabilities_of_the_parallel_pass(kind):
     torch.testing.assert_close(at_once.exp().sum(-1), torch.ones(4, 7).double())
 
 
+def test_scaled_vectors_enter_with_a_variance_of_one_by_step_too():
+    model = translator(scaled=True)
+    assert model.scales == [5**0.5, 7**0.5]
+    source, lengths = sentences()
+    at_once = model(source, source % 9, lengths)
+    encoded, state = model.encode(source, lengths), model.initial_state(4)
+    for t in range(6):
+        log_p, state = model.step(source[:, t] % 9, state, encoded)
+        torch.testing.assert_close(log_p, at_once[:, t], **EXACT)
+    plain = translator()
+    with torch.no_grad():
+        plain.source.weight.mul_(5**0.5)
+        plain.target.weight.mul_(7**0.5)
+    torch.testing.assert_close(plain(source, source % 9, lengths), at_once, **EXACT)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("how", ["greedy", "beam"])
 def test_a_translation_comes_with_its_probability_of_the_parallel_pass(kind, how):
@@ -140,6 +156,20 @@ def test_the_loss_is_the_mean_over_words_and_ends_without_the_padding():
     torch.testing.assert_close(model.loss(source, target, lengths, target_lengths), loss, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["weights", "autocast"])
+@pytest.mark.parametrize("how", ["greedy", "beam"])
+def test_in_bfloat16_log_probabilities_are_summed_in_float32(how, whole):
+    model = translator().to(torch.bfloat16 if whole else torch.float32)
+    source, lengths = sentences()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+        found = getattr(model, how)(source, lengths, longest=8).log_probability
+        log_p = model(source, source.clamp(max=8), lengths, lengths)
+        assert model.loss(source, source.clamp(max=8), lengths, lengths).dtype == torch.float32
+    assert found.dtype == log_p.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(4, 6))
+
+
 def test_label_smoothing_takes_probability_from_the_true_words():
     model = translator()
     source, target = torch.tensor([[4, 5]]), torch.tensor([[6]])
@@ -201,6 +231,10 @@ def test_parts_that_do_not_go_together_get_a_clear_error():
     with pytest.raises(ValueError, match="dropout from 0 to below 1, got 1"):
         Translator(both, SRU(4, 4), *embeddings, dropout=1)
     model = Translator(both, SRU(4, 4), *embeddings)
+    with pytest.raises(ValueError, match="lengths from 0 to T = 2, got 3 to 3"):
+        model.loss(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long), None, torch.tensor([3]))
+    with pytest.raises(ValueError, match="an embedding of 4 channels, the layer's input_size, got 5"):
+        Translator(both, SRU(4, 4), Embedding(9, 4), Embedding(9, 5))
     with pytest.raises(ValueError, match="expected width to be an int of at least 1, got 0"):
         model.beam(torch.ones(1, 1, dtype=torch.long), width=0)
     with pytest.raises(ValueError, match="length_penalty of at least 0, got -1"):

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, positive_int
+from legato.layers._base import RecurrentLayer, check_lengths, positive_int
+
+from .sequence import check_embedding
 
 
 class Encoded(NamedTuple):
@@ -46,6 +48,7 @@ class Translator(nn.Module):
         source, target: the words' vectors, such as ``Embedding(words, encoder.input_size)``: any module with a
             ``weight`` of a row a word.
         tied: W is the target words' vectors. Draw them from N(0, 1 / channels), as ``Embedding`` does.
+        scaled: the vectors enter times sqrt(channels), with a variance of one where they have one of 1 / channels.
         dropout: share of the words' vectors, of h and of a_t dropped in training.
         padding, start, end: the target's words that mark no word, the start and the end of a sentence.
 
@@ -66,7 +69,7 @@ class Translator(nn.Module):
         torch.Size([2, 12])
 
     Source: Luong, Pham & Manning 2015: (5), the "general" score of (8), here over sqrt(channels of h), and no input
-    feeding; the mean with every word is as c in Cho et al. 2014.
+    feeding; the mean with every word is as c in Cho et al. 2014, the scale of the vectors as in Vaswani et al. 2017.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Translator(nn.Module):
         target: nn.Module,
         *,
         tied: bool = False,
+        scaled: bool = False,
         dropout: float = 0.0,
         padding: int = 0,
         start: int = 2,
@@ -84,6 +88,8 @@ class Translator(nn.Module):
     ):
         super().__init__()
         _check_layers(encoder, decoder)
+        check_embedding(source, encoder)
+        check_embedding(target, decoder)
         if not 0 <= dropout < 1:
             raise ValueError(f"expected dropout from 0 to below 1, got {dropout}: the share that is dropped")
         self.words = len(cast(Tensor, target.weight))
@@ -95,6 +101,7 @@ class Translator(nn.Module):
             )
         self.encoder, self.decoder, self.source, self.target = encoder, decoder, source, target
         self.dropout, self.padding, self.start, self.end = dropout, padding, start, end
+        self.scales = [layer.input_size**0.5 if scaled else 1.0 for layer in (encoder, decoder)]
         h, d, y = cast(int, encoder.output_size), cast(int, decoder.output_size), decoder.input_size
         like = cast(Tensor, target.weight)
         where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
@@ -121,7 +128,7 @@ class Translator(nn.Module):
             source_lengths, target_lengths: how many words of each row count, padded on the right; None: all.
         """
         encoded = self.encode(source, source_lengths)
-        return F.log_softmax(self.head(self._read(target, target_lengths, encoded)), dim=-1)
+        return self._scores(self._read(target, target_lengths, encoded)).log_softmax(dim=-1)
 
     def loss(
         self,
@@ -142,13 +149,14 @@ class Translator(nn.Module):
         rows, steps = target.shape
         if target_lengths is None:
             target_lengths = torch.full((rows,), steps)
+        check_lengths(target_lengths, target)
         target_lengths = target_lengths.to(target.device)
         given = torch.cat([target.new_full((rows, 1), self.start), target], dim=1)
         wanted = torch.cat([target, target.new_full((rows, 1), self.padding)], dim=1)
         wanted = wanted.scatter(1, target_lengths[:, None], self.end)
         counts = torch.arange(steps + 1, device=target.device) <= target_lengths[:, None]
         a = self._read(given, target_lengths + 1, self.encode(source, source_lengths))
-        return F.cross_entropy(self.head(a[counts]), wanted[counts], label_smoothing=label_smoothing)
+        return F.cross_entropy(self._scores(a[counts]), wanted[counts], label_smoothing=label_smoothing)
 
     def encode(self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"] | None = None) -> Encoded:
         """What the decoder needs of the source: h, which of it counts, and W_s mean(h)."""
@@ -157,7 +165,7 @@ class Translator(nn.Module):
         lengths = lengths.to(source.device)
         if source.shape[1] == 0:
             source = F.pad(source, (0, 1))
-        x = F.dropout(self.source(source), self.dropout, self.training)
+        x = F.dropout(self.source(source) * self.scales[0], self.dropout, self.training)
         h = self.encoder(x, lengths=lengths)[0]  # zero from lengths on
         # A sentence of no words still has one place to look at, where h is zero.
         some = lengths.clamp(min=1)
@@ -195,7 +203,7 @@ class Translator(nn.Module):
         encoded = self.encode(source, lengths)
         state, word = self.initial_state(len(source)), source.new_full((len(source),), self.start)
         going = torch.ones_like(word, dtype=torch.bool)
-        total, words = encoded.summary.new_zeros(len(source)), []
+        total, words = torch.zeros(len(source), device=source.device, dtype=_wide(encoded.summary)), []
         for length in range(longest + 1):
             log_p, state = self.step(word, state, encoded)
             best, word = self._allowed(log_p, ends=length == longest).max(dim=-1)
@@ -235,7 +243,8 @@ class Translator(nn.Module):
         if not length_penalty >= 0:
             raise ValueError(f"expected length_penalty of at least 0, got {length_penalty}")
         encoded, rows = self.encode(source, lengths), len(source)
-        zeros, device = encoded.summary.new_zeros(rows), source.device
+        device = source.device
+        zeros = torch.zeros(rows, device=device, dtype=_wide(encoded.summary))
         found = Decoded(
             source.new_full((rows, longest), self.padding), source.new_zeros(rows), torch.full_like(zeros, -torch.inf)
         )
@@ -279,16 +288,16 @@ class Translator(nn.Module):
 
     def _read(self, words: Tensor, lengths: Tensor | None, encoded: Encoded) -> Tensor:
         """a for known words, all steps at once: (B, T, target channels)."""
-        y = F.dropout(self.target(words), self.dropout, self.training)
+        y = F.dropout(self.target(words) * self.scales[1], self.dropout, self.training)
         return self._attend(self.decoder(y + encoded.summary[:, None], lengths=lengths)[0], encoded)
 
     def _step(self, words: Tensor, state: Any, encoded: Encoded) -> tuple[Tensor, Any]:
         """log p for one more word of each of W sentences a row, (B, W, words); the state has B W rows."""
-        y = self.target(words) + encoded.summary[:, None]
+        y = self.target(words) * self.scales[1] + encoded.summary[:, None]
         d, state = self.decoder.step(y.flatten(0, 1), state)
         # The W sentences stand in the place of time: the encoder's outputs are there once for all of them.
         a = self._attend(d.unflatten(0, words.shape), encoded)
-        return F.log_softmax(self.head(a), dim=-1), state
+        return self._scores(a).log_softmax(dim=-1), state
 
     def _attend(self, d: Tensor, encoded: Encoded) -> Tensor:
         """a = tanh(W_c [c, d] + b_c) for d (B, T, channels)."""
@@ -298,6 +307,11 @@ class Translator(nn.Module):
         c = scores.softmax(dim=-1) @ h
         a = self.combine(torch.cat([c, d], dim=-1)).tanh()
         return F.dropout(a, self.dropout, self.training)
+
+    def _scores(self, a: Tensor) -> Tensor:
+        """W a + b, in float32 or wider: a sentence's log p is a sum of many."""
+        scores = self.head(a)
+        return scores.to(_wide(scores))
 
     def _allowed(self, log_p: Tensor, ends: bool) -> Tensor:
         """log p, and -inf for what may not come next: padding, start, and where a sentence must end, all else."""
@@ -309,6 +323,10 @@ class Translator(nn.Module):
 def _pick(words: Int[Tensor, "B W T"], which: Int[Tensor, "B K"]) -> Int[Tensor, "B K T"]:
     """words[b, which[b, k]]."""
     return words[torch.arange(len(words), device=words.device)[:, None], which]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_layers(encoder: RecurrentLayer, decoder: RecurrentLayer) -> None:

@@ -113,6 +113,7 @@ class Model:
         heads: of a transformer.
         dropout: share of word vectors, encoder outputs and what the vocabulary is scored from, dropped in training.
         tied: score the target's words by their own vectors.
+        scaled: word vectors enter with a variance of one, not of 1 / channels.
         width: sentences kept by beam search.
         length_penalty: 0 prefers short translations, 1 long ones.
     """
@@ -126,6 +127,7 @@ class Model:
     heads: int = 4
     dropout: float = 0.3
     tied: bool = True
+    scaled: bool = False
     width: int = 10
     length_penalty: float = 1.0
 
@@ -315,6 +317,7 @@ def network(config: Model, source_words: int, target_words: int) -> Translator:
         Embedding(source_words, config.channels),
         Embedding(target_words, config.channels),
         tied=config.tied,
+        scaled=config.scaled,
         dropout=config.dropout,
     )
 
