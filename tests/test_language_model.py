@@ -169,6 +169,33 @@ def test_calibration_brings_every_memory_to_a_deviation_of_one():
         h, _ = block(h, None, None)
 
 
+def test_calibration_drops_no_words():
+    model = LanguageModel(Embedding(VOCABULARY, 8, dropout=0.5), MEMORIES["lmu"], blocks=2)
+    tokens, scales = text(steps=50), []
+    for _ in range(2):
+        model.calibrate(tokens)
+        scales.append([layer.memory.scale.clone() for layer in model.layers])
+    torch.testing.assert_close(scales[0], scales[1], rtol=0, atol=0)
+    assert model.training
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_target_outside_the_vocabulary_never_has_a_score(output):
+    """On a GPU too, where ``score`` does not look at the targets itself."""
+    softmax = model_of(output=output).output
+    width = 10 if output == "tied" else 8
+    for target in (-1, VOCABULARY):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            softmax(torch.zeros(2, width, dtype=torch.float64), torch.tensor([1, target]))
+
+
+@pytest.mark.compiled
+def test_the_loss_compiles_to_one_graph():
+    model, tokens = model_of("sru"), text()
+    compiled = torch.compile(model.loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, tokens)[0], model.loss(tokens, tokens)[0])
+
+
 def test_a_layer_may_be_read_as_it_is():
     layers = [LSTM(8, 8), LSTM(8, 8)]
     model = LanguageModel(Embedding(VOCABULARY, 8), layers, dense=False, highways=0)
@@ -222,6 +249,9 @@ def test_wrong_arguments_get_a_clear_error():
         model(text(), lengths=torch.tensor([18, 1, 1]))
     with pytest.raises(ValueError, match="T at least 1"):
         model.generate(text()[:, :0], 3)
+    with pytest.raises(ValueError, match="tokens from 0 to 29, got 30 to 30"):
+        model.generate(torch.tensor([[30]]), 3)
+    assert model.training
     for wrong in ({"steps": -1}, {"steps": 1, "temperature": -0.1}, {"steps": 1, "top_k": 0}):
         with pytest.raises(ValueError, match="expected steps and temperature of at least 0"):
             model.generate(text(), **wrong)

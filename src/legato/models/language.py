@@ -1,6 +1,7 @@
 """Language models: the probability of the next token, by any layer of the library; they generate a step at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, cast
 
@@ -139,7 +140,7 @@ class LanguageModel(nn.Module):
         """
         self._check_tokens(targets, 2)
         # On a device a look at the values would wait for all work before it; torch stops there.
-        if targets.device.type == "cpu" and targets.numel():
+        if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in torch.aminmax(targets))
             if low < 0 or high >= self.embedding.size:
                 raise ValueError(
@@ -167,7 +168,7 @@ class LanguageModel(nn.Module):
         return -log_p.sum() / steps, state
 
     def step(self, token: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
-        """log p of every token after this one, and the state to be given to the next step. It drops nothing."""
+        """log p of every token after this one, and the state to be given to the next step; call it in ``eval`` mode."""
         self._check_tokens(token, 1)
         h = self.into(self.embedding(token))
         total, states = self.depths[0] * h, []
@@ -204,15 +205,13 @@ class LanguageModel(nn.Module):
             ValueError: an empty prompt, a temperature below 0, a top_k below 1.
         """
         _check_generation(prompt, steps, temperature, top_k)
-        was_training = self.training
-        self.eval()
-        features, state = self.features(prompt)
-        log_p, drawn = self.output.log_prob(features[:, -1]), []
-        for number in range(steps):
-            if number:
-                log_p, state = self.step(drawn[-1], state)
-            drawn.append(_draw(log_p, temperature, top_k, generator))
-        self.train(was_training)
+        with _evaluating(self):
+            features, state = self.features(prompt)
+            log_p, drawn = self.output.log_prob(features[:, -1]), []
+            for number in range(steps):
+                if number:
+                    log_p, state = self.step(drawn[-1], state)
+                drawn.append(_draw(log_p, temperature, top_k, generator))
         return torch.stack(drawn, 1) if drawn else prompt[:, :0]
 
     @property
@@ -226,11 +225,12 @@ class LanguageModel(nn.Module):
 
         Call it before training; other layers stay as they are.
         """
-        h = self.into(self.embedding(tokens))
-        for layer, block in zip(self.layers, self.blocks, strict=True):
-            if isinstance(layer, LMU | LegendreMemory):
-                layer.calibrate(h)
-            h, _ = block(h, None, None)
+        with _evaluating(self):
+            h = self.into(self.embedding(tokens))
+            for layer, block in zip(self.layers, self.blocks, strict=True):
+                if isinstance(layer, LMU | LegendreMemory):
+                    layer.calibrate(h)
+                h, _ = block(h, None, None)
 
     def _states(self, state: Any) -> tuple[Any, ...]:
         if state is None:
@@ -306,7 +306,9 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """log p of the targets."""
         head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
-        log_p = head.gather(1, targets.clamp(max=self.shortlist_size - 1)[:, None])[:, 0]
+        # What is no token is left for gather to refuse, on a GPU too.
+        rare = (targets >= self.shortlist_size) & (targets < self.n_classes)
+        log_p = head.gather(1, targets.masked_fill(rare, 0)[:, None])[:, 0]
         for number, (tail, low, high) in enumerate(self._clusters(), self.shortlist_size):
             rows = ((targets >= low) & (targets < high)).nonzero()[:, 0]
             inside = F.log_softmax(tail(features[rows]), dim=1, dtype=_wide(features))
@@ -323,6 +325,17 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
 
     def _clusters(self) -> Iterator[tuple[nn.Module, int, int]]:
         return zip(self.tail, self.cutoffs[:-1], self.cutoffs[1:], strict=True)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """``eval`` mode, and the mode before again afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
