@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from legato.experiments.language import LanguageTask, Streams, Windows
-from legato.experiments.task import Training
+from legato.experiments.task import ExperimentError, Training
 from legato.experiments.training import Device, fit
 from legato.layers import LMU, Stack
 from legato.models import Embedding, LanguageModel
@@ -91,6 +91,14 @@ def test_readers_read_on_and_start_anew_each_epoch():
     assert Windows(TEXT, 3, 10, updates=5).updates_per_pass == 5
 
 
+def test_no_reader_starts_where_one_stopped_the_epoch_before():
+    # A run that is resumed has no state to go on from: it must start as one that was not stopped.
+    windows = Windows(TEXT[:50], 20, 10)
+    places = [set().union(*(p.tolist() for p in windows.shuffled(0, epoch, 7))) for epoch in range(4)]
+    ends = [{p + 10 for p in epoch} for epoch in places]
+    assert not any(end & start for end, start in zip(ends, places[1:], strict=False))
+
+
 def test_the_state_is_carried_from_window_to_window_and_dropped_where_a_reader_starts_elsewhere():
     task = NextToken()
     first, second = (task.train.take(positions) for positions in list(task.train.shuffled(0, 0, 2)))
@@ -101,6 +109,20 @@ def test_the_state_is_carried_from_window_to_window_and_dropped_where_a_reader_s
     anew = task.loss(task.model, first)
     torch.testing.assert_close(anew, task.model.loss(first[0], first[1])[0])
     assert not any(tensor.requires_grad for states in task.carried[1] for part in states for tensor in part)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "warm_up", "got"), [(0, 4, 5, "0, 4 and 5"), (9, 0, 5, "9, 0 and 5"), (9, 4, -1, "9, 4 and -1")]
+)
+def test_a_text_without_a_token_gets_a_clear_error(size, count, warm_up, got):
+    with pytest.raises(ExperimentError, match=f"got {got}"):
+        Streams(TEXT[:size], TEXT, count, warm_up)
+
+
+@pytest.mark.parametrize(("size", "window"), [(0, 10), (9, 0)])
+def test_nothing_to_read_gets_a_clear_error(size, window):
+    with pytest.raises(ExperimentError, match=f"a window of 1 or more, got {size} and {window}"):
+        Windows(TEXT[:size], 3, window)
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path):

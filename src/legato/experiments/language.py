@@ -16,7 +16,7 @@ from torch import nn
 from legato._shapes import Int, Tensor
 from legato.models import LanguageModel
 
-from .task import Batch, Examples, Task
+from .task import Batch, Examples, ExperimentError, Task
 
 
 class Windows(Examples):
@@ -27,18 +27,30 @@ class Windows(Examples):
         batch_size: readers, each at a place of its own.
         window: tokens that a reader reads between two updates; the text is taken as a ring.
         updates: in an epoch that is not told how many; None is one pass over the text.
+
+    Raises:
+        ExperimentError: there is nothing to read.
     """
 
     def __init__(self, text: np.ndarray, batch_size: int, window: int, updates: int | None = None):
+        if not len(text) or window < 1:
+            raise ExperimentError(
+                f"expected a token to train on and a window of 1 or more, got {len(text)} and {window}: take more of "
+                "the text, or a longer window"
+            )
         super().__init__(max(1, len(text) // window), batch_size, self._read)
         self.text, self.window, self.updates = text, window, updates
 
     def shuffled(self, seed: int, epoch: int, updates: int) -> Iterator[Tensor]:
-        """Where every reader stands, update by update."""
+        """Where every reader stands, update by update; no two epochs have a place in common.
+
+        So no reader goes on from a state of the epoch before, which a resumed run does not have.
+        """
+        rounds = epoch * (2 + updates * self.window // len(self.text))
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         start = torch.randint(len(self.text), (self.batch_size,), generator=generator)
         for number in range(updates):
-            yield start + number * self.window
+            yield start + rounds * len(self.text) + number * self.window
 
     @property
     def updates_per_pass(self) -> int:
@@ -58,9 +70,17 @@ class Streams(Examples):
         before: what stands before the text: every part is warmed up on ``warm_up`` tokens, the first one on these.
         count: parts.
         warm_up: tokens read before a part's first one counts.
+
+    Raises:
+        ExperimentError: there is nothing to predict.
     """
 
     def __init__(self, text: np.ndarray, before: np.ndarray, count: int, warm_up: int):
+        if not len(text) or count < 1 or warm_up < 0:
+            raise ExperimentError(
+                "expected 1 token or more to predict, in 1 stream or more, with a warm-up of 0 or more, got "
+                f"{len(text)}, {count} and {warm_up}: take more of the text, or set the others so"
+            )
         count = min(count, len(text))
         super().__init__(count, count, self._read)
         self.length, self.warm_up, self.tokens = -(-len(text) // count), warm_up, len(text)
