@@ -139,6 +139,9 @@ def test_a_wrong_kind_or_size_gets_a_clear_error():
         layer_of("rnn", 3, 8)
     with pytest.raises(ValueError, match="multiple of 2 \\* heads = 8, got 6"):
         layer_of("transformer", 3, 6)
+    for kind in KINDS:
+        with pytest.raises(ValueError, match="layers to be an int of at least 1, got 0"):
+            layer_of(kind, 3, 8, layers=0)
     for kind in ("lstm", "transformer"):
         with pytest.raises(ValueError, match="leave reset out"):
             build(kind)(torch.randn(1, 3, 3, dtype=torch.float64), reset=torch.zeros(1, 3, dtype=torch.bool))

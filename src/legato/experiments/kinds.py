@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from legato.layers import GILRLSTM, LMU, SRU, Stack
-from legato.layers._base import RecurrentLayer
+from legato.layers._base import RecurrentLayer, positive_int
 
 from .baselines import LSTM, Transformer
 from .task import ExperimentError
@@ -73,6 +73,7 @@ def layer_of(
     }
     if kind not in build:
         raise ExperimentError(f"there is no kind {kind!r}: expected one of {', '.join(KINDS)}")
+    positive_int(layers, "layers")
     sizes = [input_size] + [hidden_size] * (layers - 1)
     stack = [build[kind](size, return_sequences or at < layers) for at, size in enumerate(sizes, 1)]
     return stack[0] if layers == 1 else Stack(*stack, dropout=dropout)
