@@ -32,16 +32,23 @@ def test_a_stack_classifies_by_its_last_output():
     assert [s.memory.shape for s in state] == [(3, 1, 3), (3, 1, 3)]
 
 
-@pytest.mark.parametrize("layer", [LegendreMemory(3, 2, 6.0, return_sequences=False), LegendreMemory(3, 2, 6.0)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LegendreMemory(3, 2, 6.0, return_sequences=False),
+        LegendreMemory(3, 2, 6.0),
+        LegendreMemory(3, 1, 6.0, return_sequences=False),
+    ],
+)
 def test_a_classifier_takes_the_last_output_of_any_layer(layer):
-    model = SequenceClassifier(layer, nn.Linear(6, 2), Embedding(11, 3))
+    model = SequenceClassifier(layer, nn.Linear(3 * layer.order, 2), Embedding(11, 3))
     tokens = torch.randint(1, 11, (3, 12))
     scores, state = model(tokens, lengths=torch.tensor([12, 5, 0]))
     for row, length in ((0, 12), (1, 5)):
         alone, after = model(tokens[row : row + 1, :length])
         torch.testing.assert_close(scores[row], alone[0])
         torch.testing.assert_close(state.memory[row], after.memory[0])
-    torch.testing.assert_close(scores[2], model.head(torch.zeros(6)))
+    torch.testing.assert_close(scores[2], model.head(torch.zeros(3 * layer.order)))
     streamed = model.initial_state(1)
     for token in tokens[0]:
         score, streamed = model.step(token[None], streamed)

@@ -110,7 +110,7 @@ def last_output(
 
     ``x`` are inputs, or tokens where there is an embedding.
     """
-    if state is None and reset is None and _is_a_bag(layer, embedding):
+    if state is None and reset is None and x.shape[1] and _is_a_bag(layer, embedding):
         return _bag(layer, embedding, x, lengths)
     if embedding is not None:
         x = embedding(x)
