@@ -303,6 +303,34 @@ def test_a_figure_on_other_data_is_not_held_against_the_papers(capsys, tmp_path,
         assert bool(row[head.index("paper")]) == bool(beside)
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "kind", "beside"),
+    [
+        ("imdb", "IMDB", "lmu", "89.1 % *"),
+        ("imdb", "IMDB", "lstm", "87.29 % *"),
+        ("imdb", "IMDB", "sru", ""),
+        ("qqp", "qqp", "lmu", "86.95 %"),
+        ("qqp", "qqp", "lstm", "82.58 % *"),
+        ("text8", "text8", "lstm", "1.65 *"),
+        ("text8", "wiki100m", "lstm", ""),
+    ],
+)
+def test_each_kind_is_held_against_the_papers_figure_for_it_with_a_star_where_nobody_saw_it(
+    capsys, name, data, kind, beside
+):
+    metric = recipes.recipe(name).paper.metric
+    figures = {metric: 0.5}
+    result = {"recipe": name, "data": data, "seed": 0, "validation": figures, "test": figures}
+    result |= {"config": {"model": {"kind": kind}}}
+    assert report.paper_figure(result) == beside
+    report.show([result])
+    out = capsys.readouterr().out
+    assert [line.split()[1:] for line in out.splitlines() if line.startswith("paper")] == [beside.split()] * bool(
+        beside
+    )
+    assert (report.REMEMBERED in out) == ("*" in out.replace(report.REMEMBERED, ""))
+
+
 def test_parameters_in_embeddings_are_counted_apart():
     assert report.size_in_words({"parameters": 1301, "embedding_parameters": 1000}) == (
         "301 parameters and 1,000 in embeddings"

@@ -39,7 +39,7 @@ def list_recipes() -> None:
             name,
             which.description,
             which.paper.source,
-            f"{which.paper.metric} {_figure(which.paper.value, which.paper)}",
+            f"{which.paper.metric} {_figure(which.paper)}",
         )
     console = _console()
     console.print(table)
@@ -77,13 +77,15 @@ def show(results: list[dict[str, Any]]) -> None:
         table.add_row(str(result["seed"]), *figures)
     if len(results) > 1:
         table.add_row("mean", *[_spread([r["test"][name] for r in results], paper) for name in metrics], "")
-    if comparable(results[0]):
-        table.add_row("paper", *[_figure(paper.value, paper) if name == paper.metric else "" for name in metrics], "")
+    beside = paper_figure(results[0])
+    if beside:
+        table.add_row("paper", *[beside if name == paper.metric else "" for name in metrics], "")
     console = _console()
     console.print(table)
     if not comparable(results[0]):
-        console.print(f"The paper's {_figure(paper.value, paper)} is on {paper.data}: not comparable with {data}.")
-    if paper.remembered:
+        beside = _figure(paper)
+        console.print(f"The paper's {beside} is on {paper.data}: not comparable with {data}.")
+    if "*" in beside:
         console.print(REMEMBERED)
 
 
@@ -120,6 +122,14 @@ def comparable(result: dict[str, Any]) -> bool:
     return not data or result.get("data", "") == data
 
 
+def paper_figure(result: dict[str, Any]) -> str:
+    """What the paper has for a network of this kind; empty where it has nothing, or on other data than the result."""
+    paper, kind = recipe(result["recipe"]).paper, _other_kind(result)
+    if not comparable(result) or kind not in ("", *paper.kinds):
+        return ""
+    return _figure(paper, paper.kinds.get(kind, ""))
+
+
 def size_in_words(result: dict[str, Any]) -> str:
     """The parameters of a result's network; those in embeddings apart, as papers leave them out of their counts."""
     embedded = result.get("embedding_parameters", 0)
@@ -139,9 +149,9 @@ def paper_and_measured(name: str, results: list[dict[str, Any]]) -> Table:
         box=None,
         pad_edge=False,
     )
-    for network, value in paper.baselines.items():
-        table.add_row(f"{network}, paper", _figure(value, paper), "")
-    table.add_row("parallel LMU, paper", _figure(paper.value, paper), paper.parameters)
+    for network in paper.baselines:
+        table.add_row(f"{network}, paper", _figure(paper, network), "")
+    table.add_row("parallel LMU, paper", _figure(paper), paper.parameters)
     for metric in results[0]["test"]:
         label = paper.labels.get(metric, metric)
         table.add_row(
@@ -171,16 +181,10 @@ def _groups(folders: list[Path]) -> list[list[dict[str, Any]]]:
 def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     """One row for each test figure, the one that the paper has first."""
     first = results[0]
-    which = recipe(first["recipe"])
-    paper = which.paper
-    kind = first["config"]["model"].get("kind", "")
-    ours = kind == getattr(which.config().model, "kind", "")
-    baseline = paper.kinds.get(kind)
-    value = paper.baselines[baseline] if baseline else paper.value
-    beside = comparable(first) and (ours or baseline is not None)
+    paper = recipe(first["recipe"]).paper
     seeds = [r["seed"] for r in results]
     row = {
-        "experiment": first["recipe"] + ("" if ours else f" {kind}"),
+        "experiment": f"{first['recipe']} {_other_kind(first)}".rstrip(),
         "seeds": str(len(seeds)),
         "data": first.get("data", ""),
         "parameters": size_in_words(first).replace(" parameters", "").replace(" and ", " + "),
@@ -193,11 +197,17 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
         row
         | {
             "test figure": metric,
-            "paper": _figure(value, paper) if metric == paper.metric and beside else "",
+            "paper": paper_figure(first) if metric == paper.metric else "",
             "measured": _spread([r["test"][metric] for r in results], paper),
         }
         for metric in sorted(first["test"], key=lambda metric: metric != paper.metric)
     ]
+
+
+def _other_kind(result: dict[str, Any]) -> str:
+    """The kind of a result's network; empty for the recipe's own."""
+    kind = result["config"]["model"].get("kind", "")
+    return "" if kind == getattr(recipe(result["recipe"]).config().model, "kind", "") else kind
 
 
 def _seeds(seeds: list[int]) -> str:
@@ -216,9 +226,11 @@ def _scaled(value: float, paper: Paper) -> str:
     return f"{value * paper.scale:.{paper.digits}f}{paper.unit}"
 
 
-def _figure(value: float, paper: Paper) -> str:
-    """A figure as the paper prints it."""
-    return f"{value}{paper.unit}" + (" *" if paper.remembered and value == paper.value else "")
+def _figure(paper: Paper, baseline: str = "") -> str:
+    """The paper's figure, or that of a baseline, as it prints it; with a star where nobody has seen it in print."""
+    value = paper.baselines[baseline] if baseline else paper.value
+    remembered = baseline.endswith("(remembered)") if baseline else paper.remembered
+    return f"{value}{paper.unit}" + " *" * remembered
 
 
 def _console() -> Console:

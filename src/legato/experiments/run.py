@@ -148,7 +148,7 @@ def embeddings(model: nn.Module) -> list[nn.Module]:
 def _evaluate_file(path: Path, data_dir: Path | None) -> dict[str, Any]:
     task, about = open_checkpoint(path, data_dir)
     test = task.metrics(task.total(task.model, task.test))
-    return {"recipe": about["recipe"], "data": task.source, "seed": about["seed"]} | {
+    return {"recipe": about["recipe"], "data": task.source, "seed": about["seed"], "config": about["config"]} | {
         "validation": about["validation"],
         "test": test,
     }

@@ -56,7 +56,7 @@ class Paper:
         data: what the figure was measured on, as ``Task.source`` names it; a figure of ours on other data is never held
             against it. Empty where the task needs no data set.
         remembered: nobody has seen the value in print here: it is quoted as a hypothesis.
-        baselines: other figures from the same table.
+        baselines: other figures from the same table; the name of one that nobody has seen ends in "(remembered)".
         kinds: which baseline a network of ours of that kind, ``model.kind``, is to be held against.
         labels: what each figure of ours is called in that table.
     """
