@@ -26,6 +26,8 @@ class Training:
         schedule: one-cycle (a rise over ``warmup``, then half a cosine to zero), linear (a straight line) or constant.
         warmup: share of all updates in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
+        epsilon: of AdamW. A weight whose gradients are smaller than this moves in proportion to them, hence a rare
+            word's vector less than a frequent one's; with 1e-8 all move alike.
         max_norm: gradients longer than this are cut to it; null leaves them.
         average: decay of the running mean of the weights that is validated and tested; 0 uses the weights themselves.
     """
@@ -37,6 +39,7 @@ class Training:
     schedule: Literal["one-cycle", "linear", "constant"] = "one-cycle"
     warmup: float = 0.3
     weight_decay: float = 0.0
+    epsilon: float = 1e-8
     max_norm: float | None = None
     average: float = 0.0
 

@@ -133,7 +133,7 @@ class Learner(LightningModule):
                 groups.setdefault((rate, matrix), group)["params"].append(parameter)
         # Fused, an update of small weights takes a fifth of the time; Lightning refuses it in mixed precision.
         fused = self.trainer.precision in ("32-true", "64-true")
-        optimizer = torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, fused=fused)
+        optimizer = torch.optim.AdamW(list(groups.values()), lr=config.learning_rate, eps=config.epsilon, fused=fused)
         total = config.epochs * self.updates
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate(config, update, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
