@@ -31,11 +31,11 @@ class LanguageModel(nn.Module):
         layers: the memories: a function that makes one for so many channels, called once a block, or the layers
             themselves, one a block, each for ``channels`` inputs.
         blocks: how many, where ``layers`` is a function.
-        channels: of every h; null is the embedding's width. Where they differ, a matrix lies between.
+        channels: of every h; None is the embedding's width. Where they differ, a matrix lies between.
         dense: with W, b and f; False where the layer gives ``channels`` outputs and is read as it is.
         activation: f and that of the highways, a name or a callable.
         highways: highway layers in each block.
-        top_highways: highway layers above the sum; null is as many as in a block.
+        top_highways: highway layers above the sum; None is as many as in a block.
         gate_bias: of the highways at first.
         tied: V is E, of plain softmax; where the embedding is of another width, a matrix maps y to it.
         cutoffs: for adaptive softmax: where the clusters of rarer tokens begin, the vocabulary being sorted by falling
