@@ -38,7 +38,7 @@ def texts(split, **vocabulary):
 
 def task(data=None, classes=2, longest=6, seed=0, **model):
     config = Config(
-        Data(longest=longest, vectors="vectors300"),
+        Data(longest=longest),
         Model(channels=8, units=8, heads=2, **model),
         FineTuning(batch_size=3, vector_rate=5.0),
     )
@@ -89,6 +89,24 @@ def test_long_and_empty_texts_are_cut_as_asked_and_counted():
     assert outcome["empty"]["test"] == 1
     made.config.data.truncate = "back"
     assert [made.data.vocabulary.words[i] for i in made.train.take(torch.tensor([2]))[0][0]][:2] == ["dull", "dull"]
+
+
+def test_validation_texts_can_be_trained_on():
+    data = encoded(
+        "invented",
+        lambda: Invented(Labelled(TEXTS, LABELS), Labelled(["a film too far"], [1]), Labelled(["no"], [0]), ""),
+        list,
+    )
+    config = Config(Data(vectors=None, train_on_validation=True), Model(channels=8))
+    made = Classification(config, data, 2)
+    words, lengths, labels = made.train.take(torch.tensor([6, 4]))
+    assert (made.train.size, made.validation.size, made.keeps_last) == (7, 1, True)
+    assert ([made.data.vocabulary.words[i] for i in words[0]], lengths.tolist()) == (
+        ["a", "film", "too", "far"],
+        [4, 1],
+    )
+    assert labels.tolist() == [1, 0]
+    assert not task().keeps_last
 
 
 def test_vectors_learn_at_their_own_rate_or_not_at_all():

@@ -238,7 +238,7 @@ class LegendreMemory(RecurrentLayer):
     def response(
         self, lengths: Int[Tensor, "B"], steps: int, *, reset: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T N"]:
-        """w with m = sum_t w_t u_t after the last step that counts, from an empty memory; of one theta for all channels.
+        """w, m = sum_t w_t u_t after the last step that counts, from an empty memory; one theta for all channels.
 
         Row b is A^(L - 1 - t) B for t below its length L, zero from there on, and zero before the last reset.
         """

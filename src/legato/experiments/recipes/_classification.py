@@ -44,6 +44,8 @@ class Data:
         words_of: whose words are known: of the training texts, or of all. Those that no training text has keep the
             vector they were given, as they would in a table of all vectors.
         least_count: words that occur more rarely in these texts are unknown.
+        train_on_validation: train on the validation texts too, when all is chosen, and test the weights of the last
+            epoch; the validation figure is then one of training.
         vectors: of the words, at first: vectors300 (made for this project, in GloVe's place) or glove.840B.300d, both
             from disk; null draws them.
     """
@@ -53,6 +55,7 @@ class Data:
     truncate: Literal["front", "back"] = "front"
     words_of: Literal["train", "all"] = "train"
     least_count: int = 3
+    train_on_validation: bool = False
     vectors: str | None = "vectors300"
 
 
@@ -144,9 +147,10 @@ class Classification(Task):
         self.config, self.data, self.source = config, data, data.source
         for split in SPLITS:
             check_labels(data.labels[split], classes, f"{data.source}, {split}")
-        self.train = self._examples("train", config.training.batch_size)
-        self.validation = self._examples("validation", TESTED_AT_ONCE)
-        self.test = self._examples("test", TESTED_AT_ONCE)
+        self.keeps_last = config.data.train_on_validation
+        self.train = self._examples(SPLITS[: 1 + self.keeps_last], config.training.batch_size)
+        self.validation = self._examples(("validation",), TESTED_AT_ONCE)
+        self.test = self._examples(("test",), TESTED_AT_ONCE)
         self.model = network(config, data, classes)
         self.model.vocabulary = Fingerprint(data.vocabulary)
         if config.model.kind == "lmu":
@@ -195,8 +199,10 @@ class Classification(Task):
         texts = self.data.texts
         return [texts[split]] if split in texts else [texts[f"{split}.first"], texts[f"{split}.second"]]
 
-    def _examples(self, split: str, batch_size: int) -> Bucketed:
-        data, columns, labels = self.config.data, self._columns(split), torch.from_numpy(self.data.labels[split])
+    def _examples(self, splits: Sequence[str], batch_size: int) -> Bucketed:
+        data = self.config.data
+        columns = [joined(parts) for parts in zip(*map(self._columns, splits), strict=True)]
+        labels = torch.from_numpy(np.concatenate([self.data.labels[split] for split in splits]))
 
         def take(indices: Tensor) -> Batch:
             batch: list[Tensor] = []
@@ -226,7 +232,11 @@ def network(config: Config, data: Encoded, classes: int) -> nn.Module:
         )
     layer = recurrent_layer(config)
     embedding = Embedding(
-        data.vocabulary.size, model.channels, vectors=vectors, trainable=model.train_vectors, dropout=model.word_dropout
+        data.vocabulary.size,
+        model.channels,
+        vectors=vectors,
+        trainable=model.train_vectors,
+        dropout=model.word_dropout,
     )
     size, scores = math.prod(np.atleast_1d(layer.output_size).tolist()), 1 if classes == 2 else classes
     if "train" in data.texts:
@@ -262,6 +272,14 @@ class Fingerprint(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.words.check(bytes(state.tolist()).hex())
+
+
+def joined(parts: Sequence[Texts]) -> Texts:
+    """All texts of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([[0], *(part.lengths for part in parts)])
+    return Texts(np.concatenate([part.ids for part in parts]), lengths.cumsum())
 
 
 def check_labels(labels: np.ndarray, classes: int, where: str) -> None:

@@ -38,7 +38,9 @@ class Config(_classification.Config):
 
     data: Data = field(default_factory=lambda: Data(longest=50, truncate="back", words_of="all", least_count=1))
     model: Model = field(default_factory=lambda: Model(units=320))
-    training: FineTuning = field(default_factory=FineTuning)
+    training: FineTuning = field(
+        default_factory=lambda: FineTuning(epochs=6, batch_size=64, learning_rate=2e-3, vector_rate=0.25)
+    )
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> Classification:
