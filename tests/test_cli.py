@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -336,3 +337,10 @@ def test_parameters_in_embeddings_are_counted_apart():
         "301 parameters and 1,000 in embeddings"
     )
     assert report.size_in_words({"parameters": 301}) == "301 parameters"
+
+
+def test_a_network_without_the_papers_pre_training_is_not_held_against_it():
+    config = asdict(recipes.recipe("imdb-pretrained").config())
+    result = {"recipe": "imdb-pretrained", "data": "IMDB", "config": config}
+    assert report.paper_figure(result) == "93.2 %"
+    assert report.paper_figure(result | {"config": config | {"pretrained": False}}) == ""

@@ -123,9 +123,11 @@ def comparable(result: dict[str, Any]) -> bool:
 
 
 def paper_figure(result: dict[str, Any]) -> str:
-    """What the paper has for a network of this kind; empty where it has nothing, or on other data than the result."""
+    """What the paper has for a network of this kind; empty where it has nothing, on other data than the result, or
+    where a part of the recipe, such as pre-training, is switched off."""
     paper, kind = recipe(result["recipe"]).paper, _other_kind(result)
-    if not comparable(result) or kind not in ("", *paper.kinds):
+    switched = any(field.endswith((" true", " false")) for field in _other_fields(result))
+    if switched or not comparable(result) or kind not in ("", *paper.kinds):
         return ""
     return _figure(paper, paper.kinds.get(kind, ""))
 
@@ -184,7 +186,7 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     paper = recipe(first["recipe"]).paper
     seeds = [r["seed"] for r in results]
     row = {
-        "experiment": f"{first['recipe']} {_other_kind(first)}".rstrip(),
+        "experiment": " ".join([first["recipe"], _other_kind(first), *_other_fields(first)]).replace("  ", " ").strip(),
         "seeds": str(len(seeds)),
         "data": first.get("data", ""),
         "parameters": size_in_words(first).replace(" parameters", "").replace(" and ", " + "),
@@ -208,6 +210,16 @@ def _other_kind(result: dict[str, Any]) -> str:
     """The kind of a result's network; empty for the recipe's own."""
     kind = result["config"]["model"].get("kind", "")
     return "" if kind == getattr(recipe(result["recipe"]).config().model, "kind", "") else kind
+
+
+def _other_fields(result: dict[str, Any]) -> list[str]:
+    """The recipe's own numbers and choices, such as a length, where they are not the default."""
+    usual, config = recipe(result["recipe"]).config(), result["config"]
+    return [
+        f"{name} {str(value).lower()}"
+        for name, value in config.items()
+        if isinstance(value, bool | int | float) and value != getattr(usual, name, value)
+    ]
 
 
 def _seeds(seeds: list[int]) -> str:
