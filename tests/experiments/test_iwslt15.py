@@ -10,6 +10,7 @@ import torch
 
 from legato.cli import main
 from legato.experiments.bleu import bleu, bleu_counts
+from legato.experiments.checkpoint import load
 from legato.experiments.data.texts import Parallel
 from legato.experiments.data.translation import Translation as Sentences
 from legato.experiments.data.translation import translation
@@ -128,6 +129,39 @@ def test_long_and_empty_sentences_are_counted(invented, tmp_path):
     assert result["truncated"] == nothing | {"train source": 1, "test target": 1}
     assert result["empty"] == nothing | {"train source": 1, "test source": 1}
     assert all(np.isfinite(value) for value in result["test"].values())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_figures_and_weights(
+    invented, tmp_path, monkeypatch, precision
+):
+    config = smoke(data__longest=10, training__epochs=3)
+
+    class Stop(Exception):
+        pass
+
+    def stop(task, figures):
+        raise Stop
+
+    def run_in(name, resume=False):
+        options = Options([], 0, tmp_path / name, resume, False, None, "cpu", 1, precision)
+        return train(recipe("iwslt15"), config, options)[0]
+
+    whole = run_in("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(iwslt15.Translation, "finished", stop)
+        with pytest.raises(Stop):
+            run_in("part")
+    assert run_in("part", resume=True)["test"] == whole["test"]
+    logs, weights = zip(
+        *(
+            ((home / "metrics.jsonl").read_text(), load(home / "best.ckpt")["model"])
+            for home in (tmp_path / "whole/seed-0", tmp_path / "part/seed-0")
+        ),
+        strict=True,
+    )
+    assert logs[0] == logs[1]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_missing_files_to_train_on_are_named(tmp_path):
