@@ -20,10 +20,11 @@ from legato.models import LanguageModel
 from .. import checkpoint as checkpoints
 from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded
+from ..language import Windows
 from ..task import Batch, ExperimentError, Paper, Task, Training
 from . import imdb_language_model
 from ._classification import check_labels
-from .imdb_language_model import Model, encoded_reviews, network
+from .imdb_language_model import Model, encoded_reviews, end_to_end, network
 
 PAPER = Paper(
     source="Chilkuri & Eliasmith 2021, table 3",
@@ -105,6 +106,9 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "Sentiment
         path = language_model(config)
         read_language_model(body, path, config)
         config.language_model = str(path)  # so that a run says which it was, however many follow
+    elif config.model.kind == "lmu":  # as the language model was before its training
+        text = end_to_end(reviews.texts["train"])
+        body.calibrate(Windows(text, 64, 64).take(torch.linspace(0, len(text), 64).long())[0])
     return Sentiment(config, reviews, body)
 
 
