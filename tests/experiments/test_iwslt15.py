@@ -78,7 +78,8 @@ def test_every_kind_has_as_many_parameters_as_the_lstm():
 
 
 def test_the_papers_pair_is_read_by_its_own_words_and_scored_tokenised_and_not(invented, tmp_path):
-    config = smoke(data__pair="en-vi", training__updates_per_epoch=100, training__learning_rate=0.01)
+    fields = {"training__updates_per_epoch": 100, "training__learning_rate": 0.01, "training__average": 0.0}
+    config = smoke(data__pair="en-vi", **fields)
     result = run(config, tmp_path / "run")
     figures = {"bleu", "bleu_detokenised", "loss", "unknown_words"}
     assert result["validation"].keys() == figures

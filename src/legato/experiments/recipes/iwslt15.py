@@ -127,7 +127,7 @@ class Model:
     heads: int = 4
     dropout: float = 0.3
     tied: bool = True
-    scaled: bool = False
+    scaled: bool = True
     width: int = 10
     length_penalty: float = 1.0
 
