@@ -7,7 +7,7 @@ states of all layers are carried from window to window, in training and through 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -74,7 +74,9 @@ class Model:
         blocks: of memory, dense and highways.
         highways: in each block and above the sum.
         order: numbers that the memory keeps for each channel.
-        theta: window of the memory, in characters.
+        theta: window of the memory in the lowest block, in characters.
+        growth: window of a block's memory, in windows of the block below.
+        activation: of the dense and the highway layers.
         dropout: share of the channels dropped in training.
     """
 
@@ -84,7 +86,9 @@ class Model:
     blocks: int | None = None
     highways: int | None = None
     order: int = 4
-    theta: float = 10.0
+    theta: float = 4.0
+    growth: float = 2.0
+    activation: Literal["relu", "tanh", "gelu"] = "relu"
     dropout: float = 0.0
 
 
@@ -173,16 +177,20 @@ def network(config: Model) -> LanguageModel:
     size = SIZES[config.kind]
     channels, units = config.channels or size.channels, config.units or size.units
 
-    def layer(inputs: int) -> RecurrentLayer:
-        if config.kind == "lmu":  # it reads its memory with a dense layer of its own
-            return layer_of("lmu", inputs, inputs, memory_size=units, order=config.order, theta=config.theta)
-        return layer_of(config.kind, inputs, units)
+    def layer(block: int) -> RecurrentLayer:
+        if config.kind != "lmu":
+            return layer_of(config.kind, channels, units)
+        memory = {"memory_size": units, "order": config.order, "theta": config.theta * config.growth**block}
+        return layer_of("lmu", channels, channels, **memory, activation=config.activation)
 
+    # A memory is scaled to one by its input at first: of small vectors it would be 16 times what an update changes.
+    vectors = torch.randn(CHARACTERS, channels) if config.kind == "lmu" else None
     return LanguageModel(
-        Embedding(CHARACTERS, channels, padding=None),
-        layer,
-        blocks=config.blocks or size.blocks,
+        Embedding(CHARACTERS, channels, vectors=vectors, padding=None),
+        [layer(block) for block in range(config.blocks or size.blocks)],
+        # An LMU reads its memory with a dense layer of its own.
         dense=config.kind != "lmu" and units != channels,
+        activation=config.activation,
         highways=size.highways if config.highways is None else config.highways,
         dropout=config.dropout,
     )
