@@ -29,7 +29,8 @@ def subject(tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "fake", raising=False)
-    monkeypatch.setattr(run, "SUBJECTS", ("fake",))
+    for name in ("ALL", "SUBJECTS"):
+        monkeypatch.setattr(run, name, ("fake",))
     monkeypatch.setattr(run, "copy_bandwidth", lambda: {"add": 10.0, "copy": 9.0})
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
     return make
