@@ -181,6 +181,7 @@ def test_the_recipes_run_in_mixed_precision(large, tmp_path):
         assert run("imdb-pretrained", smoke(imdb_pretrained), precision="bf16-mixed")
 
 
+@pytest.mark.bad_input
 def test_the_large_size_has_34_million_parameters():
     class Words(NamedTuple):
         size: int = 30_000
@@ -222,6 +223,7 @@ def test_a_language_model_of_another_shape_or_vocabulary_gets_a_clear_error(lang
         imdb_pretrained.build(smoke(imdb_pretrained, pretrained=True), 0)
 
 
+@pytest.mark.bad_input
 def test_vectors_of_another_width_and_too_many_reviews_held_out_get_a_clear_error(monkeypatch):
     config = smoke(imdb_language_model, data__held_out=60)
     with pytest.raises(ExperimentError, match="than the 60 unlabelled ones, got 60"):
