@@ -63,7 +63,7 @@ def use_reviews(monkeypatch, seed):
 def use(monkeypatch, data):
     """These reviews in the place of IMDB's; without a file, nothing is cached."""
     monkeypatch.setattr(imdb_language_model, "imdb", lambda data_dir=None, unlabelled=False: data)
-    monkeypatch.setattr(imdb_language_model, "found", lambda folder, files, data_dir=None: [])
+    monkeypatch.setattr(imdb_language_model, "imdb_files", lambda data_dir=None, unlabelled=False: [])
 
 
 def smoke(module, **fields):

@@ -6,6 +6,7 @@ every token counts once. Next: ``recipes/text8.py``.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import exp, log
 from typing import Any, cast
 
@@ -16,7 +17,22 @@ from torch import nn
 from legato._shapes import Int, Tensor
 from legato.models import LanguageModel
 
-from .task import Batch, Examples, ExperimentError, Task
+from .task import Batch, Examples, ExperimentError, Task, Training
+
+
+@dataclass
+class Reading(Training):
+    """Trained by readers who start at random places each epoch and read on, window by window.
+
+    Args:
+        window: tokens that a reader reads between two updates.
+    """
+
+    batch_size: int = 32
+    learning_rate: float = 4e-3
+    warmup: float = 0.05
+    max_norm: float | None = 1.0
+    window: int = 64
 
 
 class Windows(Examples):
@@ -51,6 +67,10 @@ class Windows(Examples):
         start = torch.randint(len(self.text), (self.batch_size,), generator=generator)
         for number in range(updates):
             yield start + rounds * len(self.text) + number * self.window
+
+    def spread(self) -> Int[Tensor, "64 window"]:
+        """The tokens of 64 windows from all over the text: what a network is calibrated on."""
+        return self.take(torch.linspace(0, len(self.text), 64).long())[0]
 
     @property
     def updates_per_pass(self) -> int:

@@ -13,12 +13,12 @@ import torch
 
 from legato.models import Embedding, LanguageModel
 
-from ..data.encoded import Encoded, encoded, found
-from ..data.imdb import ARCHIVE, FOLDER, PARTS, imdb
+from ..data.encoded import Encoded, encoded
+from ..data.imdb import imdb, imdb_files
 from ..data.words import END, Texts
 from ..kinds import Kind, layer_of
-from ..language import LanguageTask, Streams, Windows
-from ..task import ExperimentError, Paper, Training
+from ..language import LanguageTask, Reading, Streams, Windows
+from ..task import ExperimentError, Paper
 from ._classification import Fingerprint
 
 # The paper pre-trains on Amazon's reviews and reports what fine-tuning makes of it: see imdb_pretrained.py.
@@ -101,29 +101,12 @@ class Model:
 
 
 @dataclass
-class Reading(Training):
-    """Trained by readers who start at random places each epoch and read on, window by window.
-
-    Args:
-        window: words that a reader reads between two updates.
-    """
-
-    epochs: int = 8
-    updates_per_epoch: int | None = 400
-    batch_size: int = 32
-    learning_rate: float = 4e-3
-    warmup: float = 0.05
-    max_norm: float | None = 1.0
-    window: int = 64
-
-
-@dataclass
 class Config:
     """A language model on IMDB's 75,000 reviews without the test texts, to be fine-tuned by imdb-pretrained."""
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    training: Reading = field(default_factory=Reading)
+    training: Reading = field(default_factory=lambda: Reading(epochs=8, updates_per_epoch=400))
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "NextWord":
@@ -154,7 +137,7 @@ class NextWord(LanguageTask):
         self.test = Streams(test, train, data.streams, data.warm_up)
         self.model = network(config.model, reviews)
         if config.model.kind == "lmu":
-            self.model.calibrate(self.train.take(torch.linspace(0, len(train), 64).long())[0])
+            self.model.calibrate(self.train.spread())
 
 
 def encoded_reviews(data: Data, data_dir: Path | None) -> Encoded:
@@ -162,7 +145,7 @@ def encoded_reviews(data: Data, data_dir: Path | None) -> Encoded:
     return encoded(
         "imdb-unlabelled",
         lambda: imdb(data_dir, unlabelled=True),
-        lambda: found(FOLDER, (ARCHIVE, *PARTS.values()), data_dir),
+        lambda: imdb_files(data_dir, unlabelled=True),
         vocabulary={"largest": data.vocabulary},
         learnt_from=("train", "unlabelled"),
         examples=data.examples,

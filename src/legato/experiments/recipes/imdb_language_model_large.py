@@ -8,8 +8,9 @@ Not measured yet. Task and network are those of ``imdb_language_model.py``.
 
 from dataclasses import dataclass, field, replace
 
+from ..language import Reading
 from . import imdb_language_model
-from .imdb_language_model import SMOKE, Data, Model, Reading, build
+from .imdb_language_model import SMOKE, Data, Model, build
 
 PAPER = replace(imdb_language_model.PAPER, value=30_000.0)
 __all__ = ["PAPER", "SMOKE", "Config", "LargeData", "LargeModel", "build"]

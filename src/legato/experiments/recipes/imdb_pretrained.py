@@ -107,8 +107,7 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "Sentiment
         read_language_model(body, path, config)
         config.language_model = str(path)  # so that a run says which it was, however many follow
     elif config.model.kind == "lmu":  # as the language model was before its training
-        text = end_to_end(reviews.texts["train"])
-        body.calibrate(Windows(text, 64, 64).take(torch.linspace(0, len(text), 64).long())[0])
+        body.calibrate(Windows(end_to_end(reviews.texts["train"]), 64, 64).spread())
     return Sentiment(config, reviews, body)
 
 

@@ -18,8 +18,8 @@ from legato.models import Embedding, LanguageModel
 
 from ..data.text8 import Text8, text8
 from ..kinds import Kind, layer_of
-from ..language import LanguageTask, Streams, Windows
-from ..task import Paper, Training
+from ..language import LanguageTask, Reading, Streams, Windows
+from ..task import Paper
 
 PAPER = Paper(
     source="Chilkuri & Eliasmith 2021",
@@ -114,30 +114,15 @@ SIZES = {
 
 
 @dataclass
-class Reading(Training):
-    """Trained by readers who start at random places each epoch and read on, window by window.
-
-    Args:
-        updates_per_epoch: null is the number that suits the kind.
-        window: characters that a reader reads between two updates.
-    """
-
-    epochs: int = 10
-    updates_per_epoch: int | None = None
-    batch_size: int = 32
-    learning_rate: float = 4e-3
-    warmup: float = 0.05
-    max_norm: float | None = 1.0
-    window: int = 64
-
-
-@dataclass
 class Config:
-    """text8: the next of 27 characters of Wikipedia."""
+    """text8: the next of 27 characters of Wikipedia.
+
+    Null as ``training.updates_per_epoch`` is the number that suits the kind.
+    """
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    training: Reading = field(default_factory=Reading)
+    training: Reading = field(default_factory=lambda: Reading(epochs=10))
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "NextCharacter":
@@ -162,7 +147,7 @@ class NextCharacter(LanguageTask):
         self.test = Streams(test, validation, data.streams, data.warm_up)
         self.model = network(config.model)
         if config.model.kind == "lmu":
-            self.model.calibrate(self.train.take(torch.linspace(0, len(train), 64).long())[0])
+            self.model.calibrate(self.train.spread())
 
     def plot(self, model: nn.Module, folder: Path) -> None:
         """A sample of what the network writes, drawn from its probabilities, in ``sample.txt``."""

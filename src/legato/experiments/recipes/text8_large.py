@@ -7,8 +7,9 @@ Meant to take under nine minutes on an H200; not measured yet. Task and network 
 
 from dataclasses import dataclass, field
 
+from ..language import Reading
 from . import text8
-from .text8 import PAPER, SMOKE, Model, Reading, build
+from .text8 import PAPER, SMOKE, Model, build
 
 __all__ = ["PAPER", "SMOKE", "Config", "build"]
 
