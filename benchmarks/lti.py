@@ -3,10 +3,13 @@
 A time is one forward and one backward pass (gradients of the input and of the initial state; A and B frozen and
 prepared), float32. The incoming gradient is laid out as each method lays out its memory. "fft, no state" leaves the
 response to the initial state out, which only fft has to compute apart. The products are the two that chunked consists
-of, the transforms the two that fft consists of, both alone and on data that lie ready.
+of, the transforms the two that fft consists of, both alone and on data that lie ready. "Channels first" is the form
+for few channels, there for comparison.
 """
 
+import importlib
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from measure import Target, interleave
@@ -17,6 +20,7 @@ from legato.ops.lti import METHODS, apply, prepare
 SHAPES = [((16, 1024, 16), 64), ((4, 4096, 32), 32), ((32, 784, 1), 256)]
 OTHERS = [((64, 4, 1), 64), ((64, 16, 1), 64), ((64, 64, 1), 64), ((32, 256, 64), 4), ((20, 784, 1), 468)]
 LONG = ((1, 1_048_576, 1), 32)
+SIDES = [((32, 64, 128), 4), ((64, 14, 128), 5), ((8, 1024, 256), 8), ((4, 4096, 32), 32), ((1, 1000, 64), 6)]
 
 TESTS = ("tests/ops/test_lti.py",)
 TARGETS = (
@@ -45,6 +49,7 @@ def measure() -> list[dict]:
     torch.manual_seed(0)
     rows = [row for shape, order in SHAPES for row in _chunked_against_fft(shape, order)]
     rows += [row for shape, order in OTHERS for row in _every_method(shape, order)]
+    rows += [row for shape, order in SIDES for row in _either_side(shape, order)]
     return rows + _rows(*LONG, interleave({"chunked": _training_pass(*LONG, "chunked")}, rounds=3, warmup=1))
 
 
@@ -67,6 +72,23 @@ def _chunked_against_fft(shape: tuple[int, int, int], order: int) -> list[dict]:
 def _every_method(shape: tuple[int, int, int], order: int) -> list[dict]:
     methods = [method for method in METHODS if shape[1] <= 256 or method in ("fft", "chunked")]
     return _rows(shape, order, interleave({m: _training_pass(shape, order, m) for m in methods}, rounds=7, warmup=2))
+
+
+def _either_side(shape: tuple[int, int, int], order: int) -> list[dict]:
+    """The two forms of "chunked", read as an LMU reads them: all numbers of a step in one row."""
+    batch, steps, channels = shape
+    kernels = prepare(*delay_network(order, max(steps, 8)), steps, method="chunked")
+    u = torch.randn(shape, requires_grad=True)
+    gradient = torch.randn(batch * steps, channels * order)
+
+    def run(channels_last: bool) -> None:
+        with patch.object(importlib.import_module("legato.ops.lti"), "_channels_last", lambda *_: channels_last):
+            memory, _ = apply(u, kernels)
+        read = memory.mT if channels_last else memory
+        torch.autograd.grad(read.reshape(gradient.shape), u, gradient)
+
+    candidates = {"chunked": lambda: run(True), "chunked, channels first": lambda: run(False)}
+    return _rows(shape, order, interleave(candidates, rounds=7, warmup=2))
 
 
 def _rows(shape: tuple[int, int, int], order: int, times: dict[str, dict[str, float]]) -> list[dict]:

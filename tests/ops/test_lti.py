@@ -107,6 +107,48 @@ def test_parts_with_the_state_carried_over_are_one_pass(method, lengths):
     assert_close(state, final_state, steps)
 
 
+def many_channels(steps, *, state=True):
+    """Arguments of lti for channels that share one system without gradients, which stay last in the store."""
+    (u, A, B, m), _ = example(steps, channels=20, state=state)
+    return u, A.detach(), B.detach(), m
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 31, 33, 65, 200])
+def test_many_channels_of_one_system_are_the_loop_in_values_and_all_gradients(steps, state):
+    u, A, B, m = many_channels(steps, state=state)
+    got, want = lti(u, A, B, m), by_loop(u, A, B, m)
+    assert got[0].mT.is_contiguous() or steps == 1 or steps % chunk_length(steps)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w, steps)
+    for g, w in zip(gradients(got, (u, m)), gradients(want, (u, m)), strict=True):
+        assert_close(g, w, steps)
+
+
+def test_second_and_forward_derivatives_of_many_channels_are_those_of_the_loop():
+    u, A, B, m = many_channels(50)
+    directions = torch.randn_like(u), torch.randn_like(m)
+    results = []
+    for run in (lambda u, m: lti(u, A, B, m, method="chunked"), lambda u, m: by_loop(u, A, B, m)):
+        _, tangents = torch.func.jvp(run, (u.detach(), m.detach()), directions)
+        memory, _ = run(u, m)
+        first = torch.autograd.grad(memory.square().sum(), (u, m), create_graph=True)
+        second = torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, directions, strict=True)), (u, m))
+        results.append([*tangents, *second])
+    # A second derivative sums over the steps twice, before and after the square.
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, 50 * 50)
+
+
+def test_a_map_over_many_channels_is_the_loop_over_it():
+    _, A, B, _ = many_channels(1)
+    us, states = torch.randn(2, 3, 40, 20, dtype=torch.float64), torch.randn(2, 3, 20, ORDER, dtype=torch.float64)
+    got = torch.func.vmap(lambda u, m: lti(u, A, B, m))(us, states)
+    for i in range(2):
+        for g, w in zip(got, by_loop(us[i], A, B, states[i]), strict=True):
+            assert_close(g[i], w, 40)
+
+
 @pytest.mark.parametrize("method", [*METHODS, None])
 def test_no_steps_leave_the_state_as_it_was(method):
     (u, A, B, state), _ = example(0)
@@ -188,11 +230,12 @@ def test_an_input_never_changes_the_past(method):
     assert not torch.allclose(after[:, 50], before[:, 50])
 
 
+@pytest.mark.parametrize("channels", [2, 20])
 @pytest.mark.parametrize("method", [*METHODS, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_narrow_inputs_are_computed_and_carried_in_32_bits(method, dtype):
-    (u, A, B, state), _ = example(150, dtype=dtype)
-    memory, final_state = lti(u, A, B, state, method=method)
+def test_narrow_inputs_are_computed_and_carried_in_32_bits(method, dtype, channels):
+    (u, A, B, state), _ = example(150, channels=channels, dtype=dtype)
+    memory, final_state = lti(u, A.detach(), B.detach(), state, method=method)
     assert memory.dtype == dtype
     assert final_state.dtype == torch.float32
     want, want_final = by_loop(u.double(), A, B, state.double())
@@ -473,14 +516,15 @@ def test_lengths_may_change_under_the_compiler(method):
 
 
 @pytest.mark.compiled
-def test_new_lengths_reuse_the_compiled_chunked_graph():
+@pytest.mark.parametrize("channels", [2, 20])
+def test_new_lengths_reuse_the_compiled_chunked_graph(channels):
     (_, A, B, _), _ = example(1)
     kernels = prepare(A.detach(), B.detach(), 4096, dtype=torch.float64)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     compiled = torch.compile(apply, fullgraph=True, dynamic=True, backend=counter)
     for steps in (520, 600, 777, 901, 1000):
-        u = torch.randn(3, steps, 2, dtype=torch.float64)
+        u = torch.randn(3, steps, channels, dtype=torch.float64)
         assert_close(compiled(u, kernels)[0], apply(u, kernels)[0], steps)
     assert counter.frame_count <= 2
 

@@ -178,6 +178,8 @@ class LMU(RecurrentLayer):
         memory, final = apply(wide, kernels._replace(inputs=inputs, powers=powers), m, reset=reset)
         if lengths is not None:  # a row that ended before this segment keeps its m
             final = at_length(memory, m, final, lengths)
+        if memory.stride(-2) == 1:  # (B, S, N, C) in the store: W_m is turned round, not the memory
+            memory, W_m = memory.mT, W_m.unflatten(1, memory.shape[-2:]).mT.flatten(1)
         read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
         del memory
         read = F.dropout(read, self.memory_dropout, self.training)

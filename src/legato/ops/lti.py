@@ -69,7 +69,8 @@ def lti(
         reset: bool (B, T), True where the state is dropped before that step. Not with "fft".
 
     Returns:
-        memory: (B, T, C, N) in u's dtype, or (B, C, N) when last_only. Stored channel by channel, (C, B, T, N).
+        memory: (B, T, C, N) in u's dtype, or (B, C, N) when last_only. It is a view: of an array (C, B, T, N), or on a
+            CPU, where many channels share one A, of one (B, T, N, C).
         final_state: (B, C, N), m after the last step in the dtype of the carry.
 
     Raises:
@@ -164,6 +165,9 @@ def apply(
         state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
         if u.numel() == 0:
             memory, final_state = _nothing(rows, kernels, state)
+        elif _channels_last(u, kernels, reset):
+            memory, final_state = _chunked_channels_last(u.to(carry), kernels, state)
+            return memory.to(u.dtype).mT, final_state.transpose(0, 1)
         else:
             memory, final_state = _APPLY[kernels.method](rows, kernels, state, reset)
         final_state = final_state.transpose(0, 1)
@@ -324,6 +328,39 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     end = (steps - (chunks - 1) * length) * order
     last = torch.cat([u[:, :, -1].to(carry), before[:, :, -1]], dim=-1)
     return memory, _times(last, W[..., end - order : end])
+
+
+def _channels_last(u: Tensor, kernels: Kernels, reset: Tensor | None) -> bool:
+    """Whether "chunked" leaves the channels where they are: W stands on the left then, once a chunk of each row.
+
+    Many channels in one system make that a matrix product too, and neither u nor the memory, N times as large, is
+    turned round. A W with gradients would be copied for every chunk.
+    """
+    shared = kernels.method == "chunked" and kernels.powers.ndim == 3 and not kernels.inputs.requires_grad
+    many = u.shape[2] >= 16 and kernels.powers.shape[-1] > 1
+    return u.device.type == "cpu" and shared and many and reset is None
+
+
+def _chunked_channels_last(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """W^T @ [u of the chunk, m before it] for u (B, T, C): memory (B, T, N, C), final_state (C, B, N)."""
+    batch, steps, channels = u.shape
+    W, order = kernels.inputs.mT, kernels.powers.shape[-1]
+    length = W.shape[-1] - order
+    if steps <= length:
+        length = steps
+        W = torch.cat([W[: steps * order, :steps], W[: steps * order, -order:]], dim=-1)
+    chunks = -(-steps // length)
+    u = F.pad(u, (0, 0, 0, chunks * length - steps)).unflatten(1, (chunks, length))
+    if chunks > 1:
+        ends = W[-order:, :length] @ u
+        before = _before_chunks(ends.permute(3, 0, 1, 2), kernels, state)
+    else:
+        before = u.new_zeros(channels, batch, 1, order) if state is None else state.unsqueeze(2)
+    rows = torch.cat([u, before.permute(1, 2, 3, 0)], dim=2)
+    memory = W.expand(batch * chunks, -1, -1).bmm(rows.flatten(0, 1))
+    memory = memory.view(batch, chunks * length, order, channels)[:, :steps]
+    end = (steps - (chunks - 1) * length) * order
+    return memory, (W[end - order : end] @ rows[:, -1]).permute(2, 0, 1)
 
 
 def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
