@@ -39,7 +39,7 @@ class Config(_classification.Config):
     data: Data = field(default_factory=lambda: Data(longest=50, truncate="back", words_of="all", least_count=1))
     model: Model = field(default_factory=lambda: Model(units=128))
     training: FineTuning = field(
-        default_factory=lambda: FineTuning(epochs=12, batch_size=64, learning_rate=2e-3, vector_rate=0.25, warmup=0.1)
+        default_factory=lambda: FineTuning(epochs=12, batch_size=64, learning_rate=2e-3, vector_rate=3.0, warmup=0.1)
     )
 
 
