@@ -118,7 +118,7 @@ class Model:
         length_penalty: 0 prefers short translations, 1 long ones.
     """
 
-    kind: Kind = "lmu"
+    kind: Kind = "gilr-lstm"
     channels: int = 128
     units: int | None = None
     layers: int = 1
@@ -142,7 +142,7 @@ class Smoothed(Training):
 
     epochs: int = 6
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup: float = 0.1
     max_norm: float | None = 1.0
     average: float = 0.998
