@@ -7,6 +7,7 @@ Meant to take under nine minutes on an H200; not measured yet. Task and network 
 
 from dataclasses import dataclass, field
 
+from ..kinds import Kind
 from ..language import Reading
 from . import text8
 from .text8 import PAPER, SMOKE, Model, build
@@ -18,6 +19,7 @@ __all__ = ["PAPER", "SMOKE", "Config", "build"]
 class LargeModel(Model):
     """The network, as in ``text8``: 18.7 million parameters."""
 
+    kind: Kind = "lmu"
     channels: int | None = 512
     units: int | None = 512
     blocks: int | None = 5
@@ -32,7 +34,7 @@ class LongReading(Reading):
     epochs: int = 20
     updates_per_epoch: int | None = 500
     batch_size: int = 256
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     window: int = 180
 
 
