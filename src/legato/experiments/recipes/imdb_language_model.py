@@ -7,10 +7,12 @@ test figure: no test text and no label is ever read. ``imdb_language_model_large
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, LanguageModel
 
 from ..data.encoded import Encoded, encoded
@@ -80,20 +82,22 @@ class Model:
         blocks: of memory, dense and highways.
         highways: in each block and above the sum.
         order: numbers that the memory keeps for each channel.
-        theta: window of the memory, in words.
+        theta: window of the memory in the lowest block, in words.
+        growth: window of a block's memory, in windows of the block below.
         cutoffs: where the clusters of rarer words begin, for adaptive softmax; empty is plain softmax.
         tied: the softmax reads with the word vectors, which needs plain softmax.
         dropout: share of the channels dropped in training.
         word_dropout: share of the vocabulary left out of each update.
     """
 
-    kind: Kind = "lmu"
+    kind: Kind = "gilr-lstm"
     width: int = 128
-    channels: int = 128
-    blocks: int = 2
+    channels: int = 256
+    blocks: int = 1
     highways: int = 1
     order: int = 4
-    theta: float = 10.0
+    theta: float = 5.0
+    growth: float = 3.0
     cutoffs: list[int] = field(default_factory=lambda: [2000, 8000])
     tied: bool = False
     dropout: float = 0.0
@@ -106,7 +110,7 @@ class Config:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    training: Reading = field(default_factory=lambda: Reading(epochs=8, updates_per_epoch=400))
+    training: Reading = field(default_factory=lambda: Reading(epochs=7, updates_per_epoch=1000, window=128))
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "NextWord":
@@ -168,12 +172,22 @@ def network(config: Model, reviews: Encoded) -> LanguageModel:
             f"the word vectors are {reviews.vectors.shape[1]} wide, and the network reads {config.width}: "
             f"set --model.width {reviews.vectors.shape[1]}, or choose other --data.vectors"
         )
-    words = reviews.vocabulary.size
+    words, size = reviews.vocabulary.size, config.channels
+
+    def layer(block: int) -> RecurrentLayer:
+        options: dict[str, Any] = {}
+        if config.kind == "lmu":
+            options = {"order": config.order, "theta": config.theta * config.growth**block}
+        elif config.kind == "gilr-lstm":
+            options = {"forget_bias": 1.0}  # 5, as for long sequences, is a time scale of 150 words
+        return layer_of(config.kind, size, size, **options)
+
+    # A memory is scaled to one by its input at first: of small vectors it would be ten times what an update changes.
+    vectors = torch.randn(words, config.width) if reviews.vectors is None else reviews.vectors
     model = LanguageModel(
-        Embedding(words, config.width, vectors=reviews.vectors, dropout=config.word_dropout),
-        lambda size: layer_of(config.kind, size, size, order=config.order, theta=config.theta),
-        blocks=config.blocks,
-        channels=config.channels,
+        Embedding(words, config.width, vectors=vectors, dropout=config.word_dropout),
+        [layer(block) for block in range(config.blocks)],
+        channels=size,
         dense=config.kind != "lmu",  # an LMU reads its memory with a dense layer of its own
         highways=config.highways,
         tied=config.tied,

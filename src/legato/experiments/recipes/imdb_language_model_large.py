@@ -8,6 +8,7 @@ Not measured yet. Task and network are those of ``imdb_language_model.py``.
 
 from dataclasses import dataclass, field, replace
 
+from ..kinds import Kind
 from ..language import Reading
 from . import imdb_language_model
 from .imdb_language_model import SMOKE, Data, Model, build
@@ -28,6 +29,7 @@ class LargeData(Data):
 class LargeModel(Model):
     """The network, as in ``imdb_language_model``: 34 million parameters, 12 of them in word vectors."""
 
+    kind: Kind = "lmu"
     width: int = 400
     channels: int = 512
     blocks: int = 5

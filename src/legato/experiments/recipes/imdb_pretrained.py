@@ -45,7 +45,7 @@ SMOKE = {key: value for key, value in imdb_language_model.SMOKE.items() if key.s
     "training.epochs": 2,
 }
 # Of a language model's network, what its weights depend on.
-_SHAPE = ("kind", "width", "channels", "blocks", "highways", "order", "theta", "cutoffs", "tied")
+_SHAPE = ("kind", "width", "channels", "blocks", "highways", "order", "theta", "growth", "cutoffs", "tied")
 
 
 @dataclass
