@@ -1,7 +1,8 @@
 """text8: the next of 27 characters of Wikipedia, in bits per character (Chilkuri & Eliasmith 2021).
 
-``--model.kind lstm`` and the others train a network of as many parameters for about as long: 20 minutes on one thread of
-a CPU that multiplies bfloat16 in hardware, by ``--precision bf16-mixed``; in float32 take half the updates. The states of all layers are carried from window to window, in training and through the whole of the test text.
+``--model.kind lstm`` and the others train a network of as many parameters for about as long: 20 minutes on one thread
+of a CPU that multiplies bfloat16 in hardware, by ``--precision bf16-mixed``; float32 takes twice as long. The states of
+all layers are carried from window to window, in training and through the whole of the test text.
 ``text8_large.py`` is the same at a size for a GPU.
 """
 
