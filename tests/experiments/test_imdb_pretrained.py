@@ -84,6 +84,13 @@ def run(name, config, folder=None, precision="32-true", **options):
     return train(recipe(name), config, Options(**(chosen | options)))[0]
 
 
+def started(config):
+    """The task as its first update finds it."""
+    task = imdb_pretrained.build(config, 0)
+    task.start()
+    return task
+
+
 @pytest.fixture
 def language_model(tmp_path):
     folder = tmp_path / "runs" / "imdb-language-model" / "one"
@@ -113,7 +120,7 @@ def test_the_language_model_reads_no_test_text(monkeypatch):
 
 def test_pre_training_hands_its_weights_over_and_fine_tuning_says_from_where(language_model):
     config = smoke(imdb_pretrained, pretrained=True)
-    task = imdb_pretrained.build(config, 0)
+    task = started(config)
     saved = torch.load(language_model / "seed-0" / "best.ckpt", weights_only=True)["model"]
     for name, parameter in task.model.body.named_parameters():
         assert torch.equal(parameter, saved[name]), name
@@ -132,7 +139,7 @@ def test_a_whole_run_is_trained_tested_and_evaluated_again(language_model, tmp_p
     assert result["truncated"] == {"train": 0, "validation": 0, "test": 0}
     assert result["config"]["language_model"].endswith("best.ckpt")
     assert "--language_model" in result["command"]
-    run("imdb-language-model", smoke(imdb_language_model, model__channels=12))  # newer, of another size
+    shutil.rmtree(language_model)
     assert evaluate(tmp_path / "tuned")[0]["test"] == result["test"]
 
 
@@ -200,27 +207,27 @@ def test_a_missing_language_model_gets_a_clear_error(tmp_path):
         imdb_pretrained.build(smoke(imdb_pretrained, pretrained=True), 0)
     named = smoke(imdb_pretrained, pretrained=True, language_model="nowhere")
     with pytest.raises(ExperimentError, match="found none in nowhere"):
-        imdb_pretrained.build(named, 0)
+        started(named)
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     named.language_model = "text.ckpt"
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        imdb_pretrained.build(named, 0)
+        started(named)
 
 
 def test_a_run_of_another_recipe_gets_a_clear_error(tmp_path):
     run("imdb-pretrained", smoke(imdb_pretrained), tmp_path / "other")
     config = smoke(imdb_pretrained, pretrained=True, language_model=str(tmp_path / "other"))
     with pytest.raises(ExperimentError, match="is of recipe imdb-pretrained: expected the"):
-        imdb_pretrained.build(config, 0)
+        started(config)
 
 
 def test_a_language_model_of_another_shape_or_vocabulary_gets_a_clear_error(language_model, monkeypatch):
     wide = smoke(imdb_pretrained, pretrained=True, model__channels=12, data__vocabulary=30)
     with pytest.raises(ExperimentError, match=r"--data.vocabulary 500 \(here 30\), --model.channels 16 \(here 12\)"):
-        imdb_pretrained.build(wide, 0)
+        started(wide)
     use_reviews(monkeypatch, 1)  # as many words, most likely, in another order
     with pytest.raises(ExperimentError, match=r"another vocabulary|do not fit this network"):
-        imdb_pretrained.build(smoke(imdb_pretrained, pretrained=True), 0)
+        started(smoke(imdb_pretrained, pretrained=True))
 
 
 @pytest.mark.bad_input

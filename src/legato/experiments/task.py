@@ -154,6 +154,13 @@ class Task(ABC):
                 sums.append(self.totals(model, batch).double().cpu())
         return torch.stack(sums).sum(0)
 
+    def start(self) -> None:  # noqa: B027 - most networks start as they were drawn
+        """Called before the first update of a new run, not when it is resumed or evaluated: read weights to go on from.
+
+        Raises:
+            ExperimentError: they are missing or do not fit.
+        """
+
     def rate(self, name: str) -> float:
         """Factor on the learning rate of the parameter of this name in ``model``."""
         return 1.0

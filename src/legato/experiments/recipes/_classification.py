@@ -5,6 +5,7 @@ delay network of order 1 each, a leaky sum over a window of ``theta`` words, and
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,26 @@ def numbers(
     )
 
 
-class Classification(Task):
+class Classes(Task):
+    """Texts in classes; a recipe says how a batch, whose last part are the labels, is scored."""
+
+    metric, higher_is_better = "accuracy", True
+
+    @abstractmethod
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of every class, (B, classes); or of two, one score (B, 1), which is above zero for class 1."""
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        scores, labels = self.scores(model, batch), batch[-1]
+        found = (scores[:, 0] > 0) if scores.shape[1] == 1 else scores.argmax(1)
+        return torch.stack([(found == labels).sum(), torch.tensor(len(labels), device=labels.device)])
+
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        right, count = totals.tolist()
+        return {"accuracy": right / count}
+
+
+class Classification(Classes):
     """The class of a text, or of a pair of texts.
 
     Args:
@@ -138,8 +158,6 @@ class Classification(Task):
     Raises:
         ExperimentError: a label outside the classes, vectors of another width.
     """
-
-    metric, higher_is_better = "accuracy", True
 
     def __init__(self, config: Config, data: Encoded, classes: int) -> None:
         # Through 200 steps of an LSTM gradients fade below 1e-38, where a CPU takes five times as long.
@@ -157,20 +175,16 @@ class Classification(Task):
             self._calibrate()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        scores, labels = self._scores(model, batch), batch[-1]
+        scores, labels = self.scores(model, batch), batch[-1]
         smoothing = self.config.training.label_smoothing if model.training else 0.0
         if scores.shape[1] == 1:
             return F.binary_cross_entropy_with_logits(scores[:, 0], labels * (1 - smoothing) + smoothing / 2)
         return F.cross_entropy(scores, labels, label_smoothing=smoothing)
 
-    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
-        scores, labels = self._scores(model, batch), batch[-1]
-        found = (scores[:, 0] > 0) if scores.shape[1] == 1 else scores.argmax(1)
-        return torch.stack([(found == labels).sum(), torch.tensor(len(labels), device=labels.device)])
-
-    def metrics(self, totals: Tensor) -> dict[str, float]:
-        right, count = totals.tolist()
-        return {"accuracy": right / count}
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        if len(batch) == 3:
+            return model(batch[0], lengths=batch[1])[0]
+        return model(batch[0], batch[2], lengths=(batch[1], batch[3]))
 
     def rate(self, name: str) -> float:
         return self.config.training.vector_rate if name.startswith("embedding.") else 1.0
@@ -188,11 +202,6 @@ class Classification(Task):
             "truncated": {split: int((of > self.config.data.longest).sum()) for split, of in lengths.items()},
             "empty": {split: int((of == 0).sum()) for split, of in lengths.items()},
         }
-
-    def _scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        if len(batch) == 3:
-            return model(batch[0], lengths=batch[1])[0]
-        return model(batch[0], batch[2], lengths=(batch[1], batch[3]))
 
     def _columns(self, split: str) -> list[Texts]:
         """The texts of a split, or the first and the second of its pairs."""

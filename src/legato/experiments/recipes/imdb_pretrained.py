@@ -7,7 +7,7 @@ the newest run is taken. ``--pretrained false`` trains the same network from dra
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from .. import checkpoint as checkpoints
 from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded
 from ..language import Windows
-from ..task import Batch, ExperimentError, Paper, Task, Training
+from ..task import Batch, ExperimentError, Paper, Training
 from . import imdb_language_model
-from ._classification import check_labels
+from ._classification import Classes, check_labels
 from .imdb_language_model import Model, encoded_reviews, end_to_end, network
 
 PAPER = Paper(
@@ -98,22 +98,19 @@ class Config:
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "Sentiment":
-    """The task of this configuration; ``seed`` draws the head, and without pre-training all weights."""
+    """The task of this configuration; ``seed`` draws all weights, before ``start`` reads the language model's."""
     reviews = encoded_reviews(config.data, data_dir)
     torch.manual_seed(seed)
     body = network(config.model, reviews)
     if config.pretrained:
-        path = language_model(config)
-        read_language_model(body, path, config)
-        config.language_model = str(path)  # so that a run says which it was, however many follow
+        if config.language_model is None:  # a run says which it was, however many follow
+            config.language_model = str(language_model(config))
     elif config.model.kind == "lmu":  # as the language model was before its training
         body.calibrate(Windows(end_to_end(reviews.texts["train"]), 64, 64).spread())
     return Sentiment(config, reviews, body)
 
 
-class Sentiment(Task):
-    metric, higher_is_better = "accuracy", True
-
+class Sentiment(Classes):
     def __init__(self, config: Config, reviews: Encoded, body: LanguageModel) -> None:
         self.config, self.reviews = config, reviews
         self.source = reviews.source
@@ -122,18 +119,17 @@ class Sentiment(Task):
         self.test = self._examples("test", 250)
         self.model = PooledClassifier(body, 2, config.training.dropout)
 
+    def start(self) -> None:
+        if self.config.pretrained:
+            body = cast(PooledClassifier, self.model).body
+            read_language_model(body, language_model(self.config), self.config)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        tokens, lengths, labels = batch
-        return F.cross_entropy(model(tokens, lengths), labels)
+        return F.cross_entropy(self.scores(model, batch), batch[-1])
 
-    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
-        tokens, lengths, labels = batch
-        right = model(tokens, lengths).argmax(1) == labels
-        return torch.stack([right.sum(), torch.tensor(len(labels), device=right.device)])
-
-    def metrics(self, totals: Tensor) -> dict[str, float]:
-        right, count = totals.tolist()
-        return {"accuracy": right / count}
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, lengths, _ = batch
+        return model(tokens, lengths)
 
     def rate(self, name: str) -> float:
         return self.config.training.body_rate if self.config.pretrained and name.startswith("body.") else 1.0
@@ -208,7 +204,7 @@ def language_model(config: Config) -> Path:
 
 
 def read_language_model(body: LanguageModel, path: Path, config: Config) -> None:
-    """Put the weights of a language model's checkpoint into a network of the same shape.
+    """Put the weights of a language model's checkpoint into a network of the same shape that has no softmax any more.
 
     Raises:
         ExperimentError: the file is missing, of another recipe, of another network or another vocabulary.
@@ -233,7 +229,7 @@ def read_language_model(body: LanguageModel, path: Path, config: Config) -> None
             "give the same options here, or name another run with --language_model"
         )
     try:
-        body.load_state_dict(content["model"])
+        body.load_state_dict({n: x for n, x in content["model"].items() if not n.startswith("output.")})
     except (RuntimeError, ExperimentError) as error:
         raise ExperimentError(f"the weights in {path} do not fit this network: {error}") from error
 

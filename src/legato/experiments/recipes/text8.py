@@ -8,7 +8,7 @@ all layers are carried from window to window, in training and through the whole 
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -170,7 +170,7 @@ def network(config: Model) -> LanguageModel:
     def layer(block: int) -> RecurrentLayer:
         if config.kind != "lmu":
             # 5, the layer's own bias, is a time scale of 150 characters.
-            options = {"forget_bias": 1.0} if config.kind == "gilr-lstm" else {}
+            options: dict[str, Any] = {"forget_bias": 1.0} if config.kind == "gilr-lstm" else {}
             return layer_of(config.kind, channels, units, **options)
         memory = {"memory_size": units, "order": config.order, "theta": config.theta * config.growth**block}
         return layer_of("lmu", channels, channels, **memory, activation=config.activation)
