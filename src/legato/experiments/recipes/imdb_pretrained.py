@@ -65,16 +65,18 @@ class FineTuning(Training):
 
     Args:
         body_rate: theirs, in learning rates of the head; 1 without pre-training.
+        vector_rate: that of the word vectors, in learning rates of the body.
         dropout: share of the pooled features dropped before the head.
     """
 
-    epochs: int = 2
+    epochs: int = 3
     batch_size: int = 32
     learning_rate: float = 2e-3
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_norm: float | None = 1.0
-    body_rate: float = 0.3
+    body_rate: float = 1.0
+    vector_rate: float = 8.0
     dropout: float = 0.2
 
 
@@ -132,7 +134,9 @@ class Sentiment(Classes):
         return model(tokens, lengths)
 
     def rate(self, name: str) -> float:
-        return self.config.training.body_rate if self.config.pretrained and name.startswith("body.") else 1.0
+        training = self.config.training
+        rate = training.body_rate if self.config.pretrained and name.startswith("body.") else 1.0
+        return rate * training.vector_rate if name.startswith("body.embedding.") else rate
 
     def tokens(self, batch: Batch) -> int:
         return int(batch[1].sum())
