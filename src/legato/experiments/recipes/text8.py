@@ -107,11 +107,11 @@ class Size(NamedTuple):
 #: 1.23 million parameters each, within 2 %; ten epochs are about 20 minutes of one thread of a CPU in bfloat16. The
 #: LSTM is alone between embedding and softmax, as usual: a dense layer or a narrower embedding made it worse.
 SIZES = {
-    "lmu": Size(256, 128, 3, 1, 1600, 0.3),
-    "gilr-lstm": Size(192, 256, 2, 0, 1300, 1.0),
-    "sru": Size(192, 320, 3, 1, 1000, 0.7),
-    "lstm": Size(388, 388, 1, 0, 1200, 1.0),
-    "transformer": Size(192, 208, 2, 0, 750, 0.3),
+    "lmu": Size(256, 128, 3, 1, 1100, 0.5),
+    "gilr-lstm": Size(192, 256, 2, 0, 900, 1.0),
+    "sru": Size(192, 320, 3, 1, 750, 1.0),
+    "lstm": Size(388, 388, 1, 0, 850, 1.0),
+    "transformer": Size(192, 208, 2, 0, 600, 0.5),
 }
 
 
@@ -124,7 +124,7 @@ class Config:
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    training: Reading = field(default_factory=lambda: Reading(epochs=10, learning_rate=6e-3))
+    training: Reading = field(default_factory=lambda: Reading(epochs=10))
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "NextCharacter":

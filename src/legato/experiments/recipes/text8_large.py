@@ -34,7 +34,7 @@ class LongReading(Reading):
     epochs: int = 20
     updates_per_epoch: int | None = 500
     batch_size: int = 256
-    learning_rate: float = 6e-3
+    learning_rate: float = 4e-3
     window: int = 180
 
 
