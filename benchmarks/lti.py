@@ -127,6 +127,11 @@ def _products(shape: tuple[int, int, int], order: int) -> Callable:
     batch, steps, channels = shape
     W = prepare(*delay_network(order, steps), steps, method="chunked").inputs
     length = W.shape[0] - order
+    if channels >= 16 and order > 1:
+        W = W.mT.expand(batch * steps // length, -1, -1)
+        rows = torch.randn(len(W), length + order, channels)
+        gradient = torch.randn(len(W), length * order, channels)
+        return lambda: (W @ rows, W.mT @ gradient)
     rows = torch.randn(batch * channels * steps // length, length + order)
     gradient = torch.randn(rows.shape[0], length * order)
     return lambda: (rows @ W, gradient @ W.mT)

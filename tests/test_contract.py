@@ -36,6 +36,7 @@ OPTIONS = {
         {"memory_size": 2, "theta": [5.0, 9.0], "encoder_activation": "tanh", "activation": "identity"},
         {"memory_size": 2, "theta": [5.0, 9.0], "trainable_theta": True, "return_sequences": False},
         {"input_to_output": False, "bias": False, "activation": "tanh"},
+        {"memory_size": 16, "order": 3},  # as many channels as stay last in the store
     ],
     "QRNN": [{"kernel_size": 1}, {"kernel_size": 6}],
     "RecurrentLMU": [

@@ -119,16 +119,16 @@ def test_the_language_model_reads_no_test_text(monkeypatch):
 
 
 def test_pre_training_hands_its_weights_over_and_fine_tuning_says_from_where(language_model):
-    config = smoke(imdb_pretrained, pretrained=True)
+    config = smoke(imdb_pretrained, pretrained=True, training__body_rate=0.3, training__vector_rate=5.0)
     task = started(config)
     saved = torch.load(language_model / "seed-0" / "best.ckpt", weights_only=True)["model"]
     for name, parameter in task.model.body.named_parameters():
         assert torch.equal(parameter, saved[name]), name
     assert config.language_model == str(next(language_model.rglob("best.ckpt")).relative_to(language_model.parents[2]))
-    assert task.rate("body.depths") == config.training.body_rate
-    assert task.rate("head.weight") == 1
-    drawn = imdb_pretrained.build(smoke(imdb_pretrained), 0)
-    assert drawn.rate("body.depths") == 1
+    rates = [task.rate(name) for name in ("body.depths", "body.embedding.weight", "head.weight")]
+    assert rates == [0.3, 1.5, 1]
+    drawn = imdb_pretrained.build(smoke(imdb_pretrained, training__body_rate=0.3, training__vector_rate=5.0), 0)
+    assert [drawn.rate(name) for name in ("body.depths", "body.embedding.weight", "head.weight")] == [1, 5, 1]
     assert not torch.equal(drawn.model.body.depths, task.model.body.depths)
 
 
@@ -204,7 +204,7 @@ def test_the_large_size_has_34_million_parameters():
 
 def test_a_missing_language_model_gets_a_clear_error(tmp_path):
     with pytest.raises(ExperimentError, match="legato train imdb-language-model, name one with --language_model"):
-        imdb_pretrained.build(smoke(imdb_pretrained, pretrained=True), 0)
+        started(smoke(imdb_pretrained, pretrained=True))
     named = smoke(imdb_pretrained, pretrained=True, language_model="nowhere")
     with pytest.raises(ExperimentError, match="found none in nowhere"):
         started(named)

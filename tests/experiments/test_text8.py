@@ -51,6 +51,11 @@ def test_every_kind_has_as_many_parameters_as_the_lstm():
     assert all(abs(size / sizes["lstm"] - 1) < 0.02 for size in sizes.values()), sizes
 
 
+def test_an_lmu_learns_at_half_the_rate():
+    tasks = {kind: text8.build(smoke(model__kind=kind), 0) for kind in ("lmu", "lstm")}
+    assert {kind: task.rate("output.weight") for kind, task in tasks.items()} == {"lmu": 0.5, "lstm": 1}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_streams_what_it_computes_at_once(kind):
     model = text8.build(smoke(model__kind=kind), 0).model.eval()

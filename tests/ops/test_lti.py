@@ -142,11 +142,23 @@ def test_second_and_forward_derivatives_of_many_channels_are_those_of_the_loop()
 
 def test_a_map_over_many_channels_is_the_loop_over_it():
     _, A, B, _ = many_channels(1)
-    us, states = torch.randn(2, 3, 40, 20, dtype=torch.float64), torch.randn(2, 3, 20, ORDER, dtype=torch.float64)
+    us, states = torch.randn(2, 3, 130, 20, dtype=torch.float64), torch.randn(2, 3, 20, ORDER, dtype=torch.float64)
     got = torch.func.vmap(lambda u, m: lti(u, A, B, m))(us, states)
     for i in range(2):
         for g, w in zip(got, by_loop(us[i], A, B, states[i]), strict=True):
-            assert_close(g[i], w, 40)
+            assert_close(g[i], w, 130)
+
+
+@pytest.mark.parametrize("pieces", [[1, 24, 25, 26, 49, 75], [200]])
+def test_kernels_of_many_channels_serve_pieces_of_any_length(pieces):
+    u, A, B, state = many_channels(200)
+    want, want_state = by_loop(u, A, B, state)
+    kernels, memory = prepare(A, B, 200, dtype=torch.float64), []
+    for piece in u.split(pieces, dim=1):
+        part, state = apply(piece, kernels, state)
+        memory.append(part)
+    assert_close(torch.cat(memory, dim=1), want, 200)
+    assert_close(state, want_state, 200)
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])

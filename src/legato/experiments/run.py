@@ -69,6 +69,8 @@ def train(which: Recipe, config: Any, options: Options) -> list[dict[str, Any]]:
             results.append(json.loads(finished.read_text()))
             continue
         task = which.build(config, seed, options.data_dir)
+        if not (options.resume and (home / "last.ckpt").exists()):
+            task.start()
         sizes = {"parameters": count(task.model), "embedding_parameters": count(*embeddings(task.model))}
         console.print(f"[bold]{which.name}[/] seed {seed}: {size_in_words(sizes)}, {home}", soft_wrap=True)
         about = {"recipe": which.name, "seed": seed, "config": asdict(config)}

@@ -57,12 +57,8 @@ def fit(
 
     Raises:
         CheckpointError: a checkpoint cannot be written or read.
-        ExperimentError: what the network is to start from is missing.
     """
     _quieten_lightning()
-    last = folder / "last.ckpt"
-    if not last.exists():
-        task.start()
     learner = Learner(task, training, seed)
     keeper = RunFolder(folder, about)
     trainer = Trainer(
@@ -81,6 +77,7 @@ def fit(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    last = folder / "last.ckpt"
     try:
         trainer.fit(learner, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     except SystemExit:

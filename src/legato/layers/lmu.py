@@ -180,7 +180,7 @@ class LMU(RecurrentLayer):
             final = at_length(memory, m, final, lengths)
         if memory.stride(-2) == 1:  # (B, S, N, C) in the store: W_m is turned round, not the memory
             memory, W_m = memory.mT, W_m.unflatten(1, memory.shape[-2:]).mT.flatten(1)
-        read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N)
+        read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N) or (B S, N C)
         del memory
         read = F.dropout(read, self.memory_dropout, self.training)
         z = torch.addmm(_outside_memory(x, W_x, b_o, self.hidden_size).flatten(0, 1), read, W_m.mT)

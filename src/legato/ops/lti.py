@@ -69,8 +69,8 @@ def lti(
         reset: bool (B, T), True where the state is dropped before that step. Not with "fft".
 
     Returns:
-        memory: (B, T, C, N) in u's dtype, or (B, C, N) when last_only. It is a view: of an array (C, B, T, N), or on a
-            CPU, where many channels share one A, of one (B, T, N, C).
+        memory: (B, T, C, N) in u's dtype, or (B, C, N) when last_only. It is a view of an array (C, B, T, N); of one
+            (B, T, N, C) from "chunked" on a CPU where 16 channels or more share a frozen A, N > 1, without resets.
         final_state: (B, C, N), m after the last step in the dtype of the carry.
 
     Raises:
@@ -159,14 +159,14 @@ def apply(
         return _apply_to_parts(u, kernels, initial_state, reset)
     with without_autocast(u):
         carry = kernels.powers.dtype
-        # One row a channel: (C, B, T). All methods keep channels first, which makes each a plain matrix product.
+        # One row a channel: (C, B, T). With channels first, each method is a plain matrix product.
         narrow = kernels.method == "chunked" and reset is None and _multiplied_in_16_bits(u)
         rows = (u if narrow else u.to(carry)).permute(2, 0, 1)
         state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
         if u.numel() == 0:
             memory, final_state = _nothing(rows, kernels, state)
         elif _channels_last(u, kernels, reset):
-            memory, final_state = _chunked_channels_last(u.to(carry), kernels, state)
+            memory, final_state = _chunked_channels_last(rows.permute(1, 2, 0), kernels, state)
             return memory.to(u.dtype).mT, final_state.transpose(0, 1)
         else:
             memory, final_state = _APPLY[kernels.method](rows, kernels, state, reset)

@@ -1,7 +1,8 @@
 """What the recipes that classify texts share: their fields, the network and the task. A recipe adds its data.
 
-``imdb.py`` classifies single texts, ``qqp.py`` and ``snli.py`` pairs. The paper's network reads word vectors with a
-delay network of order 1 each, a leaky sum over a window of ``theta`` words, and scores them by one linear layer.
+``imdb.py`` classifies single texts, ``qqp.py`` and ``snli.py`` pairs; ``imdb_pretrained.py`` shares ``Classes``. The
+paper's network reads word vectors with a delay network of order 1 each, a leaky sum over a window of ``theta`` words,
+and scores them by one linear layer.
 """
 
 import math

@@ -76,7 +76,8 @@ class Model:
     """The network: word vectors, blocks of memory, dense and highway layers, a weighted sum of all depths, softmax.
 
     Args:
-        kind: of the layer in the memory's place: lmu, gilr-lstm, sru, lstm or transformer.
+        kind: of the layer in the memory's place: lmu, gilr-lstm, sru, lstm or transformer. The other fields suit a
+            gilr-lstm; an lmu wants two blocks or more and half the learning rate.
         width: of the word vectors.
         channels: of every layer.
         blocks: of memory, dense and highways.
@@ -182,8 +183,9 @@ def network(config: Model, reviews: Encoded) -> LanguageModel:
             options = {"forget_bias": 1.0}  # 5, as for long sequences, is a time scale of 150 words
         return layer_of(config.kind, size, size, **options)
 
-    # A memory is scaled to one by its input at first: of small vectors it would be ten times what an update changes.
-    vectors = torch.randn(words, config.width) if reviews.vectors is None else reviews.vectors
+    # Of variance one, which all kinds learn from sooner; a tied softmax would start with scores as large.
+    drawn = None if config.tied else torch.randn(words, config.width)
+    vectors = drawn if reviews.vectors is None else reviews.vectors
     model = LanguageModel(
         Embedding(words, config.width, vectors=vectors, dropout=config.word_dropout),
         [layer(block) for block in range(config.blocks)],

@@ -35,6 +35,8 @@ class LargeModel(Model):
     blocks: int = 5
     highways: int = 3
     order: int = 5
+    theta: float = 10.0
+    growth: float = 1.0
     cutoffs: list[int] = field(default_factory=lambda: [4000, 12000])
     dropout: float = 0.1
     word_dropout: float = 0.05

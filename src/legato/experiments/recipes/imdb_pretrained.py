@@ -69,7 +69,7 @@ class FineTuning(Training):
         dropout: share of the pooled features dropped before the head.
     """
 
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 32
     learning_rate: float = 2e-3
     warmup: float = 0.1
@@ -105,8 +105,9 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "Sentiment
     torch.manual_seed(seed)
     body = network(config.model, reviews)
     if config.pretrained:
-        if config.language_model is None:  # a run says which it was, however many follow
-            config.language_model = str(language_model(config))
+        # A run says which it was, however many follow. An old run can be evaluated and resumed without.
+        if config.language_model is None and (found := checkpoints_of(config)):
+            config.language_model = str(found[0])
     elif config.model.kind == "lmu":  # as the language model was before its training
         body.calibrate(Windows(end_to_end(reviews.texts["train"]), 64, 64).spread())
     return Sentiment(config, reviews, body)
@@ -123,8 +124,9 @@ class Sentiment(Classes):
 
     def start(self) -> None:
         if self.config.pretrained:
-            body = cast(PooledClassifier, self.model).body
-            read_language_model(body, language_model(self.config), self.config)
+            path = language_model(self.config)
+            read_language_model(cast(PooledClassifier, self.model).body, path, self.config)
+            self.config.language_model = str(path)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self.scores(model, batch), batch[-1])
@@ -195,16 +197,24 @@ def language_model(config: Config) -> Path:
     Raises:
         ExperimentError: there is none.
     """
-    root = Path("runs") / config.source
-    places = [Path(config.language_model)] if config.language_model else sorted(root.glob("*"), key=_time, reverse=True)
+    found = checkpoints_of(config)
+    if not found:
+        place = config.language_model or Path("runs") / config.source
+        raise ExperimentError(
+            f"expected a run of {config.source} with seed-*/best.ckpt, found none in {place}: make one with legato "
+            f"train {config.source}, name one with --language_model, or use --pretrained false"
+        )
+    return found[0]
+
+
+def checkpoints_of(config: Config) -> list[Path]:
+    """Those of the language model that is named, else of all there are, the newest run's first."""
+    runs = (Path("runs") / config.source).glob("*")
+    places = [Path(config.language_model)] if config.language_model else sorted(runs, key=_time, reverse=True)
+    found: list[Path] = []
     for place in places:
-        found = [place] if place.is_file() else [*place.glob("best.ckpt"), *sorted(place.glob("seed-*/best.ckpt"))]
-        if found:
-            return found[0]
-    raise ExperimentError(
-        f"expected a run of {config.source} with seed-*/best.ckpt, found none in {config.language_model or root}: make "
-        f"one with legato train {config.source}, name one with --language_model, or use --pretrained false"
-    )
+        found += [place] if place.is_file() else [*place.glob("best.ckpt"), *sorted(place.glob("seed-*/best.ckpt"))]
+    return found
 
 
 def read_language_model(body: LanguageModel, path: Path, config: Config) -> None:
@@ -223,9 +233,9 @@ def read_language_model(body: LanguageModel, path: Path, config: Config) -> None
     theirs, ours = about["config"], {"data": vars(config.data), "model": vars(config.model)}
     same = [("data", "vocabulary"), ("data", "examples")] + [("model", name) for name in _SHAPE]
     wrong = [
-        f"--{part}.{name} {theirs[part][name]} (here {ours[part][name]})"
+        f"--{part}.{name} {theirs[part].get(name)} (here {ours[part][name]})"
         for part, name in same
-        if theirs[part][name] != ours[part][name]
+        if theirs[part].get(name) != ours[part][name]
     ]
     if wrong:
         raise ExperimentError(

@@ -30,6 +30,7 @@ class LongFineTuning(FineTuning):
 
     epochs: int = 5
     body_rate: float = 0.2
+    vector_rate: float = 1.0
     dropout: float = 0.4
 
 

@@ -119,7 +119,8 @@ SIZES = {
 class Config:
     """text8: the next of 27 characters of Wikipedia.
 
-    Null as ``training.updates_per_epoch`` is the number that suits the kind.
+    Null as ``training.updates_per_epoch`` is the number that suits the kind. ``training.learning_rate`` is that of
+    gilr-lstm, sru and lstm; lmu and transformer take half of it.
     """
 
     data: Data = field(default_factory=Data)
@@ -175,7 +176,7 @@ def network(config: Model) -> LanguageModel:
         memory = {"memory_size": units, "order": config.order, "theta": config.theta * config.growth**block}
         return layer_of("lmu", channels, channels, **memory, activation=config.activation)
 
-    # A memory is scaled to one by its input at first: of small vectors it would be 16 times what an update changes.
+    # Of variance one, which those that are parallel over time learn from sooner; the LSTM ends no better by them.
     vectors = None if config.kind == "lstm" else torch.randn(CHARACTERS, channels)
     return LanguageModel(
         Embedding(CHARACTERS, channels, vectors=vectors, padding=None),

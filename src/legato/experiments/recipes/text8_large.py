@@ -40,7 +40,10 @@ class LongReading(Reading):
 
 @dataclass
 class Config(text8.Config):
-    """text8 at a size for a GPU: the next of 27 characters of Wikipedia."""
+    """text8 at a size for a GPU: the next of 27 characters of Wikipedia.
+
+    ``training.learning_rate`` is as in ``text8``: an lmu takes half of it.
+    """
 
     model: LargeModel = field(default_factory=LargeModel)
     training: LongReading = field(default_factory=LongReading)
