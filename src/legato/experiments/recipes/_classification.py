@@ -21,6 +21,7 @@ from legato._shapes import Tensor
 from legato.layers import LegendreMemory
 from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, PairClassifier, SequenceClassifier
+from legato.models.sequence import last_output
 
 from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded, encoded
@@ -229,7 +230,8 @@ class Classification(Classes):
         """Scale the memory to a standard deviation of one, over channels and texts, after the last word."""
         layer, embedding = cast(LegendreMemory, self.model.layer), cast(Embedding, self.model.embedding)
         tokens, lengths, *_ = self.train.take(torch.arange(min(self.train.size, CALIBRATED_ON)))
-        layer.scale.fill_(1 / layer(embedding(tokens), lengths=lengths)[1].memory.std().item())
+        _, state = last_output(layer, embedding, tokens, lengths=lengths)  # no vector of a token is written out
+        layer.scale.fill_(1 / state.memory.std().item())
 
 
 def network(config: Config, data: Encoded, classes: int) -> nn.Module:
