@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._checks import positive_int
+from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,10 +98,9 @@ class RecurrentLayer(nn.Module):
         Raises:
             ValueError: a shape, dtype, device or range is wrong; the message says which and what to do.
         """
-        self._check_arguments(x, state, lengths, reset)
+        lengths = self._check_arguments(x, state, lengths, reset)
         if lengths is None:
             return self._sequence(x, state, None, reset)
-        lengths = lengths.to(x.device)
         x = zero_padding(x, lengths)
         reset = None if reset is None else zero_padding(reset, lengths)
         output, state = self._sequence(x, state, lengths, reset)
@@ -161,21 +160,21 @@ class RecurrentLayer(nn.Module):
 
     # The checks.
 
-    def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
+    def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
+        """Returns lengths in int64 on x's device: whoever computes with them needs these."""
         self._check_input(x, "(B, T, input_size)", 3)
-        self._check_options(x, state, lengths, reset)
+        return self._check_options(x, state, lengths, reset)
 
-    def _check_options(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
+    def _check_options(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
         if state is not None:
             self._check_state(state, x.shape[0])
-        if lengths is not None:
-            check_lengths(lengths, x)
         if reset is not None:
             _check_reset(reset, x)
+        return None if lengths is None else checked_lengths(lengths, x)
 
     def _check_input(self, x: Tensor, axes: str, ndim: int) -> None:
         name = "x" if ndim == 3 else "x_t"
-        _check_tensor(name, x)
+        check_plain(name, x)
         if x.ndim != ndim or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"expected {name} of shape {axes} with input_size {self.input_size}, got {tuple(x.shape)}: "
@@ -203,7 +202,7 @@ class RecurrentLayer(nn.Module):
             )
 
     def _check_state_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"expected {name} of shape {shape}, got {tuple(tensor.shape)}: "
@@ -232,7 +231,7 @@ def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable
 
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
     """x where t < lengths[b], else 0, with no gradient from there: NaN past a length ends here."""
-    outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]  # (B, T)
+    outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device, torch.int64)[:, None]  # (B, T)
     return x.masked_fill(outside.view(*outside.shape, *[1] * (x.ndim - 2)), 0)
 
 
@@ -245,7 +244,7 @@ def at_length(
     """The state after ``lengths`` steps: states[b, lengths[b] - 1]; ``initial`` (None: zeros) where a length is 0."""
     if lengths is None or states.shape[1] == 0:
         return final
-    rows = torch.arange(states.shape[0], device=states.device)
+    rows, lengths = torch.arange(states.shape[0], device=states.device), lengths.to(states.device, torch.int64)
     picked = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
     some = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
     return torch.where(some, picked, 0 if initial is None else initial)
@@ -264,34 +263,34 @@ def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callab
     return ACTIVATIONS[name]
 
 
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}: wrap it with torch.as_tensor()")
+def checked_lengths(lengths: Tensor, x: Tensor) -> Int[Tensor, "B"]:
+    """``lengths`` in int64 on x's device; an error where they are not numbers of steps of the rows of x, (B, T, ...).
 
-
-def check_lengths(lengths: Tensor, x: Tensor) -> None:
-    """Raise where these are not numbers of steps of the rows of x, (B, T, ...)."""
-    _check_tensor("lengths", lengths)
+    In 8 bits ``lengths - 1`` would wrap around, and a uint8 index is a mask.
+    """
+    check_tensor("lengths", lengths)
     batch, steps = x.shape[:2]
-    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+    if lengths.shape != (batch,) or lengths.dtype not in INTEGER_DTYPES:
         raise ValueError(
             f"expected lengths of shape ({batch},) in an integer dtype, got {tuple(lengths.shape)} in {lengths.dtype}: "
             "give the number of steps of each row"
         )
     if lengths.device != x.device and lengths.device.type != "cpu":
         raise ValueError(f"expected lengths on {x.device} or the CPU, got {lengths.device}: move it with .to()")
-    # Compiled and fake tensors have no values to look at; lengths beyond T then count as T.
-    if torch.compiler.is_compiling() or type(lengths) is not torch.Tensor or lengths.numel() == 0:
-        return
+    lengths = lengths.to(torch.int64)
+    # Compiled, fake and meta tensors have no values to look at; lengths beyond T then count as T.
+    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.is_meta or lengths.numel() == 0:
+        return lengths.to(x.device)
     low, high = (int(v) for v in torch.aminmax(torch.func.debug_unwrap(lengths)))  # the plain tensor under vmap
     if low < 0 or high > steps:
         raise ValueError(
             f"expected lengths from 0 to T = {steps}, got {low} to {high}: clip them or pad x to the longest"
         )
+    return lengths.to(x.device)
 
 
 def _check_reset(reset: Tensor, x: Tensor) -> None:
-    _check_tensor("reset", reset)
+    check_tensor("reset", reset)
     if reset.shape != x.shape[:2] or reset.dtype != torch.bool:
         raise ValueError(
             f"expected reset of shape {tuple(x.shape[:2])} in torch.bool, got {tuple(reset.shape)} in {reset.dtype}: "

@@ -177,9 +177,8 @@ class GILRLSTM(RecurrentLayer):
                 "they are weight x_t + bias"
             )
         self._check_kind("products", products)
-        self._check_options(products, state, lengths, reset)
+        lengths = self._check_options(products, state, lengths, reset)
         if lengths is not None:
-            lengths = lengths.to(products.device)
             products = zero_padding(products, lengths)
             reset = None if reset is None else zero_padding(reset, lengths)
         parts = products.split(self._sizes, dim=-1)

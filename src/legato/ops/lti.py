@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from legato import _choices
 from legato._autocast import without_autocast
+from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Float, Inexact, Tensor
 
 METHODS = ("sequential", "toeplitz", "fft", "chunked")
@@ -485,7 +486,7 @@ def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_tensors(**given: Any) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
 
 
 def _check_input(u: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import Function
 
 from legato import _choices
+from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Inexact, Tensor
 from legato.ops import kernels
 
@@ -79,7 +80,7 @@ def _check(
         given["initial_state"] = initial_state
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
         if not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
         if x.device != impulse.device:
