@@ -51,6 +51,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 
+import draws
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,13 +82,12 @@ def assert_close(found, exact, *, magnitude, roundings, dtype=None, name="result
         dtype: of the arithmetic; by default that of ``found``, but at least 32 bits, as the carry has.
         name: what to call it where it fails.
     """
-    found, form = pytree.tree_flatten_with_path(found)
-    exact, other = pytree.tree_flatten(exact)
-    assert form == other, f"{name}: expected the form {other}, got {form}"
-    many = [x if _is_tree(x) else [x] * len(exact) for x in (magnitude, roundings)]
-    magnitudes, counts = (pytree.tree_leaves(x) for x in many)
-    for (path, x), y, scale, count in zip(found, exact, magnitudes, counts, strict=True):
-        _assert_close(x, y, scale, count, dtype, name + pytree.keystr(path))
+    found, exact = (pytree.tree_flatten_with_path(x)[0] for x in (found, exact))
+    names = [pytree.keystr(path) for path, _ in found]
+    assert names == [pytree.keystr(path) for path, _ in exact], f"{name}: the results are others than the exact ones"
+    many = [pytree.tree_leaves(x) if _is_tree(x) else [x] * len(exact) for x in (magnitude, roundings)]
+    for at, (_, x), (_, y), scale, count in zip(names, found, exact, *many, strict=True):
+        _assert_close(x, y, scale, count, dtype, name + at)
 
 
 def majorant(run: Callable, *tensors):
@@ -193,6 +193,6 @@ class _Changed(TorchDispatchMode):
 @cache
 def _pool(complex_numbers: bool, device) -> torch.Tensor:
     """Factors 1 + D and 1 - D at random, drawn once: which of them an operation gets is drawn each time."""
-    signs = torch.randint(2, (1 << 16, 2), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    signs = torch.randint(2, (1 << 16, 2), generator=draws.generator()).double() * 2 - 1
     signs = torch.view_as_complex(signs) if complex_numbers else signs[:, 0]
     return (1 + _STEP * signs).to(device)

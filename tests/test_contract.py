@@ -9,6 +9,7 @@ import inspect
 import io
 import pickle
 
+import draws
 import jaxtyping
 import pytest
 import torch
@@ -108,7 +109,7 @@ def build(case, dtype=torch.float64, seed=0, **changes) -> RecurrentLayer:
     layer_class, options = case
     parameters = inspect.signature(layer_class).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty]
-    torch.manual_seed(seed)
+    draws.seed(seed)
     layer = layer_class(**{name: ARGUMENTS[name] for name in required} | options | changes).to(dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -119,7 +120,7 @@ def build(case, dtype=torch.float64, seed=0, **changes) -> RecurrentLayer:
 
 def inputs(layer, condition="plain", batch=BATCH, steps=STEPS, dtype=torch.float64):
     """x, a state that is not zero, lengths or None, reset or None."""
-    torch.manual_seed(1)
+    draws.seed(1)
     x = torch.randn(batch, steps, layer.input_size, dtype=dtype, requires_grad=True)
     zeros = layer.initial_state(batch, dtype=layer._carry_dtype())
     state = pytree.tree_map(lambda s: torch.randn_like(s).mul_(0.5).requires_grad_(), zeros)
@@ -175,7 +176,7 @@ def parts(name, state):
 def results(layer, how, x, state, lengths=None, reset=None) -> dict[str, torch.Tensor]:
     """Output, final state, and the gradients of a weighted sum of both with respect to all that has one."""
     output, final = how(layer, x, state, lengths, reset)
-    torch.manual_seed(2)
+    draws.seed(2)
     loss = sum((torch.randn(value.shape, dtype=value.dtype) * value).sum() for value in flat((output, final)))
     sources = {"x": x, **parts("state", state), **dict(layer.named_parameters())}
     sources = {name: tensor for name, tensor in sources.items() if tensor.requires_grad}

@@ -2,6 +2,7 @@
 
 import sys
 
+import draws
 import jaxtyping
 import pytest
 import torch
@@ -57,7 +58,7 @@ def assert_close(got, want, steps, dtype=torch.float64):
 
 def gradients(results, tensors, seed=1):
     """Of a weighted sum of all the results, so that no part can hide another."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = draws.generator(seed)
     total = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=generator)).sum() for r in results)
     return torch.autograd.grad(total, [x for x in tensors if x is not None], materialize_grads=True)
 

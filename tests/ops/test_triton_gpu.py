@@ -1,5 +1,6 @@
 """The Triton kernels against a loop: compiled on a GPU, else in Triton's interpreter on CPU tensors."""
 
+import draws
 import pytest
 import torch
 
@@ -36,7 +37,7 @@ def loop(decay, impulse, h_0, reset, reverse, grad_states, grad_final):
 
 
 def example(B, T, H, D, dtype, *, decay_shape=None, resets=False, initial=True):
-    generator = torch.Generator().manual_seed(B + 10 * T + 100 * D)
+    generator = draws.generator(B + 10 * T + 100 * D)
 
     def normal(*shape, dtype=dtype):
         return torch.randn(shape, dtype=torch.promote_types(dtype, torch.float32), generator=generator).to(dtype)
