@@ -71,7 +71,7 @@ def likely(numbers: int, terms: int = 1) -> float:
     return math.sqrt(2 * math.log(2 * max(numbers, 1) / _RISK) * max(terms, 1))
 
 
-def assert_close(found, exact, *, magnitude, roundings, dtype=None, name="result") -> None:
+def assert_close(found, exact, *, magnitude, roundings, dtype=None, stored=1, name="result") -> None:
     """|found - exact| <= roundings u magnitude for all elements, and one more rounding where it is stored.
 
     Args:
@@ -80,6 +80,7 @@ def assert_close(found, exact, *, magnitude, roundings, dtype=None, name="result
         magnitude: the size of what was added up, as a number, a tensor that broadcasts, or a tree of these.
         roundings: how many relative errors of u meet in an element, as a number or a tree.
         dtype: of the arithmetic; by default that of ``found``, but at least 32 bits, as the carry has.
+        stored: roundings of the result itself to the dtype of ``found``.
         name: what to call it where it fails.
     """
     found, exact = (pytree.tree_flatten_with_path(x)[0] for x in (found, exact))
@@ -87,7 +88,7 @@ def assert_close(found, exact, *, magnitude, roundings, dtype=None, name="result
     assert names == [pytree.keystr(path) for path, _ in exact], f"{name}: the results are others than the exact ones"
     many = [pytree.tree_leaves(x) if _is_tree(x) else [x] * len(exact) for x in (magnitude, roundings)]
     for at, (_, x), (_, y), scale, count in zip(names, found, exact, *many, strict=True):
-        _assert_close(x, y, scale, count, dtype, name + at)
+        _assert_close(x, y, scale, count, dtype, stored, name + at)
 
 
 def majorant(run: Callable, *tensors):
@@ -129,21 +130,21 @@ def _is_tree(x) -> bool:
     return isinstance(x, tuple | list | dict)
 
 
-def _assert_close(found, exact, magnitude, roundings, dtype, name) -> None:
+def _assert_close(found, exact, magnitude, roundings, dtype, stored, name) -> None:
     assert found.shape == exact.shape, f"{name}: expected the shape {tuple(exact.shape)}, got {tuple(found.shape)}"
     if not found.numel():
         return
     dtype = torch.promote_types(found.dtype, torch.float32) if dtype is None else dtype
     wide = torch.complex128 if found.is_complex() or exact.is_complex() else torch.float64
-    found, stored, exact = found.detach().to(wide), found.dtype, exact.detach().to(wide)
+    narrow, found, exact = found.dtype, found.detach().to(wide), exact.detach().to(wide)
     # The absolute term is for what underflows: half the distance of the smallest numbers, each time.
     lost = roundings * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    lost += torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
+    lost += stored * torch.finfo(narrow).smallest_normal * torch.finfo(narrow).eps
     bound = roundings * roundoff(dtype) * torch.as_tensor(magnitude, dtype=torch.float64, device=exact.device)
-    bound = (bound + roundoff(stored) * exact.abs() + lost).expand(exact.shape)
+    bound = (bound + stored * roundoff(narrow) * exact.abs() + lost).expand(exact.shape)
     error = (found - exact).abs()
     # What is infinite, or overflows where it is stored, or is missing, is right if it is the same.
-    same = (found == exact.to(stored)) | (found.isnan() & exact.isnan())
+    same = (found == exact.to(narrow)) | (found.isnan() & exact.isnan())
     wrong = ~(same | (exact.isfinite() & (error <= bound)))
     if wrong.any():
         ratio = torch.where(wrong, error / bound, 0).nan_to_num(torch.inf)
