@@ -169,7 +169,9 @@ class _Changed(TorchDispatchMode):
         return x if factor is None else (x.detach() * factor).requires_grad_(x.requires_grad)
 
     def factor(self, x):
-        if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()) or not x.numel():
+        if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()):
+            return None
+        if not x.numel() or x._is_zerotensor():  # without memory
             return None
         pool = _pool(x.is_complex(), x.device)
         start, n = self.random.randrange(len(pool)), x.numel()
