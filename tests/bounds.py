@@ -91,6 +91,28 @@ def assert_close(found, exact, *, magnitude, roundings, dtype=None, stored=1, na
         _assert_close(x, y, scale, count, dtype, stored, name + at)
 
 
+def assert_agrees(found, run, *tensors, terms, dtype=None, name="result") -> None:
+    """``found`` is what ``run`` gives of the tensors, computed in another way or dtype; by the likely bound.
+
+    Args:
+        found: a tensor, or any tree of tensors.
+        run: gives the same of the tensors in float64; see ``sensitivity``.
+        tensors: any trees.
+        terms: in the longest sum of one element, through time too where there is a recurrence.
+        dtype, name: as for ``assert_close``.
+    """
+    tensors = pytree.tree_map(_wide, tensors)
+    exact, magnitude = run(*tensors), sensitivity(run, *tensors)
+
+    def roundings(x, y):
+        both = 2 if dtype is None and torch.finfo(x.dtype).eps == torch.finfo(y.dtype).eps else 1
+        return both * likely(y.numel(), terms)
+
+    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(exact), strict=True)
+    counts = [roundings(x, y) for x, y in pairs]
+    assert_close(found, exact, magnitude=magnitude, roundings=counts, dtype=dtype, name=name)
+
+
 def majorant(run: Callable, *tensors):
     """``run`` at the absolute values of the tensors, in float64: the sums of the absolute values of all terms."""
 
@@ -124,6 +146,12 @@ def sensitivity(run: Callable, *tensors):
         difference = pytree.tree_map(lambda y, z: ((y.detach() - z.detach()).abs() / _STEP) ** 2, changed, exact)
         squares = pytree.tree_map(torch.add, squares, difference)
     return pytree.tree_map(lambda y: (y.max() / _PROBES).sqrt() if y.numel() else y.sum(), squares)
+
+
+def _wide(x):
+    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return x
+    return x.detach().to(torch.promote_types(x.dtype, torch.float64)).requires_grad_(x.requires_grad)
 
 
 def _is_tree(x) -> bool:
