@@ -253,6 +253,10 @@ def test_wrong_arguments_get_a_clear_error():
     with pytest.raises(ValueError, match="tokens from 0 to 29, got 30 to 30"):
         model.generate(torch.tensor([[30]]), 3)
     assert model.training
-    for wrong in ({"steps": -1}, {"steps": 1, "temperature": -0.1}, {"steps": 1, "top_k": 0}):
-        with pytest.raises(ValueError, match="expected steps and temperature of at least 0"):
+    for name, wrong in (
+        ("steps", {"steps": -1}),
+        ("temperature", {"steps": 1, "temperature": -0.1}),
+        ("top_k", {"steps": 1, "top_k": 0}),
+    ):
+        with pytest.raises(ValueError, match=f"expected {name} (of|to be an int of) at least [01], got"):
             model.generate(text(), **wrong)

@@ -5,6 +5,7 @@ import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from legato.layers import LMU, lmu
 from legato.layers.lmu import LMUState
@@ -257,3 +258,25 @@ def test_recomputed_segments_compile(small_segments):
         sums.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
     for a, b in zip(*sums, strict=True):
         assert close(a, b, 70 * 16)
+
+
+def test_a_gradient_hook_acts_once_on_the_sum_of_segments(small_segments):
+    layer, x = LMU(2, 3, order=4, theta=10, dtype=torch.float64), torch.randn(2, 100, 2, dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+    calls = []
+    for name, parameter in layer.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: calls.append(name) or gradient / 2)
+    layer(x)[0].square().sum().backward()
+    assert sorted(calls) == sorted(names)
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        assert close(2 * parameter.grad, gradient, 100 * 16)
+
+
+def test_a_checkpoint_around_recomputed_segments_works(small_segments):
+    layer = LMU(2, 3, order=4, theta=10, dtype=torch.float64)
+    x = torch.randn(2, 100, 2, dtype=torch.float64, requires_grad=True)
+    outputs = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False), layer(x)[0]
+    found, expected = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in outputs)
+    for a, b in zip(found, expected, strict=True):
+        assert close(a, b, 100 * 16)

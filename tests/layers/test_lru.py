@@ -85,12 +85,15 @@ def test_its_parameters_are_real_tensors():
 
 @pytest.mark.bad_input
 def test_what_it_cannot_be_built_of_raises():
-    for r_min, r_max in [(0.9, 0.8), (-0.1, 0.5), (0.5, 1.1), (1.0, 1.0), (0.0, 0.0), (math.nan, 1.0)]:
+    for r_min, r_max in [(0.9, 0.8), (-0.1, 0.5), (0.5, 1.1), (1.0, 1.0), (0.0, 0.0)]:
         with pytest.raises(ValueError, match="expected 0 <= r_min <= r_max <= 1, with r_min < 1 and r_max > 0, got"):
             LRU(3, 4, r_min=r_min, r_max=r_max)
-    for max_phase in (0.0, -1.0, math.inf, math.nan):
+    for max_phase in (0.0, -1.0):
         with pytest.raises(ValueError, match="expected max_phase above 0 radians a step"):
             LRU(3, 4, max_phase=max_phase)
+    for name, value in (("r_min", math.nan), ("max_phase", math.inf), ("max_phase", math.nan)):
+        with pytest.raises(ValueError, match=f"expected {name} to be a finite number, got"):
+            LRU(3, 4, **{name: value})
     for name, arguments in {"input_size": (0, 4), "hidden_size": (3, 0), "output_size": (3, 4)}.items():
         with pytest.raises(ValueError, match=f"expected {name} to be an int of at least 1, got 0"):
             LRU(*arguments, output_size=0)

@@ -4,6 +4,7 @@ import bounds
 import draws
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from legato import GILR, GILRLSTM, LMU, SRU, Bidirectional, Stack, in_segments
 
@@ -213,3 +214,78 @@ def test_a_layer_that_gives_its_last_output_only_is_refused():
     for refused in (layer, Stack(GILR(3, 3), layer)):
         with pytest.raises(ValueError, match="return_sequences=True and last_only=True"):
             in_segments(refused, torch.randn(2, 20, 3), steps=5, last_only=True)
+
+
+class Routed(torch.nn.Module):
+    """Two experts, the second of which is used from the first positive input on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.memory = GILR(3, 4)
+
+    def forward(self, x, state=None):
+        late = x[..., :1] > 0
+        routed = torch.where(late, self.second(x), self.first(x)) if late.any() else self.first(x)
+        return self.memory(routed, state)
+
+
+def wrapped(layer):
+    return lambda x, state: layer(x, state)
+
+
+@pytest.mark.parametrize("as_given", [lambda layer: layer, wrapped], ids=["module", "function"])
+def test_parameters_of_later_segments_get_gradients(as_given):
+    layer, x = Routed().double(), torch.randn(2, 40, 3, dtype=torch.float64)
+    x[:, :10, 0] = -1
+    found, expected = (
+        torch.autograd.grad(run[0].square().sum(), list(layer.parameters()))
+        for run in (in_segments(as_given(layer), x, steps=10), layer(x))
+    )
+    assert_close(found, expected, steps=40)
+    assert found[2].any()
+
+
+@pytest.mark.parametrize("as_given", [lambda layer: layer, wrapped], ids=["module", "function"])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_a_gradient_hook_acts_once_on_the_whole_gradient(as_given, last_only):
+    layer, x, calls = GILRLSTM(3, 4).double(), torch.randn(2, 40, 3, dtype=torch.float64), []
+    (expected,) = torch.autograd.grad(layer(x)[0][:, -1 if last_only else slice(None)].sum(), [layer.weight])
+
+    def halve(gradient):
+        calls.append(gradient.clone())
+        return gradient / 2
+
+    layer.weight.register_hook(halve)
+    in_segments(as_given(layer), x, steps=10, last_only=last_only)[0].sum().backward()
+    assert len(calls) == 1
+    assert_close([calls[0], 2 * layer.weight.grad], [expected, expected], steps=40)
+    layer.zero_grad()
+    in_segments(as_given(layer), x, steps=10, last_only=last_only)[0].sum().backward()  # the hook is still there
+    assert_close([2 * layer.weight.grad], [expected], steps=40)
+
+
+def test_gradients_of_several_outputs_at_once_reach_parameters():
+    layer, x = GILR(3, 4).double(), torch.randn(2, 40, 3, dtype=torch.float64, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(
+            run[0][0, -1], [x, *layer.parameters()], torch.eye(4, dtype=torch.float64), is_grads_batched=True
+        )
+        for run in (in_segments(layer, x, steps=10), layer(x))
+    )
+    assert_close(found, expected, steps=40)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpoints_around_or_inside_the_segments_work(inside):
+    layer, x = GILR(3, 4).double(), torch.randn(2, 40, 3, dtype=torch.float64, requires_grad=True)
+
+    def checkpointed(x, state):
+        return checkpoint(layer, x, state, use_reentrant=False)
+
+    if inside:
+        output, _ = in_segments(checkpointed, x, steps=10)
+    else:
+        output, _ = checkpoint(lambda x: in_segments(layer, x, steps=10), x, use_reentrant=False)
+    found, expected = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in (output, layer(x)[0]))
+    assert_close(found, expected, steps=40)

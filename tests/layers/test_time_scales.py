@@ -73,5 +73,8 @@ def test_what_is_no_bias_raises(bias):
     ("shortest", "longest"), [(0.0, 1.0), (-1.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan, 1.0), (1.0, math.nan)]
 )
 def test_a_range_that_is_none_raises(shortest, longest):
-    with pytest.raises(ValueError, match="expected time scales with 0 < shortest <= longest, got"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected (time scales with 0 < shortest|\w+ to be a finite number)",
+    ):
         spread_time_scales(torch.empty(3), shortest, longest)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -215,6 +216,20 @@ class RecurrentLayer(nn.Module):
             )
 
 
+def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable[[Tensor], Tensor]:
+    """``fn`` for ``nn.Module._apply``, under which these parameters or buffers, and their gradients, move with the
+    layer but never become narrower than 32 bits."""
+    wide = [part for tensor in tensors for part in (tensor, tensor.grad) if part is not None]
+
+    def applied(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype.itemsize < 4 and any(tensor is part for part in wide):
+            return tensor.to(moved.device, torch.float32)
+        return moved
+
+    return applied
+
+
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
     """x where t < lengths[b], else 0, with no gradient from there: NaN past a length ends here."""
     outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]  # (B, T)
@@ -247,13 +262,6 @@ def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callab
             f"expected an activation among {', '.join(['identity', *ACTIVATIONS])} or a callable, got {name!r}"
         )
     return ACTIVATIONS[name]
-
-
-def positive_int(value: int, name: str) -> int:
-    """``value`` when it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected {name} to be an int of at least 1, got {value!r}")
-    return value
 
 
 def _check_tensor(name: str, value: Any) -> None:

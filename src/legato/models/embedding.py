@@ -1,14 +1,12 @@
 """Tokens as vectors, and the dropout that goes with them."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Tensor
-from legato.layers._base import positive_int
 
 
 class Embedding(nn.Module):
@@ -55,10 +53,12 @@ class Embedding(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.size, self.channels = positive_int(size, "size"), positive_int(channels, "channels")
-        if padding is not None and not 0 <= padding < size:
+        self.size = size = positive_int(size, "size")
+        self.channels = channels = positive_int(channels, "channels")
+        self.padding = padding = None if padding is None else whole_number(padding, "padding")
+        if padding is not None and padding >= size:
             raise ValueError(f"expected padding as a token from 0 to {size - 1}, or None, got {padding}")
-        self.padding, self.dropout = padding, _share(dropout)
+        self.dropout = dropout_rate(dropout)
         if vectors is not None and tuple(vectors.shape) != (size, channels):
             raise ValueError(
                 f"expected vectors of shape (size, channels) = {(size, channels)}, got {tuple(vectors.shape)}: give a "
@@ -72,7 +72,7 @@ class Embedding(nn.Module):
                 weight.copy_(torch.as_tensor(vectors))
             if padding is not None:
                 weight[padding] = 0
-        self.weight = nn.Parameter(weight, requires_grad=trainable)
+        self.weight = nn.Parameter(weight, requires_grad=bool(trainable))
 
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
         """The vectors of these tokens."""
@@ -132,7 +132,7 @@ class LockedDropout(nn.Module):
 
     def __init__(self, p: float):
         super().__init__()
-        self.p = _share(p)
+        self.p = dropout_rate(p)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """x with some of its channels dropped."""
@@ -143,9 +143,3 @@ class LockedDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
-
-
-def _share(dropout: Any) -> float:
-    if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
-        raise ValueError(f"expected dropout from 0 to below 1, got {dropout!r}: the share that is dropped")
-    return float(dropout)

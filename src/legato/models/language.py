@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import positive_int, real_number, whole_number
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, zero_padding
 from legato.layers.highway import Highway
@@ -80,16 +81,17 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         width = embedding.channels
-        self.channels = size = channels or width
+        self.channels = size = width if channels is None else positive_int(channels, "channels")
         if not isinstance(layers, Sequence):
-            layers = [layers(size) for _ in range(blocks)]
+            layers = [layers(size) for _ in range(positive_int(blocks, "blocks"))]
         _check_layers(layers, size, dense)
         self.embedding = embedding
         self.into = nn.Linear(width, size) if width != size else nn.Identity()
+        highways = whole_number(highways, "highways")
         rows = {"highways": highways, "activation": activation, "gate_bias": gate_bias}
         self.blocks = nn.ModuleList(_Block(layer, size, dense, **rows) for layer in layers)
         self.depths = nn.Parameter(torch.full((len(layers) + 1,), 1 / (len(layers) + 1)))  # w
-        top = highways if top_highways is None else top_highways
+        top = highways if top_highways is None else whole_number(top_highways, "top_highways")
         self.top = nn.Sequential(*(Highway(size, activation=activation, gate_bias=gate_bias) for _ in range(top)))
         self.dropout = LockedDropout(dropout)
         self.output = _output(embedding, size, tied, cutoffs)
@@ -204,7 +206,11 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: an empty prompt, a temperature below 0, a top_k below 1.
         """
-        _check_generation(prompt, steps, temperature, top_k)
+        _check_prompt(prompt)
+        steps, temperature = whole_number(steps, "steps"), real_number(temperature, "temperature")
+        top_k = None if top_k is None else positive_int(top_k, "top_k")
+        if temperature < 0:
+            raise ValueError(f"expected temperature of at least 0, got {temperature}: 0 takes the most probable token")
         with _evaluating(self):
             features, state = self.features(prompt)
             log_p, drawn = self.output.log_prob(features[:, -1]), []
@@ -340,18 +346,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
     vocabulary = embedding.size
-    if not cutoffs:
+    if len(cutoffs) == 0:
         return _Softmax(vocabulary, size, embedding if tied else None)
     if tied:
         raise ValueError("adaptive softmax has a matrix a cluster, so it cannot be tied: leave tied or cutoffs out")
+    cutoffs = [positive_int(cutoff, "each of cutoffs") for cutoff in cutoffs]
     if any(a >= b for a, b in zip([0, *cutoffs], [*cutoffs, vocabulary], strict=True)):
         raise ValueError(
-            f"expected cutoffs that rise between 0 and the vocabulary's {vocabulary}, got {list(cutoffs)}: "
+            f"expected cutoffs that rise between 0 and the vocabulary's {vocabulary}, got {cutoffs}: "
             "each is where a cluster of rarer tokens begins"
         )
     # Each cluster is read from a quarter of the channels of the one before, as in the paper, but never from none.
     narrower = next(n for n in (4.0, 2.0, 1.0) if size >= n ** len(cutoffs))
-    return _AdaptiveSoftmax(size, vocabulary, list(cutoffs), div_value=narrower, head_bias=True)
+    return _AdaptiveSoftmax(size, vocabulary, cutoffs, div_value=narrower, head_bias=True)
 
 
 def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> None:
@@ -371,15 +378,10 @@ def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> N
             )
 
 
-def _check_generation(prompt: Tensor, steps: int, temperature: float | int, top_k: int | None) -> None:
+def _check_prompt(prompt: Tensor) -> None:
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(
             f"expected a prompt of shape (B, T) with T at least 1, got {tuple(prompt.shape)}: start with a token"
-        )
-    if steps < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            "expected steps and temperature of at least 0 and top_k of at least 1, "
-            f"got {steps}, {temperature} and {top_k}"
         )
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from legato._checks import dropout_rate, positive_int, real_number, whole_number
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, check_lengths, positive_int
+from legato.layers._base import RecurrentLayer, check_lengths
 
 from .sequence import check_embedding
 
@@ -90,11 +91,12 @@ class Translator(nn.Module):
         _check_layers(encoder, decoder)
         check_embedding(source, encoder)
         check_embedding(target, decoder)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"expected dropout from 0 to below 1, got {dropout}: the share that is dropped")
+        dropout = dropout_rate(dropout)
+        padding, start = whole_number(padding, "padding"), whole_number(start, "start")
+        end = whole_number(end, "end")
         self.words = len(cast(Tensor, target.weight))
         marks = {padding, start, end}
-        if len(marks) < 3 or min(marks) < 0 or max(marks) >= self.words:
+        if len(marks) < 3 or max(marks) >= self.words:
             raise ValueError(
                 f"expected padding, start and end as three of the target's {self.words} words, got {padding}, {start} "
                 f"and {end}"
@@ -199,7 +201,7 @@ class Translator(nn.Module):
 
         Call it in ``eval`` mode. Padding and start are never given as words.
         """
-        positive_int(longest, "longest")
+        longest = positive_int(longest, "longest")
         encoded = self.encode(source, lengths)
         state, word = self.initial_state(len(source)), source.new_full((len(source),), self.start)
         going = torch.ones_like(word, dtype=torch.bool)
@@ -238,9 +240,9 @@ class Translator(nn.Module):
 
         Source: Wu et al. 2016, (14), without its coverage penalty.
         """
-        for name, value in (("width", width), ("longest", longest)):
-            positive_int(value, name)
-        if not length_penalty >= 0:
+        width, longest = positive_int(width, "width"), positive_int(longest, "longest")
+        length_penalty = real_number(length_penalty, "length_penalty")
+        if length_penalty < 0:
             raise ValueError(f"expected length_penalty of at least 0, got {length_penalty}")
         encoded, rows = self.encode(source, lengths), len(source)
         device = source.device
