@@ -2,6 +2,7 @@
 
 import math
 
+import bounds
 import draws
 import pytest
 import torch
@@ -58,9 +59,8 @@ def test_gamma_starts_at_what_gives_white_noise_one_variance(dtype):
     layer = LRU(2, 50, r_min=0.9, r_max=0.9999999, dtype=dtype)
     nu = layer.nu_log.double().exp()
     expected = (-torch.expm1(-2 * nu)).sqrt()  # sqrt(1 - abs(lambda)^2)
-    # Logarithms up to 16, each right to a rounding.
-    bound = 32 * torch.finfo(dtype).eps
-    torch.testing.assert_close(layer.gamma_log.double().exp(), expected, rtol=bound, atol=0)
+    # Logarithms up to 16, of the decay and of gamma, each right to 4 roundings.
+    bounds.assert_close(layer.gamma_log.double().exp(), expected, magnitude=16 * expected, roundings=8, dtype=dtype)
 
 
 def test_a_16_bit_layer_keeps_its_decays_in_32_bits():

@@ -238,11 +238,12 @@ def wrapped(layer):
 def test_parameters_of_later_segments_get_gradients(as_given):
     layer, x = Routed().double(), torch.randn(2, 40, 3, dtype=torch.float64)
     x[:, :10, 0] = -1
-    found, expected = (
-        torch.autograd.grad(run[0].square().sum(), list(layer.parameters()))
-        for run in (in_segments(as_given(layer), x, steps=10), layer(x))
-    )
-    assert_close(found, expected, steps=40)
+
+    def gradients(run, x):
+        return torch.autograd.grad(run(x)[0].square().sum(), list(layer.parameters()))
+
+    found = gradients(lambda x: in_segments(as_given(layer), x, steps=10), x)
+    assert_agrees(found, lambda x: gradients(layer, x), x, steps=40)
     assert found[2].any()
 
 
@@ -250,7 +251,10 @@ def test_parameters_of_later_segments_get_gradients(as_given):
 @pytest.mark.parametrize("last_only", [True, False])
 def test_a_gradient_hook_acts_once_on_the_whole_gradient(as_given, last_only):
     layer, x, calls = GILRLSTM(3, 4).double(), torch.randn(2, 40, 3, dtype=torch.float64), []
-    (expected,) = torch.autograd.grad(layer(x)[0][:, -1 if last_only else slice(None)].sum(), [layer.weight])
+    plain = copy.deepcopy(layer)
+
+    def expected(x):
+        return torch.autograd.grad(plain(x)[0][:, -1 if last_only else slice(None)].sum(), [plain.weight])[0]
 
     def halve(gradient):
         calls.append(gradient.clone())
@@ -259,21 +263,22 @@ def test_a_gradient_hook_acts_once_on_the_whole_gradient(as_given, last_only):
     layer.weight.register_hook(halve)
     in_segments(as_given(layer), x, steps=10, last_only=last_only)[0].sum().backward()
     assert len(calls) == 1
-    assert_close([calls[0], 2 * layer.weight.grad], [expected, expected], steps=40)
+    for found in (calls[0], 2 * layer.weight.grad):
+        assert_agrees(found, expected, x, steps=40)
     layer.zero_grad()
     in_segments(as_given(layer), x, steps=10, last_only=last_only)[0].sum().backward()  # the hook is still there
-    assert_close([2 * layer.weight.grad], [expected], steps=40)
+    assert_agrees(2 * layer.weight.grad, expected, x, steps=40)
 
 
 def test_gradients_of_several_outputs_at_once_reach_parameters():
     layer, x = GILR(3, 4).double(), torch.randn(2, 40, 3, dtype=torch.float64, requires_grad=True)
-    found, expected = (
-        torch.autograd.grad(
-            run[0][0, -1], [x, *layer.parameters()], torch.eye(4, dtype=torch.float64), is_grads_batched=True
-        )
-        for run in (in_segments(layer, x, steps=10), layer(x))
-    )
-    assert_close(found, expected, steps=40)
+
+    def gradients(run, x):
+        rows = torch.eye(4, dtype=torch.float64)
+        return torch.autograd.grad(run(x)[0][0, -1], [x, *layer.parameters()], rows, is_grads_batched=True)
+
+    found = gradients(lambda x: in_segments(layer, x, steps=10), x)
+    assert_agrees(found, lambda x: gradients(layer, x), x, steps=40)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -287,5 +292,8 @@ def test_checkpoints_around_or_inside_the_segments_work(inside):
         output, _ = in_segments(checkpointed, x, steps=10)
     else:
         output, _ = checkpoint(lambda x: in_segments(layer, x, steps=10), x, use_reentrant=False)
-    found, expected = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in (output, layer(x)[0]))
-    assert_close(found, expected, steps=40)
+
+    def gradients(output, x):
+        return torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])
+
+    assert_agrees(gradients(output, x), lambda x: gradients(layer(x)[0], x), x, steps=40)
