@@ -65,17 +65,17 @@ def test_the_network_is_that_of_one_hot_vectors(units):
 
 
 def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
-    roundings = 16 * torch.finfo(torch.float32).eps  # of a bias up to 11, whose exponential the time scale is
+    # A bias of up to 11, whose exponential the time scale is: powers, exp and log of 4 roundings each before it.
     for layer in build(small(), 0).model.layers:
         for bias in layer.forget_biases():
             taus = -1 / bias.double().sigmoid().log().sort().values
             expected = torch.logspace(0, np.log10(65_536), 8, dtype=torch.float64)
-            assert torch.allclose(taus, expected, rtol=roundings, atol=0)
+            bounds.assert_close(taus, expected, magnitude=11 * expected, roundings=32, dtype=torch.float32)
     for layer in paper.build(paper.Config(50), 0).model.layers:
         assert all((bias == 5).all() for bias in layer.forget_biases())
     lstm = build(Config(50, Model(kind="lstm", units=8)), 0).model.lstm
     longest = (-1 / lstm.bias_ih_l1[8:16].detach().double().sigmoid().log()).max().item()
-    assert abs(longest / 65_536 - 1) < roundings
+    assert abs(longest / 65_536 - 1) < 11 * 32 * bounds.roundoff(torch.float32)
 
 
 def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():

@@ -9,8 +9,6 @@ import torch
 
 from legato import LRU
 
-EPS = torch.finfo(torch.float64).eps
-
 
 def equations(layer, x, memory):
     """Section 3 and appendix A of the paper, in complex128, a step at a time."""
@@ -42,7 +40,7 @@ def test_decays_start_on_the_ring(r_min, r_max, max_phase):
     layer = LRU(2, 4000, r_min=r_min, r_max=r_max, max_phase=max_phase, dtype=torch.float64)
     assert all(p.isfinite().all() for p in layer.parameters())
     squares = layer.decay().abs() ** 2
-    roundings = 64 * EPS
+    roundings = 64 * torch.finfo(torch.float64).eps
     assert (squares >= r_min**2 - roundings).all()
     assert (squares <= r_max**2 + roundings).all()
     # Uniform over the area: the mean of 4,000 squares is that of their ends, within 4 of its deviations.
