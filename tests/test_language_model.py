@@ -1,5 +1,6 @@
 """A language model says the same at once, in pieces and step by step, whatever layer stands in the memory's place."""
 
+import draws
 import pytest
 import torch
 from torch import nn
@@ -130,12 +131,12 @@ def test_generation_takes_what_the_parallel_pass_finds_most_probable(memory):
 
 def test_generation_draws_from_the_distribution_and_repeats_with_its_generator():
     model, prompt = model_of(), text(batch=1, steps=4).repeat(20_000, 1)
-    drawn = model.generate(prompt, 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    assert torch.equal(drawn, model.generate(prompt, 1, generator=torch.Generator().manual_seed(1))[:, 0])
+    drawn = model.generate(prompt, 1, generator=draws.generator(1))[:, 0]
+    assert torch.equal(drawn, model.generate(prompt, 1, generator=draws.generator(1))[:, 0])
     p = model(prompt[:1])[0][0, -1].exp()
     share = drawn.bincount(minlength=VOCABULARY) / len(drawn)
     assert ((share - p).abs() < 5 * (p * (1 - p) / len(drawn)).sqrt() + 1 / len(drawn)).all()
-    few = model.generate(prompt, 1, top_k=3, generator=torch.Generator().manual_seed(1))
+    few = model.generate(prompt, 1, top_k=3, generator=draws.generator(1))
     assert set(few.flatten().tolist()) == set(p.topk(3).indices.tolist())
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import draws
 import pytest
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 
 def translator(kind="gilr-lstm", words=9, **options):
-    torch.manual_seed(0)
+    draws.seed(0)
     layer = LAYERS[kind]
     encoder = Bidirectional(layer(5, 8), layer(5, 8))
     model = Translator(encoder, layer(7, 8), Embedding(11, 5), Embedding(words, 7), **options).double().eval()
@@ -38,7 +39,7 @@ def translator(kind="gilr-lstm", words=9, **options):
 
 
 def sentences(rows=4, steps=6, words=11, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = draws.generator(seed)
     lengths = torch.randint(1, steps + 1, (rows,), generator=generator)
     lengths[0] = steps
     return torch.randint(1, words, (rows, steps), generator=generator), lengths
@@ -200,7 +201,7 @@ def test_a_tied_translator_has_one_matrix_for_vectors_and_scores():
 
 @pytest.mark.parametrize("kind", ["lmu", "gilr-lstm"])
 def test_a_translator_learns_to_turn_sentences_round(kind):
-    torch.manual_seed(0)
+    draws.seed(0)
     layer = LAYERS[kind]
     encoder = Bidirectional(layer(16, 16), layer(16, 16))
     model = Translator(encoder, layer(16, 32), Embedding(10, 16), Embedding(10, 16))

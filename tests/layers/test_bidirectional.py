@@ -3,6 +3,7 @@
 import itertools
 from typing import Any, NamedTuple
 
+import draws
 import pytest
 import torch
 from torch import nn
@@ -111,7 +112,7 @@ def test_states_and_outputs_are_where_the_lstm_of_torch_has_them(num_layers):
 
 def test_each_segment_alone_gives_the_same():
     """The meaning of lengths and resets, spelled out, with all gradients."""
-    torch.manual_seed(1)
+    draws.seed(1)
     forward, backward = GILRLSTM(3, 4).double(), LMU(3, 5, order=4, theta=6.0).double()
     layer = Bidirectional(forward, backward)
     x = torch.randn(4, 23, 3, dtype=torch.float64, requires_grad=True)

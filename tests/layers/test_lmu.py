@@ -1,9 +1,11 @@
 """What is particular to LMU: its equations, its two forms, its memory in training; the rest is in test_contract.py."""
 
+import draws
 import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from legato.layers import LMU, lmu
 from legato.layers.lmu import LMUState
@@ -131,7 +133,7 @@ def test_training_memory_does_not_grow_with_the_order_times_time(small_segments)
 @pytest.mark.parametrize("options", [{}, {"trainable_theta": True}, {"input_to_output": False, "bias": False}])
 @pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
 def test_recomputing_segments_changes_nothing(small_segments, options, condition):
-    torch.manual_seed(3)
+    draws.seed(3)
     once = LMU(2, 6, order=5, theta=7.0, dtype=torch.float64, recompute=False, **options)
     again = LMU(2, 6, order=5, theta=7.0, dtype=torch.float64, **options)
     again.load_state_dict(once.state_dict())
@@ -152,7 +154,7 @@ def test_recomputing_segments_changes_nothing(small_segments, options, condition
 
 @pytest.mark.parametrize("options", [{}, {"trainable_theta": True, "memory_size": 2}, {"activation": "gelu"}])
 def test_every_kind_of_derivative_is_that_of_one_pass(small_segments, options):
-    torch.manual_seed(3)
+    draws.seed(3)
     once = LMU(2, 3, order=4, theta=7.0, dtype=torch.float64, recompute=False, **options)
     again = LMU(2, 3, order=4, theta=7.0, dtype=torch.float64, **options)
     again.load_state_dict(once.state_dict())
@@ -202,9 +204,9 @@ def test_a_training_step_builds_the_memories_of_one_segment_only(small_segments)
 def test_a_recomputed_segment_drops_the_same_memories(small_segments):
     layer = LMU(1, 3, order=4, theta=10, memory_dropout=0.5, activation="identity", dtype=torch.float64)
     x = torch.randn(2, 100, 1, dtype=torch.float64)
-    torch.manual_seed(7)
+    draws.seed(7)
     output, _ = layer(x)
-    torch.manual_seed(8)  # what happens in between draws other numbers
+    draws.seed(8)  # what happens in between draws other numbers
     (gradient,) = torch.autograd.grad(output.sum(), layer.memory_to_output.weight)
     # The output is linear in W_m: sum(o) = <W_m, dsum(o)/dW_m> + the rest, for the very mask of the forward.
     rest = F.linear(x, layer.input_to_output.weight, layer.memory_to_output.bias)
@@ -223,7 +225,7 @@ def test_dropout_acts_in_training_only():
 
 def test_no_row_of_the_encoder_starts_near_zero():
     for seed in range(5):
-        torch.manual_seed(seed)
+        draws.seed(seed)
         weight = LMU(3, 4, memory_size=5, order=2, theta=4).encoder.weight
         assert torch.allclose(torch.linalg.vector_norm(weight, dim=1), torch.ones(5))
 
@@ -256,3 +258,25 @@ def test_recomputed_segments_compile(small_segments):
         sums.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
     for a, b in zip(*sums, strict=True):
         assert close(a, b, 70 * 16)
+
+
+def test_a_gradient_hook_acts_once_on_the_sum_of_segments(small_segments):
+    layer, x = LMU(2, 3, order=4, theta=10, dtype=torch.float64), torch.randn(2, 100, 2, dtype=torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+    expected = torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+    calls = []
+    for name, parameter in layer.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: calls.append(name) or gradient / 2)
+    layer(x)[0].square().sum().backward()
+    assert sorted(calls) == sorted(names)
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        assert close(2 * parameter.grad, gradient, 100 * 16)
+
+
+def test_a_checkpoint_around_recomputed_segments_works(small_segments):
+    layer = LMU(2, 3, order=4, theta=10, dtype=torch.float64)
+    x = torch.randn(2, 100, 2, dtype=torch.float64, requires_grad=True)
+    outputs = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False), layer(x)[0]
+    found, expected = (torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in outputs)
+    for a, b in zip(found, expected, strict=True):
+        assert close(a, b, 100 * 16)

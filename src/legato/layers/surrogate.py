@@ -11,6 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, at_length, zero_padding
+from legato.layers._fused import can_be_read
 from legato.ops.gated import gated_recurrence, one_step_later
 
 
@@ -71,6 +72,7 @@ class LinearSurrogate(RecurrentLayer):
         self.State = LinearSurrogateLSTMState if isinstance(cell, nn.LSTMCell) else LinearSurrogateState
         self.hidden_size = surrogate.output_size  # pyright: ignore[reportAttributeAccessIssue]
         self.cell = cell
+        self._input_comes_first = isinstance(cell, RNNCellBase)  # of a cell that is wrapped later, too
         self.surrogate = surrogate
 
     def forward(
@@ -90,10 +92,12 @@ class LinearSurrogate(RecurrentLayer):
             lengths = lengths.to(x.device)
             x = zero_padding(x, lengths)
         # A copy: a view would hold all of s~ for as long as the state lives.
-        last = at_length(s, start, s[:, -1].to(start.dtype, copy=True) if s.shape[1] else start, lengths)
+        last = at_length(s, start, s[:, -1].to(start.dtype, copy=True) if s.shape[1] else start.clone(), lengths)
         before = one_step_later(s, start, reset).to(x.dtype)
-        if isinstance(self.cell, nn.LSTMCell):
-            output, states, final = _lstm(self.cell, x, before, state.cell, reset)
+        if self.State is LinearSurrogateLSTMState:
+            cell: Any = self.cell
+            run = _lstm if can_be_read(cell, nn.LSTMCell) else _lstm_by_steps
+            output, states, final = run(cell, x, before, state.cell, reset)
             state = self.State(memory, last, at_length(states, state.cell, final, lengths))
         else:
             output = self._rows(before.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -116,7 +120,7 @@ class LinearSurrogate(RecurrentLayer):
 
     def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
         """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
-        s = self.cell(x, before) if isinstance(self.cell, RNNCellBase) else self.cell(before, x)
+        s = self.cell(x, before) if self._input_comes_first else self.cell(before, x)
         got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
         if not isinstance(s, Tensor) or s.shape != before.shape:
             raise ValueError(
@@ -149,6 +153,21 @@ def _lstm(
     i, f, z, o = gates.unflatten(0, x.shape[:2]).chunk(4, dim=-1)
     states, final = gated_recurrence(f, z, i, c, squash=True, reset=reset)
     return o.sigmoid() * states.tanh(), states, final
+
+
+def _lstm_by_steps(cell: Any, x: Tensor, before: Tensor, c: Tensor, reset: Tensor | None):
+    """The same by calls of the cell, a step at a time, where it is hooked, replaced or parametrised."""
+    outputs, states = [], []
+    for t, (x_t, before_t) in enumerate(zip(x.unbind(1), before.unbind(1), strict=True)):
+        if reset is not None:
+            c = c.masked_fill(reset[:, t, None], 0)
+        output, c_t = cell(x_t, (before_t, c.to(before_t.dtype)))
+        c = c_t.to(c.dtype)
+        outputs.append(output)
+        states.append(c)
+    if not outputs:
+        return before, before.to(c.dtype), c.clone()
+    return torch.stack(outputs, 1), torch.stack(states, 1), c.clone()
 
 
 def _check_surrogate(surrogate: RecurrentLayer) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from legato._shapes import Bool, Int, Shaped, Tensor
 from legato.layers._base import RecurrentLayer
+from legato.layers._fused import can_be_read
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState
 
 from .embedding import Embedding, without_padding
@@ -133,10 +134,12 @@ def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
     """Whether the last memory is one weighted sum of word vectors."""
     return (
         isinstance(layer, LegendreMemory)
+        and can_be_read(layer, LegendreMemory)
         and not layer.return_sequences
         and layer.order == 1
         and layer.window().ndim == 0
         and isinstance(embedding, Embedding)
+        and can_be_read(embedding, Embedding)
         and embedding.weight.dtype == layer.scale.dtype == layer._carry_dtype()
     )
 
