@@ -37,6 +37,7 @@ from torch import nn
 
 from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
+from legato.layers._states import own_storage, register_state
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -63,6 +64,10 @@ class RecurrentLayer(nn.Module):
     bidirectional: bool = False
     #: Channels of the output, unless the layer says otherwise.
     hidden_size: int
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        register_state(cls.__dict__.get("State"))
 
     def __init__(self, input_size: int):
         super().__init__()
@@ -93,20 +98,22 @@ class RecurrentLayer(nn.Module):
         Returns:
             output: (B, T, channels), zero from ``lengths`` on; of a layer built with ``return_sequences=False``
                 (B, channels), the output of the last step that counts, zero where a row has none.
-            state: the state after the last step that counts, in float32 or wider: the next chunk starts from it.
+            state: the state after the last step that counts, in float32 or wider: the next chunk starts from it. It
+                shares no memory with anything else: write to it, as in ``state.memory[done] = 0``, also in training.
 
         Raises:
             ValueError: a shape, dtype, device or range is wrong; the message says which and what to do.
         """
         lengths = self._check_arguments(x, state, lengths, reset)
         if lengths is None:
-            return self._sequence(x, state, None, reset)
-        x = zero_padding(x, lengths)
+            return self._own(*self._sequence(x, state, None, reset), x, state)
         reset = None if reset is None else zero_padding(reset, lengths)
-        output, state = self._sequence(x, state, lengths, reset)
-        if not self.return_sequences:
-            return torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0), state
-        return zero_padding(output, lengths), state
+        output, new = self._sequence(zero_padding(x, lengths), state, lengths, reset)
+        if self.return_sequences:
+            output = zero_padding(output, lengths)
+        else:
+            output = torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0)
+        return self._own(output, new, x, state)
 
     def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, Any]:
         """output_t, state_t = step(x_t, state_{t-1}): one step of a stream.
@@ -117,11 +124,11 @@ class RecurrentLayer(nn.Module):
 
         Returns:
             output_t: (B, channels).
-            state: to be given to the next step.
+            state: to be given to the next step; it shares no memory with anything else, as that of ``forward``.
         """
         self._check_input(x_t, "(B, input_size)", 2)
         self._check_state(state, x_t.shape[0])
-        return self._step(x_t, state)
+        return self._own(*self._step(x_t, state), x_t, state)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -154,6 +161,10 @@ class RecurrentLayer(nn.Module):
     def _weight(self) -> Tensor:
         """A tensor with the dtype and device that inputs must have."""
         return next(self.parameters())
+
+    def _own(self, output: Tensor, state: Any, x: Tensor, before: Any) -> tuple[Tensor, Any]:
+        """Both, without storage in common with each other, with what was given, or with the layer's own tensors."""
+        return own_storage(output, state, (x, before), self._parameters.values(), self._buffers.values())
 
     def _carry_dtype(self) -> torch.dtype:
         return torch.promote_types(self._weight().dtype, torch.float32)
@@ -191,8 +202,12 @@ class RecurrentLayer(nn.Module):
 
     def _check_state(self, state: Any, batch: int) -> None:
         self._check_state_type(state)
-        for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
-            self._check_state_tensor(f"state.{name}", tensor, (batch, *shape))
+        weight = self._weight()
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        for name, tensor, shape in zip(state._fields, state, self._state_shapes(), strict=True):
+            shape = (batch, *shape)
+            if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+                self._check_state_tensor(f"state.{name}", tensor, shape)
 
     def _check_state_type(self, state: Any) -> None:
         if type(state) is not self.State:

@@ -151,7 +151,7 @@ def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> 
         lengths = torch.full((len(tokens),), steps, device=tokens.device)
     weights = layer.response(lengths.to(tokens.device, torch.int64), steps)[..., 0]
     memory = embedding.weighted_sum(tokens, weights)
-    return memory * layer.scale[:, 0], LegendreMemoryState(memory[..., None])
+    return layer._own(memory * layer.scale[:, 0], LegendreMemoryState(memory[..., None]), tokens, None)
 
 
 def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:

@@ -460,7 +460,7 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
 def _nothing(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """No step, sequence or channel: an empty memory and the state as it was."""
     order = kernels.powers.shape[-1]
-    empty = u.unsqueeze(-1).expand(*u.shape, order)
+    empty = u.unsqueeze(-1).expand(*u.shape, order).clone()
     return empty, empty.sum(2) if state is None else state.clone()
 
 

@@ -69,7 +69,7 @@ def matrix_recurrence(
         reset = None if reset is None else reset.flip(1)
     with without_autocast(impulse):
         states = _scan(A, x, h, reset)
-    final_state = states[:, -1].reshape(state_shape)
+    final_state = states[:, -1].reshape(state_shape).clone()
     states = states.flip(1) if reverse else states
     return states.reshape(impulse.shape).to(dtype), final_state
 
