@@ -17,12 +17,11 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import types
 
 from legato._shapes import Bool, Float, Tensor
+from legato.ops.kernels.numba_cache import c_function, compiled
 from legato.ops.kernels.numba_threads import (
     HEADER,
     PREFETCH_BYTES,
     block_width,
-    c_function,
-    compiled,
     empty,
     intrinsic,
     launch,

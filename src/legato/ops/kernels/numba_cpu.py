@@ -16,14 +16,12 @@ import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from legato._shapes import Bool, Inexact, Tensor
+from legato.ops.kernels.numba_cache import c_function, compiled, contracted
 from legato.ops.kernels.numba_threads import (
     HEADER,
     NARROWEST_BYTES,
     PREFETCH_BYTES,
     block_width,
-    c_function,
-    compiled,
-    contracted,
     cores,
     empty,
     launch,
