@@ -262,9 +262,11 @@ def _device(options: Options) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExperimentError("PyTorch sees no CUDA device here: take --device cpu")
-    if kernels.choose(device)[1] == "torch":
+    _, backend, why = kernels.choose(device, None, torch.float32)
+    if backend == "torch":
         package = {"cpu": "numba", "cuda": "triton"}[device.type]
-        raise ExperimentError(f"there is no compiled kernel to measure on {device.type}: pip install {package}")
+        lacking = f"there is no compiled kernel to measure on {device.type} ({why})"
+        raise ExperimentError(f"{lacking}: pip install {package}")
     return device
 
 

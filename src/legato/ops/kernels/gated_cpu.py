@@ -110,6 +110,11 @@ def backward(
     return grad_inputs, grad_weights, grad_bias, grad_addend, carry, grad_skip
 
 
+def prepare(dtype: torch.dtype, adjoint: bool) -> None:
+    """Compile what ``forward`` or (``adjoint``) ``backward`` launches; ``dtype`` is float32."""
+    (_backward if adjoint else _forward)()
+
+
 def _parts(B: int, T: int, K: int) -> list[tuple[slice, slice]]:
     """Batch rows and steps, in order of time, whose products stay in the cache from one pass over them to the next."""
     steps = max(1, _PART_NUMBERS // K)

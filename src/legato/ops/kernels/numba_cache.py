@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import types
+from numba.core import config, types
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 from numba.core.ccallback import CFunc
 
 
 def compiled(kernel: Callable, *, fastmath: Any = False) -> Any:
     """``kernel``, compiled when first called and cached on disk; other kernels may call it."""
+    if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]
+        raise RuntimeError("NUMBA_DISABLE_JIT is set, so that Numba compiles nothing: unset it")
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(kernel)
     dispatcher._cache = _cache_of(kernel)
     return dispatcher

@@ -91,6 +91,11 @@ def backward(
     return grad_decay.sum_to_size(decay_shape).to(decay_dtype), grad_impulse.to(dtype), grad_initial
 
 
+def prepare(dtype: torch.dtype, adjoint: bool) -> None:
+    """Compile what ``forward`` or (``adjoint``) ``backward`` launches for a carry of that dtype."""
+    (_backward if adjoint else _forward)(_numpy_dtype(dtype))
+
+
 def _carry(state: Tensor | None, like: Tensor) -> Tensor:
     """A fresh (B, H, D) array that the kernel may write, holding ``state`` or zeros."""
     B, _, H, D = like.shape
