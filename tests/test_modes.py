@@ -1,5 +1,6 @@
 """What runs in evaluation mode leaves every part of a model in the mode in which it was."""
 
+import draws
 import pytest
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def test_every_part_keeps_its_mode_after_an_error(make, run):
 
 @every_run
 def test_nothing_is_dropped_whatever_the_mode(make, run):
-    torch.manual_seed(0)
+    draws.seed(0)
     model = make().train()
     found = run(model)
     expected = run(model.eval())

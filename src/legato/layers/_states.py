@@ -44,12 +44,13 @@ def own_storage(output: Tensor, state: Any, *given: Iterable[Any]) -> tuple[Tens
     return output, _owned(state, taken)
 
 
-# A tensor's isinstance is slow, a tuple's is not.
+# A tensor's isinstance is slow, a tuple's is not. A data loader makes lists of tuples.
+_TREES = (tuple, list)
 
 
 def _add_storages(parts: Iterable[Any], taken: set[int]) -> None:
     for part in parts:
-        if isinstance(part, tuple):
+        if isinstance(part, _TREES):
             _add_storages(part, taken)
         elif part is not None:
             taken.add(part.untyped_storage()._cdata)

@@ -156,7 +156,7 @@ class LegendreMemory(RecurrentLayer):
 
         Source: measured in this project: on Mackey-Glass the NRMSE falls from 0.0197 to 0.0070.
         """
-        self._check_arguments(u, None, lengths, None)
+        lengths = self._check_arguments(u, None, lengths, None)
         steps = u.shape[0] * u.shape[1] if lengths is None else int(lengths.sum())
         least = max(self.order, 2)
         if steps < least:

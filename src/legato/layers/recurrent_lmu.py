@@ -16,11 +16,13 @@ from legato._checks import positive_int
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer
 from legato.layers._fused import can_be_read
+from legato.layers._states import register_state
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 
 
+@register_state
 class RecurrentLMUState(NamedTuple):
     """m_t, not scaled, and the output h_t; in float32 or wider."""
 
@@ -28,6 +30,7 @@ class RecurrentLMUState(NamedTuple):
     hidden: Float[Tensor, "B H"]
 
 
+@register_state
 class RecurrentLMUCellState(NamedTuple):
     """The same of a unit with an LSTM cell, whose own c_t comes last."""
 
@@ -149,8 +152,9 @@ class RecurrentLMU(RecurrentLayer):
         outputs = []
         fused = all(can_be_read(child, nn.Linear) for child in self._linear_children())
         fused = fused and can_be_read(self.memory, LegendreMemory)
+        # Outside: an exported program with an autocast region in another one cannot be loaded.
+        advance = self._one_step(m.dtype) if fused else self._one_step_by_children
         with without_autocast(x):
-            advance = self._one_step(m.dtype) if fused else self._one_step_by_children
             terms = self._input_terms(x.to(m.dtype)) if fused else ((x_t,) for x_t in x.unbind(1))
             for t, of_input in enumerate(terms):
                 if reset is not None:

@@ -12,9 +12,11 @@ from torch.nn.modules.rnn import RNNCellBase
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, at_length, zero_padding
 from legato.layers._fused import can_be_read
+from legato.layers._states import register_state
 from legato.ops.gated import gated_recurrence, one_step_later
 
 
+@register_state
 class LinearSurrogateState(NamedTuple):
     """The surrogate layer's own state, and its output s~_t in float32 or wider."""
 
@@ -22,6 +24,7 @@ class LinearSurrogateState(NamedTuple):
     surrogate: Float[Tensor, "B H"]
 
 
+@register_state
 class LinearSurrogateLSTMState(NamedTuple):
     """The same over an LSTM cell, whose own c_t comes last."""
 
@@ -84,26 +87,24 @@ class LinearSurrogate(RecurrentLayer):
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Any]:
         """s_t of all steps and the state after the last; the arguments are those of every layer."""
-        self._check_arguments(x, state, lengths, reset)
+        given, ends = (x, state), self._check_arguments(x, state, lengths, reset)
         state = self.initial_state(len(x)) if state is None else state
         memory, start = state[:2]
         s, memory = self.surrogate(x, memory, lengths=lengths, reset=reset)  # s~_t, (B, T, H)
-        if lengths is not None:
-            lengths = lengths.to(x.device)
-            x = zero_padding(x, lengths)
-        # A copy: a view would hold all of s~ for as long as the state lives.
-        last = at_length(s, start, s[:, -1].to(start.dtype, copy=True) if s.shape[1] else start.clone(), lengths)
+        if ends is not None:
+            x = zero_padding(x, ends)
+        last = at_length(s, start, s[:, -1].to(start.dtype) if s.shape[1] else start, ends)
         before = one_step_later(s, start, reset).to(x.dtype)
         if self.State is LinearSurrogateLSTMState:
             cell: Any = self.cell
             run = _lstm if can_be_read(cell, nn.LSTMCell) else _lstm_by_steps
             output, states, final = run(cell, x, before, state.cell, reset)
-            state = self.State(memory, last, at_length(states, state.cell, final, lengths))
+            state = self.State(memory, last, at_length(states, state.cell, final, ends))
         else:
             output = self._rows(before.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
             state = self.State(memory, last)
         output = output.to(x.dtype)
-        return output if lengths is None else zero_padding(output, lengths), state
+        return self._own(output if ends is None else zero_padding(output, ends), state, *given)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

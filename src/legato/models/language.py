@@ -245,13 +245,13 @@ class LanguageModel(nn.Module):
     def _states(self, state: Any) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
-        if type(state) is not tuple or len(state) != len(self.blocks):
-            got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
+        if type(state) not in (tuple, list) or len(state) != len(self.blocks):  # a data loader makes lists
+            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
             raise ValueError(
                 f"expected a tuple of {len(self.blocks)} states, one a block, got {got}: "
                 "use initial_state() or what this model returned"
             )
-        return state
+        return tuple(state)
 
     def _checked_tokens(self, name: str, tokens: Tensor, ndim: int) -> Tensor:
         tokens = indices(name, tokens)

@@ -15,11 +15,13 @@ from legato._checks import dropout_rate, positive_int, real_number, whole_number
 from legato._modes import evaluating
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer
+from legato.layers._states import register_state
 
 from .embedding import indices, without_padding
 from .sequence import check_embedding
 
 
+@register_state
 class Encoded(NamedTuple):
     """A batch of source sentences as the decoder sees them; ``summary`` is W_s mean(h)."""
 
@@ -28,6 +30,7 @@ class Encoded(NamedTuple):
     summary: Float[Tensor, "B D"]
 
 
+@register_state
 class Decoded(NamedTuple):
     """Translations: words without start and end, padded; how many; log P(words, end | source)."""
 
