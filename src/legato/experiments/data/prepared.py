@@ -108,7 +108,7 @@ def _read(entry: Path) -> dict[str, Any] | None:
     """The content of an entry; None if there is none, or not a whole one."""
     try:
         manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["checksum"] != _checksum(manifest["files"]):
+        if not manifest["files"] or manifest["checksum"] != _checksum(manifest["files"]):
             raise ValueError(f"{_MANIFEST} was changed")
         content: dict[str, Any] = {}
         for name, (file, size, digest) in manifest["files"].items():

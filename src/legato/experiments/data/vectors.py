@@ -140,7 +140,10 @@ def _in_arrays(
     stream: BufferedIOBase, rows: dict[bytes, int], width: int, path: Path
 ) -> Iterator[tuple[bytes, np.ndarray]]:
     """Arrays ``words`` (bytes) and ``vectors`` of one length."""
-    with np.load(stream, allow_pickle=False) as arrays:
+    arrays = np.load(stream, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("expected an archive of two arrays, got one array")
+    with arrays:
         words, vectors = arrays["words"], arrays["vectors"]
     if vectors.ndim != 2 or words.shape != vectors.shape[:1] or words.dtype.kind != "S" or vectors.dtype.kind != "f":
         raise ValueError(
@@ -167,7 +170,9 @@ def _in_lines(
         if len(numbers) != width:
             raise ValueError(f"expected a word and {width} numbers in line {number:,}, got {len(numbers)} numbers")
         if word in rows:
-            yield word, np.array(numbers, np.float32)
+            with np.errstate(over="ignore"):  # an infinity is told by the caller
+                vector = np.array(numbers, np.float32)
+            yield word, vector
     if not number:
         raise ValueError("expected lines of a word and its numbers, got an empty file")
 
