@@ -21,15 +21,15 @@ class Range:
         below: ``most`` itself is excluded.
     """
 
-    least: float
-    most: float
+    least: int | float
+    most: int | float
     above: bool = False
     below: bool = False
 
     def __repr__(self) -> str:
         return f"Range({'above ' * self.above}{self.least:,} to {'below ' * self.below}{self.most:,})"
 
-    def expected(self, value: float) -> str:
+    def expected(self, value: int | float) -> str:
         """What was expected where ``value`` is out of the range; empty where it is inside."""
         if not (value > self.least if self.above else value >= self.least):
             return f"above {self.least:,}" if self.above else f"{self.least:,} or more"
