@@ -251,7 +251,7 @@ def test_parts_that_do_not_fit_get_a_clear_error():
 @pytest.mark.bad_input
 def test_wrong_arguments_get_a_clear_error():
     model = model_of()
-    with pytest.raises(ValueError, match=r"tokens of shape \(B, T\) in int64, got \(3, 17\) in torch.float32"):
+    with pytest.raises(ValueError, match="expected tokens in an integer dtype, got torch"):
         model(torch.rand(3, 17))
     with pytest.raises(ValueError, match="tokens from 0 to 29, got 0 to 30"):
         model(torch.tensor([[0, 30]]))

@@ -163,6 +163,14 @@ def test_a_device_that_is_not_there_is_named(capsys):
     assert "PyTorch sees no CUDA device here: take --device cpu" in run(capsys, "kernel", "--device", "cuda")[2]
 
 
+def test_kernels_that_cannot_be_used_are_not_measured(capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "_failures", {"numba": "ImportError: Numba needs NumPy 2.4 or less"})
+    monkeypatch.setattr(kernels, "_warned", {"numba": None})
+    status, _, err = run(capsys, "kernel", "--device", "cpu")
+    assert status == 1
+    assert "no compiled kernel to measure on cpu (numba is installed but cannot be used: Imp" in err
+
+
 @pytest.mark.parametrize("table", ["kernel", "networks"])
 def test_a_length_that_does_not_fit_in_memory_is_refused_with_one_that_does(capsys, monkeypatch, table):
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 2**30)

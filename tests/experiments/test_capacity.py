@@ -130,8 +130,8 @@ def test_the_command_leaves_the_weights_alone_unless_a_learning_rate_is_given(tm
         ({"windows": 1.5}, "expected --data.windows above 1.5"),
         ({"cutoff": 0.1}, "expected --data.cutoff from 0.4"),
         ({"cutoff": 200.0}, "to below 200, two steps a cycle"),
-        ({"order": 0}, "--model.order of at least 1"),
-        ({"test_signals": 0}, "--data.test_signals of at least 1"),
+        ({"order": 0}, "expected --model.order to be 1 or more, got 0"),
+        ({"test_signals": 0}, "expected --data.test_signals to be 1 or more, got 0"),
     ],
 )
 def test_what_cannot_be_recalled_is_refused_in_words(fields, message):

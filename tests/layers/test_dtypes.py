@@ -1,5 +1,6 @@
 """What a layer holds in 32 bits or more stays so, with its gradients, however the layer is converted or moved."""
 
+import draws
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ CONVERSIONS = {
 
 
 def trained():
-    torch.manual_seed(0)
+    draws.seed(0)
     layer = LRU(3, 8)
     layer(torch.randn(2, 5, 3))[0].sum().backward()
     return layer

@@ -174,7 +174,7 @@ def test_wrong_parts_get_a_clear_error(build, error, message):
 def test_a_wrong_state_gets_a_clear_error():
     stack, x = Stack(GILR(3, 4), GILR(4, 5)), torch.randn(2, 7, 3)
     state = stack.initial_state(2)
-    for wrong, got in ((state[0], type(state[0]).__name__), (state[:1], "1 states"), (list(state), "list")):
+    for wrong, got in ((state[0], type(state[0]).__name__), (state[:1], "1 states"), ({}, "dict")):
         message = f"expected a tuple of 2 states, one a layer, got {got}: use initial_state"
         with pytest.raises(ValueError, match=message):
             stack(x, wrong)

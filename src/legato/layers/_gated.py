@@ -108,8 +108,8 @@ class GatedLayer(RecurrentLayer):
 
     def _whole_bias(self) -> Tensor:
         """The bias with zeros for the blocks that have none."""
-        missing = len(self.weight) - len(self.bias)
-        return F.pad(self.bias, (0, missing)) if missing else self.bias
+        missing = len(self.blocks) - len(self.biases)
+        return F.pad(self.bias, (0, missing * self.hidden_size)) if missing else self.bias
 
     def _weight(self) -> Tensor:
         return self.weight

@@ -177,15 +177,15 @@ class GILRLSTM(RecurrentLayer):
                 "they are weight x_t + bias"
             )
         self._check_kind("products", products)
-        self._check_options(products, state, lengths, reset)
+        lengths = self._check_options(products, state, lengths, reset)
         if lengths is not None:
-            lengths = lengths.to(products.device)
             products = zero_padding(products, lengths)
             reset = None if reset is None else zero_padding(reset, lengths)
         parts = products.split(self._sizes, dim=-1)
         hold, of_x = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
-        output, state = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
-        return (output if lengths is None else zero_padding(output, lengths)), state
+        output, new = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
+        output = output if lengths is None else zero_padding(output, lengths)
+        return self._own(output, new, products, state)
 
     def _from_parts(self, hold, of_x, dtype, state, lengths, reset):
         """The layer, from what makes the products of the surrogate and those of the cell that are of x."""

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from legato._shapes import Shaped, Tensor
 from legato.layers._base import positive_int
+from legato.layers._fused import transforms_are_active
 
 #: run(segments, leaves, part, tensors) -> (output, leaves); see ``over_segments``.
 Run = Callable[[list[Tensor], list[Tensor], slice, Sequence[Any]], tuple[Tensor, list[Tensor]]]
@@ -66,7 +67,7 @@ def in_segments(
     _check_layer(layer)
     if last_only and x.shape[1] == 0:
         raise ValueError("expected at least one step for the last output, got x with none: leave last_only out")
-    if recompute and torch.is_grad_enabled() and x.shape[1] > steps and recomputable():
+    if recompute and torch.is_grad_enabled() and x.shape[1] > steps and not transforms_are_active():
         return _recomputed_layer(layer, x, state, steps, last_only)
     outputs = []
     for segment in x.split(steps, dim=1):
@@ -97,16 +98,9 @@ def over_segments(
         steps: length of a segment.
         random: whether ``run`` draws random numbers; the recomputation draws the same ones again.
     """
-    if sequences[0].shape[1] <= steps or not recomputable():
+    if sequences[0].shape[1] <= steps or transforms_are_active():
         return _in_turn(run, sequences, leaves, tensors, steps, False)
     return _recomputed(_Plan(run, steps, sequences[0].device, random=random), sequences, leaves, tensors)
-
-
-def recomputable() -> bool:
-    """Whether segments can be computed again in the backward: transforms and compilers do not look into ours."""
-    return not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
 
 
 def _check_layer(layer: Callable) -> None:

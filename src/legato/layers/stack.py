@@ -151,12 +151,12 @@ class Stack(RecurrentLayer):
         if state is None:
             return (None,) * len(self.layers)
         self._check_state(state)
-        return state
+        return tuple(state)
 
     def _check_state(self, state: Any, batch: int | None = None) -> None:
-        """The tuple alone: each layer checks its own state, against its own batch."""
-        if type(state) is not tuple or len(state) != len(self.layers):
-            got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
+        """The tuple alone, or the list that a data loader makes of it: each layer checks its own state."""
+        if type(state) not in (tuple, list) or len(state) != len(self.layers):
+            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
             raise ValueError(
                 f"expected a tuple of {len(self.layers)} states, one a layer, got {got}: "
                 "use initial_state() or what this Stack returned"

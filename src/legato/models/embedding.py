@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._checks import dropout_rate, positive_int, whole_number
-from legato._shapes import Float, Int, Tensor
+from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
+from legato._shapes import Float, Int, Shaped, Tensor
+from legato.layers._base import checked_lengths, zero_padding
 
 
 class Embedding(nn.Module):
@@ -76,6 +77,7 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
         """The vectors of these tokens."""
+        tokens = indices("tokens", tokens)
         try:
             output = F.embedding(tokens, self.weight, self.padding)
         except IndexError as error:
@@ -85,6 +87,7 @@ class Embedding(nn.Module):
 
     def weighted_sum(self, tokens: Int[Tensor, "B T"], weights: Float[Tensor, "B T"]) -> Float[Tensor, "B C"]:
         """sum_t weights_t E[tokens_t] of each row: a bag of words, without writing the vectors out."""
+        tokens = indices("tokens", tokens)
         factors = self._factors()
         if factors is not None:
             weights = weights * F.embedding(tokens, factors)[..., 0]
@@ -143,3 +146,25 @@ class LockedDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:
+    """``tokens`` of any integer dtype in one that torch looks up by; an error where they are no integers."""
+    check_plain(name, tokens)
+    if tokens.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
+    return tokens if tokens.dtype == torch.int32 else tokens.to(torch.int64)
+
+
+def without_padding(
+    name: str, x: Shaped[Tensor, "B T *C"], lengths: Int[Tensor, "B"] | None
+) -> Shaped[Tensor, "B T *C"]:
+    """x with zeros from ``lengths`` on: what padding holds, such as -1 or NaN, is never looked up or computed with."""
+    check_plain(name, x)
+    if x.ndim == 2 and x.dtype in INTEGER_DTYPES:
+        x = indices(name, x)
+    if lengths is None:
+        return x
+    if x.ndim < 2:
+        raise ValueError(f"expected {name} of shape (B, T, ...) beside lengths, got {tuple(x.shape)}: add the axes")
+    return zero_padding(x, checked_lengths(lengths, x))
