@@ -15,7 +15,7 @@ from legato._autocast import without_autocast
 from legato._checks import dropout_rate, positive_int
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length
-from legato.layers._fused import can_be_read, transforms_are_active
+from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
 from legato.layers.legendre_memory import (
     LegendreMemory,
     LegendreMemoryState,
@@ -287,8 +287,7 @@ class LMU(RecurrentLayer):
         return -(-length // 32) * 32  # whole chunks of the chunked method
 
     def _weight(self) -> Tensor:
-        weight = getattr(self.encoder, "weight", None)  # an encoder that was replaced may have none, or one in int8
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else self.memory.scale
+        return floating_weight(self.encoder, self.memory.scale)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer
-from legato.layers._fused import can_be_read
+from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
@@ -239,8 +239,7 @@ class RecurrentLMU(RecurrentLayer):
         return [torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]
 
     def _weight(self) -> Tensor:
-        weight = getattr(self.hidden_to_hidden, "weight", None)  # a child that was replaced may have none of floats
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else self.memory.scale
+        return floating_weight(self.hidden_to_hidden, self.memory.scale)
 
 
 def _remember(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:
