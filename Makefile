@@ -5,8 +5,9 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 # Kernel sources are compiled by numba and triton, which cannot read decorated functions: they are not shape-checked.
 CHECKED := legato.legendre,legato.layers,legato.models,legato.experiments,legato.ops.recurrence,legato.ops.gated,legato.ops.lti,legato.ops.matrix,legato.ops.kernels.reference,legato.ops.kernels.torch_scan,beartype.beartype
 SUBJECT ?= all
+MINUTES ?= 60
 
-.PHONY: help demo test lint bench bench-peers gpu wheel clean
+.PHONY: help demo test fuzz lint bench bench-peers gpu wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -34,6 +35,11 @@ demo: .venv/.experiments  ## train on Mackey-Glass, stream the network, compare 
 test: .venv/.dev  ## run all tests
 	$(BIN)/pytest -n 2 -m "not compiled and not bad_input" --jaxtyping-packages=$(CHECKED)
 	$(BIN)/pytest -n 2 -m "compiled or bad_input"
+
+# Each round draws other cases; a failing one is printed with all that it drew, and drawn first in the next run.
+fuzz: .venv/.dev  ## random cases against float64 oracles, for an hour; MINUTES=5 for less
+	end=$$(($$(date +%s) + 60 * $(MINUTES))); \
+	while [ $$(date +%s) -lt $$end ]; do $(BIN)/pytest -n 2 --hypothesis-profile=fuzz tests/test_fuzz.py || exit 1; done
 
 lint: .venv/.dev  ## ruff and pyright
 	$(BIN)/ruff check .

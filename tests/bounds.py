@@ -136,6 +136,8 @@ def sensitivity(run: Callable, *tensors):
     Returns:
         A tree as that of the results, with one number for each tensor: the largest of its elements.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations
     exact = run(*tensors)  # before the changed ones: what it caches must be exact
     squares = pytree.tree_map(lambda y: torch.zeros(y.shape, dtype=torch.float64), exact)
     for seed in range(_PROBES):
@@ -145,6 +147,7 @@ def sensitivity(run: Callable, *tensors):
             changed = run(*leaves)
         difference = pytree.tree_map(lambda y, z: ((y.detach() - z.detach()).abs() / _STEP) ** 2, changed, exact)
         squares = pytree.tree_map(torch.add, squares, difference)
+    torch.set_num_threads(threads)
     return pytree.tree_map(lambda y: (y.max() / _PROBES).sqrt() if y.numel() else y.sum(), squares)
 
 

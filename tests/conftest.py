@@ -3,7 +3,12 @@ import os
 import draws
 import pytest
 import torch
+from hypothesis import settings
 
+# The same random cases in every run, but for `make fuzz`.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", max_examples=500, deadline=None)
+settings.load_profile("fixed")
 # Triton kernels run on CPU tensors where there is no GPU; the variable must be set before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

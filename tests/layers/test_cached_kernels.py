@@ -2,6 +2,7 @@
 
 import copy
 
+import bounds
 import pytest
 import torch
 from torch import nn
@@ -145,13 +146,11 @@ def test_threads_on_one_layer_agree():
 
     layer = LMU(3, 4, order=4, theta=9.0)
     xs = [torch.randn(2, steps, 3) for steps in (1, 30, 65, 200, 64) * 8]
-    with torch.no_grad():
-        expected = [LMU.forward(copy.deepcopy(layer), x)[0] for x in xs]
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda x: layer(x)[0], xs))
-    eps = torch.finfo(torch.float32).eps
-    for a, b in zip(found, expected, strict=True):  # chunks of another length add in another order
-        assert (a - b).abs().max() <= 200 * 16 * eps * max(1.0, b.abs().max())
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: layer(x)[0], xs))
+        wide = copy.deepcopy(layer).double()
+        for x, output in zip(xs, found, strict=True):  # chunks of another length add in another order
+            bounds.assert_agrees(output, lambda x: wide(x)[0], x, terms=200 * 16)
 
 
 def test_a_deferred_start_sets_scale_and_theta():

@@ -1,5 +1,8 @@
 """Every layer under FSDP2's mixed precision, where parameters and inputs have 16 bits and buffers stay wide."""
 
+import copy
+
+import bounds
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,14 +31,18 @@ def trained(layer, x):
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_sharded_layer_trains_in_mixed_precision(case, one_process):
     layer = build(case, torch.float32)
-    x = torch.randn(2, 9, layer.input_size)
-    expected = layer(x)[0]
+    x, wide = torch.randn(2, 9, layer.input_size), copy.deepcopy(layer).double()
     if not list(layer.parameters()):
         return  # nothing to shard
     fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     output, state = trained(layer, x)
-    # As in bfloat16: weights, input, encoded input, memory and output are rounded, theta to 3 digits.
-    assert (output.float() - expected).norm() <= 16 * torch.finfo(torch.bfloat16).eps * expected.norm()
+
+    def run(x, parameters):
+        return torch.func.functional_call(wide, parameters, (x,))[0]
+
+    # Weights, input and the results of matrix products are rounded to 16 bits, and theta is.
+    given = dict(wide.named_parameters())
+    bounds.assert_agrees(output, run, x, given, terms=2, dtype=torch.bfloat16)
     assert all(part.dtype == torch.float32 for part in pytree.tree_leaves(state))
     assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
 

@@ -2,13 +2,12 @@
 
 import math
 
+import bounds
 import draws
 import pytest
 import torch
 
 from legato import LRU
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def equations(layer, x, memory):
@@ -41,7 +40,7 @@ def test_decays_start_on_the_ring(r_min, r_max, max_phase):
     layer = LRU(2, 4000, r_min=r_min, r_max=r_max, max_phase=max_phase, dtype=torch.float64)
     assert all(p.isfinite().all() for p in layer.parameters())
     squares = layer.decay().abs() ** 2
-    roundings = 64 * EPS
+    roundings = 64 * torch.finfo(torch.float64).eps
     assert (squares >= r_min**2 - roundings).all()
     assert (squares <= r_max**2 + roundings).all()
     # Uniform over the area: the mean of 4,000 squares is that of their ends, within 4 of its deviations.
@@ -58,9 +57,8 @@ def test_gamma_starts_at_what_gives_white_noise_one_variance(dtype):
     layer = LRU(2, 50, r_min=0.9, r_max=0.9999999, dtype=dtype)
     nu = layer.nu_log.double().exp()
     expected = (-torch.expm1(-2 * nu)).sqrt()  # sqrt(1 - abs(lambda)^2)
-    # Logarithms up to 16, each right to a rounding.
-    bound = 32 * torch.finfo(dtype).eps
-    torch.testing.assert_close(layer.gamma_log.double().exp(), expected, rtol=bound, atol=0)
+    # Logarithms up to 16, of the decay and of gamma, each right to 4 roundings.
+    bounds.assert_close(layer.gamma_log.double().exp(), expected, magnitude=16 * expected, roundings=8, dtype=dtype)
 
 
 def test_a_16_bit_layer_keeps_its_decays_in_32_bits():

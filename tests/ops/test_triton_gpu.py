@@ -88,6 +88,10 @@ def check(decay, impulse, h_0, reset, grad_states, grad_final, *, reverse=False)
 
 @pytest.fixture(autouse=True)
 def quick_interpreter(monkeypatch):
+    quicken(monkeypatch)
+
+
+def quicken(monkeypatch):
     """The interpreter patches triton.language again at every call of a helper: once a launch is enough."""
     if triton_gpu.INTERPRETED:
         interpreted = type(triton_gpu._read)
