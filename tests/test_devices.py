@@ -6,12 +6,15 @@ import draws
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
 import legato
 from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
+from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, PairClassifier, SequenceClassifier, SequenceRegressor, Translator
 from legato.ops.lti import METHODS
 
@@ -328,3 +331,50 @@ def test_a_shallow_copy_computes_the_same(case):
     x, state, _, _ = inputs(layer)
     for a, b in zip(flat(copy.copy(layer)(x, state)), flat(layer(x, state)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_sharded_model_starts_and_trains(make, dtype, one_process):
+    with torch.device("meta"):
+        model = make().train()
+    for name in ("layer", "encoder", "decoder"):  # sharded apart from the rest, as layers of large networks are
+        if hasattr(model, name) and list(getattr(model, name).parameters()):
+            fully_shard(getattr(model, name), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    start(model, parents_first=True)
+    if isinstance(model, Translator):
+        output = model(tokens, tokens, lengths, lengths)  # loss() is no forward(), which FSDP waits for
+    elif isinstance(model, PairClassifier):
+        output = model(tokens, tokens)
+    else:
+        output = model(tokens, lengths=lengths)[0]
+    output.float().sum().backward()
+    assert output.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_layers_sharded_inside_a_layer_take_narrow_inputs(one_process):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for layer in (
+        Bidirectional(GILR(3, 4), SRU(3, 4)),
+        legato.Stack(GILR(3, 4), LRU(4, 4)),
+        legato.LinearSurrogate(nn.LSTMCell(3, 4), GILR(3, 4)),
+        legato.Stack(GILR(3, 4), legato.LinearRNN(4, 4, lambda x: (torch.full_like(x, 0.5), x))),
+    ):
+        for part in layer.modules():
+            if isinstance(part, RecurrentLayer) and part is not layer and list(part.parameters()):
+                fully_shard(part, mp_policy=policy)
+        fully_shard(layer, mp_policy=policy)
+        output, state = layer(torch.randn(2, 9, 3), lengths=torch.tensor([9, 4]))
+        output.float().sum().backward()
+        assert all(part.dtype == torch.float32 for part in pytree.tree_leaves(state))

@@ -9,7 +9,7 @@ from torch import nn
 
 from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
-from legato.layers._base import checked_lengths, zero_padding
+from legato.layers._base import checked_lengths, whole, zero_padding
 
 
 class Embedding(nn.Module):
@@ -79,14 +79,15 @@ class Embedding(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw E anew, with zeros for the padding; see ``vectors`` where they were given."""
-        if self._draws:
-            self.weight.normal_(std=self.channels**-0.5)
-        elif self._vectors is not None:
-            self.weight.copy_(self._vectors)
-        else:
+        if not self._draws and self._vectors is None:
             return
-        if self.padding is not None:
-            self.weight[self.padding] = 0
+        with whole(self.weight) as weight:
+            if self._vectors is None:
+                weight.normal_(std=self.channels**-0.5)
+            else:
+                weight.copy_(self._vectors)
+            if self.padding is not None:
+                weight[self.padding] = 0
 
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
         """The vectors of these tokens."""

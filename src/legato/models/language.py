@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
             ValueError: a token outside the vocabulary, a state of another network, lengths beyond T.
         """
         features, state = self.features(tokens, state, lengths=lengths)
-        log_p = self.output.log_prob(features.flatten(0, 1)).unflatten(0, tokens.shape)
+        log_p = self.output(features.flatten(0, 1)).unflatten(0, tokens.shape)
         return (log_p if lengths is None else zero_padding(log_p, lengths)), state
 
     def features(
@@ -189,7 +189,7 @@ class LanguageModel(nn.Module):
             h, new = block.step(h, old)  # pyright: ignore[reportCallIssue]
             total = total + weight * h
             states.append(new)
-        return self.output.log_prob(self.top(total)), tuple(states)
+        return self.output(self.top(total)), tuple(states)
 
     def initial_state(self, batch_size: int, **options: Any) -> tuple[Any, ...]:
         """The state before a text: that of every layer."""
@@ -226,7 +226,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"expected temperature of at least 0, got {temperature}: 0 takes the most probable token")
         with evaluating(self):
             features, state = self.features(prompt)
-            log_p, drawn = self.output.log_prob(features[:, -1]), []
+            log_p, drawn = self.output(features[:, -1]), []
             for number in range(steps):
                 if number:
                     log_p, state = self.step(drawn[-1], state)
@@ -332,8 +332,10 @@ class _Softmax(nn.Module):
             self.weight.uniform_(-bound, bound)
         self.bias.zero_()
 
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """log p of the targets."""
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+        """log p of the targets, or of all tokens."""
+        if targets is None:
+            return self.log_prob(features)
         # No target is ignored: torch's own -100 would count as one of probability 1.
         options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
         return -F.cross_entropy(self._scores(features).to(_wide(features)), targets.to(torch.int64), **options)
@@ -349,8 +351,12 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
     """Adaptive softmax (Grave et al. 2017): rarer clusters of tokens are read from fewer channels. The weights are
     torch's; its passes mix dtypes under autocast, so they stand here."""
 
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """log p of the targets."""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, features: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        """log p of the targets, or of all tokens."""
+        if targets is None:
+            return self.log_prob(features)
         targets = targets.to(torch.int64)
         head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
         # What is no token is left for gather to refuse, on a GPU too.
