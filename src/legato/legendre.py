@@ -167,7 +167,8 @@ def _checked_theta(order: int, theta: Any, discretizer: Any) -> Float[Tensor, "*
             f"order {order} with the Euler discretizer is stable from theta = {_least_euler_theta(order):.6g}, got "
             f'{shortest}: use discretizer="zoh", stable at any theta'
         )
-    return torch.as_tensor(theta, dtype=torch.float64)
+    # as_tensor would move a tensor to the default device.
+    return theta.double() if isinstance(theta, Tensor) else torch.tensor(theta, dtype=torch.float64)
 
 
 @lru_cache(maxsize=128)

@@ -28,7 +28,8 @@ A new layer is a state, its sizes and one method; the checks, the padding and a 
 Export it from ``legato.layers`` and ``tests/test_contract.py`` tests it. Next: ``legendre_memory.py``, a real one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -202,6 +203,8 @@ class RecurrentLayer(nn.Module):
         weight = self._weight()
         if x.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} like the layer, got {x.device}: move one with .to()")
+        if type(weight) not in (Tensor, nn.Parameter):  # sharded: it gets the dtype of computation when it is gathered
+            return
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to()")
 
@@ -258,6 +261,26 @@ def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable
         return moved
 
     return applied
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """The parameter, to be set in place; where it is sharded over processes, a whole tensor that it then gets.
+
+    A block of a sharded tensor is a copy: what is written to it would be lost.
+    """
+    if type(parameter) in (Tensor, nn.Parameter):
+        yield parameter
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        yield parameter
+        return
+    full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    yield full
+    # Each process has drawn numbers of its own: those of the first count.
+    parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
 
 
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length
+from legato.layers._base import RecurrentLayer, activation_function, at_length, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -64,10 +64,11 @@ class GatedLayer(RecurrentLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew and set the biases to their first values."""
-        for block in self.weight.split(self.hidden_size):
-            self._draw(block)
-        for bias, value in zip(self.bias.split(self.hidden_size), self.biases, strict=True):
-            bias.fill_(value)
+        with whole(self.weight) as weight, whole(self.bias) as bias:
+            for block in weight.split(self.hidden_size):
+                self._draw(block)
+            for block, value in zip(bias.split(self.hidden_size), self.biases, strict=True):
+                block.fill_(value)
 
     def _draw(self, block: Tensor) -> None:
         """A block of the weight at first: uniform, of variance 1 / columns."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from legato._checks import positive_int, real_number
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, zero_padding
+from legato.layers._base import RecurrentLayer, activation_function, at_length, whole, zero_padding
 from legato.layers._gated import GatedLayer
 from legato.ops.gated import gated_unit, gated_unit_step
 
@@ -124,11 +124,14 @@ class GILRLSTM(RecurrentLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew; see Source above."""
-        for matrix in (*self.weight.chunk(6), *self.weight_surrogate.chunk(4)):
-            nn.init.xavier_uniform_(matrix)
-        self.bias.zero_()
-        for bias in self.forget_biases():
-            bias.fill_(self.forget_bias)
+        with whole(self.weight) as weight, whole(self.weight_surrogate) as weight_surrogate:
+            for matrix in (*weight.chunk(6), *weight_surrogate.chunk(4)):
+                nn.init.xavier_uniform_(matrix)
+        with whole(self.bias) as bias:
+            bias.zero_()
+            surrogate, _, cell, *_ = bias.chunk(6)
+            surrogate.fill_(self.forget_bias)
+            cell.fill_(self.forget_bias)
 
     def forget_biases(self) -> tuple[Tensor, Tensor]:
         """Views of the biases of the two gates that hold a state: the surrogate's and the cell's."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from legato._checks import positive_int, real_number
 from legato._shapes import Float, Tensor
-from legato.layers._base import activation_function
+from legato.layers._base import activation_function, whole
 
 
 class Highway(nn.Module):
@@ -59,10 +59,11 @@ class Highway(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew; see Source above."""
-        for matrix in self.weight.chunk(2):
-            nn.init.xavier_uniform_(matrix)
-        self.bias.zero_()
-        self.bias[: self.size] = self.gate_bias
+        with whole(self.weight) as weight, whole(self.bias) as bias:
+            for matrix in weight.chunk(2):
+                nn.init.xavier_uniform_(matrix)
+            bias.zero_()
+            bias[: self.size] = self.gate_bias
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
         """y for each step of x, (..., size)."""

@@ -14,7 +14,7 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, at_length, never_narrowed, zero_padding
+from legato.layers._base import RecurrentLayer, at_length, never_narrowed, whole, zero_padding
 from legato.layers._fused import transforms_are_active
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, Kernels, apply, prepare
@@ -108,7 +108,8 @@ class LegendreMemory(RecurrentLayer):
         self.scale.fill_(1)
         if self.trainable_theta:
             window = torch.tensor(self._theta, dtype=torch.float64, device=self.log_theta.device)
-            self.log_theta.copy_((window - 1).log())
+            with whole(self.log_theta) as log_theta:
+                log_theta.copy_((window - 1).log())
 
     def extra_repr(self) -> str:
         window = "trainable" if self.trainable_theta else self._theta

@@ -123,5 +123,12 @@ class LinearRNN(RecurrentLayer):
             raise ValueError("expected gates(x) to return real tensors, got complex ones: LRU has complex decays")
         return decay.to(self._carry_dtype()), impulse.to(self._carry_dtype())
 
+    def _check_kind(self, name: str, x: Tensor) -> None:
+        # Without weights of its own, the layer takes what a 16-bit neighbour gives, as under FSDP's mixed precision.
+        weight = self._weight()
+        narrow = x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
+        if not (weight is self._no_weight and narrow and x.device == weight.device):
+            super()._check_kind(name, x)
+
     def _weight(self) -> Tensor:
         return next(self.parameters(), self._no_weight)  # pyright: ignore[reportReturnType, reportArgumentType]

@@ -99,8 +99,10 @@ class LRU(RecurrentLayer):
     def reset_parameters(self) -> None:
         """Draw the weights anew; see Source above."""
         n = self.hidden_size
-        # In float64 and away from zero: neither a decay of zero nor one of one has a logarithm of its own.
-        radius, phase = torch.rand(2, n, dtype=torch.float64).clamp(min=1e-12)
+        # In float64, which MPS does not have, and away from zero: neither a decay of zero nor one of one has a
+        # logarithm of its own. Like the parameters, which may be on any device or in shards.
+        dtype = torch.float32 if self.nu_log.device.type == "mps" else torch.float64
+        radius, phase = (torch.rand_like(x, dtype=dtype).clamp(min=1e-12) for x in (self.nu_log, self.theta_log))
         nu = -0.5 * (radius * (self.r_max**2 - self.r_min**2) + self.r_min**2).log()  # -log abs(lambda)
         self.nu_log.copy_(nu.log())
         self.theta_log.copy_((phase * self.max_phase).log())

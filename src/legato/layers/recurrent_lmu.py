@@ -14,7 +14,7 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers._base import RecurrentLayer, whole
 from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
@@ -132,8 +132,9 @@ class RecurrentLMU(RecurrentLayer):
             self.memory_to_memory.weight.zero_()
         for W in (self.input_to_hidden, self.hidden_to_hidden, self.memory_to_hidden):
             if W is not None:
-                for gate in W.weight.chunk(GATES[self.hidden_cell]):
-                    nn.init.xavier_normal_(gate)
+                with whole(W.weight) as weight:
+                    for gate in weight.chunk(GATES[self.hidden_cell]):
+                        nn.init.xavier_normal_(gate)
                 if W.bias is not None:
                     W.bias.zero_()
 

@@ -90,6 +90,7 @@ class LinearSurrogate(RecurrentLayer):
         given, ends = (x, state), self._check_arguments(x, state, lengths, reset)
         state = self.initial_state(len(x)) if state is None else state
         memory, start = state[:2]
+        memory = None if given[1] is None else memory
         s, memory = self.surrogate(x, memory, lengths=lengths, reset=reset)  # s~_t, (B, T, H)
         if ends is not None:
             x = zero_padding(x, ends)

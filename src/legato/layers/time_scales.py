@@ -43,8 +43,10 @@ def spread_time_scales(
         raise ValueError(
             f"expected the bias as a tensor of floats of shape (channels,), got {got}: give that of the forget gates"
         )
-    taus = torch.logspace(math.log10(shortest), math.log10(longest), bias.numel(), dtype=torch.float64)
+    # Not on the default device: the bias may be elsewhere.
+    ends = math.log10(shortest), math.log10(longest)
+    taus = torch.logspace(*ends, bias.numel(), dtype=torch.float64, device="cpu")
     if shuffle:
-        taus = taus[torch.randperm(len(taus))]
+        taus = taus[torch.randperm(len(taus), device="cpu")]
     # log f - log(1 - f), with all digits where f is close to one.
     return bias.copy_(-1 / taus - torch.expm1(-1 / taus).neg().log())

@@ -1,5 +1,7 @@
 """Tokens as vectors, and the dropout that goes with them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 
 from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
-from legato.layers._base import checked_lengths, zero_padding
+from legato.layers._base import checked_lengths, whole, zero_padding
 
 
 class Embedding(nn.Module):
@@ -16,8 +18,9 @@ class Embedding(nn.Module):
     Args:
         size: tokens in the vocabulary.
         channels: of a vector.
-        vectors: E at first, (size, channels), such as pre-trained word vectors; None draws it from a normal
-            distribution of variance 1 / channels.
+        vectors: initial E, (size, channels), such as pre-trained word vectors; None draws it from a normal
+            distribution of variance 1 / channels. They cannot be drawn: ``reset_parameters`` leaves E as it is, unless
+            it was built on the meta device, where the vectors are held until E can hold them.
         trainable: learn E; False keeps the vectors as they are given.
         padding: the token whose vector stays zero; None is none.
         dropout: share of the vocabulary whose vectors are zero in a training pass, 0 to below 1; the others grow by
@@ -66,14 +69,25 @@ class Embedding(nn.Module):
                 "row for every token, and the vectors' own width as channels"
             )
         weight = torch.empty(size, channels, device=device, dtype=dtype)
-        with torch.no_grad():
-            if vectors is None:
-                weight.normal_(std=channels**-0.5)
-            else:
-                weight.copy_(torch.as_tensor(vectors))
-            if padding is not None:
-                weight[padding] = 0
         self.weight = nn.Parameter(weight, requires_grad=bool(trainable))
+        self._draws = vectors is None
+        self._vectors = None if vectors is None else torch.as_tensor(vectors, device=_device_of(vectors))
+        self.reset_parameters()
+        if not weight.is_meta:
+            self._vectors = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw E anew, with zeros for the padding; see ``vectors`` where they were given."""
+        if not self._draws and self._vectors is None:
+            return
+        with whole(self.weight) as weight:
+            if self._vectors is None:
+                weight.normal_(std=self.channels**-0.5)
+            else:
+                weight.copy_(self._vectors)
+            if self.padding is not None:
+                weight[self.padding] = 0
 
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
         """The vectors of these tokens."""
@@ -146,6 +160,11 @@ class LockedDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def _device_of(vectors: Any) -> torch.device:
+    """That of a tensor, the CPU of an array: not the default device."""
+    return vectors.device if isinstance(vectors, Tensor) else torch.device("cpu")
 
 
 def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:

@@ -86,15 +86,24 @@ class LanguageModel(nn.Module):
             layers = [layers(size) for _ in range(positive_int(blocks, "blocks"))]
         _check_layers(layers, size, dense)
         self.embedding = embedding
-        self.into = nn.Linear(width, size) if width != size else nn.Identity()
+        where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
+        self.into = nn.Linear(width, size, **where) if width != size else nn.Identity()
         highways = whole_number(highways, "highways")
-        rows = {"highways": highways, "activation": activation, "gate_bias": gate_bias}
+        rows = {"highways": highways, "activation": activation, "gate_bias": gate_bias, **where}
         self.blocks = nn.ModuleList(_Block(layer, size, dense, **rows) for layer in layers)
-        self.depths = nn.Parameter(torch.full((len(layers) + 1,), 1 / (len(layers) + 1)))  # w
+        self.depths = nn.Parameter(torch.empty(len(layers) + 1, **where))  # w
         top = highways if top_highways is None else whole_number(top_highways, "top_highways")
-        self.top = nn.Sequential(*(Highway(size, activation=activation, gate_bias=gate_bias) for _ in range(top)))
+        options = {"activation": activation, "gate_bias": gate_bias, **where}
+        self.top = nn.Sequential(*(Highway(size, **options) for _ in range(top)))
         self.dropout = LockedDropout(dropout)
-        self.output = _output(embedding, size, tied, cutoffs)
+        self.tied = bool(tied)
+        self.output = _output(embedding, size, self.tied, cutoffs)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set w to the mean of all depths; the parts have a ``reset_parameters`` of their own."""
+        self.depths.fill_(1 / len(self.depths))
 
     def forward(
         self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
@@ -110,7 +119,7 @@ class LanguageModel(nn.Module):
             ValueError: a token outside the vocabulary, a state of another network, lengths beyond T.
         """
         features, state = self.features(tokens, state, lengths=lengths)
-        log_p = self.output.log_prob(features.flatten(0, 1)).unflatten(0, tokens.shape)
+        log_p = self.output(features.flatten(0, 1)).unflatten(0, tokens.shape)
         return (log_p if lengths is None else zero_padding(log_p, lengths)), state
 
     def features(
@@ -180,7 +189,7 @@ class LanguageModel(nn.Module):
             h, new = block.step(h, old)  # pyright: ignore[reportCallIssue]
             total = total + weight * h
             states.append(new)
-        return self.output.log_prob(self.top(total)), tuple(states)
+        return self.output(self.top(total)), tuple(states)
 
     def initial_state(self, batch_size: int, **options: Any) -> tuple[Any, ...]:
         """The state before a text: that of every layer."""
@@ -217,7 +226,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"expected temperature of at least 0, got {temperature}: 0 takes the most probable token")
         with evaluating(self):
             features, state = self.features(prompt)
-            log_p, drawn = self.output.log_prob(features[:, -1]), []
+            log_p, drawn = self.output(features[:, -1]), []
             for number in range(steps):
                 if number:
                     log_p, state = self.step(drawn[-1], state)
@@ -242,6 +251,12 @@ class LanguageModel(nn.Module):
                     layer.calibrate(h)
                 h, _ = block(h, None, None)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.tied:  # leaving the meta device makes two parameters of one
+            self.output.weight = self.embedding.weight
+        return self
+
     def _states(self, state: Any) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
@@ -264,14 +279,22 @@ class LanguageModel(nn.Module):
 class _Block(nn.Module):
     """h' = highways(f(W layer(h) + b)); without ``dense`` highways(layer(h))."""
 
-    def __init__(self, layer: RecurrentLayer, size: int, dense: bool, highways: int, activation: Any, gate_bias: float):
+    def __init__(
+        self,
+        layer: RecurrentLayer,
+        size: int,
+        dense: bool,
+        highways: int,
+        activation: Any,
+        gate_bias: float,
+        **where: Any,
+    ):
         super().__init__()
         self.layer = layer
-        self.dense = nn.Linear(_width(layer), size) if dense else None
+        self.dense = nn.Linear(_width(layer), size, **where) if dense else None
         self.activation = activation
-        self.highways = nn.Sequential(
-            *(Highway(size, activation=activation, gate_bias=gate_bias) for _ in range(highways))
-        )
+        options = {"activation": activation, "gate_bias": gate_bias, **where}
+        self.highways = nn.Sequential(*(Highway(size, **options) for _ in range(highways)))
 
     def forward(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         output, state = self.layer(x, state, lengths=lengths)
@@ -291,16 +314,28 @@ class _Block(nn.Module):
 class _Softmax(nn.Module):
     """Plain softmax over V y + b; V is the embedding's where ``tied``."""
 
-    def __init__(self, vocabulary: int, size: int, tied: Embedding | None):
+    def __init__(self, embedding: Embedding, size: int, tied: bool):
         super().__init__()
-        width = size if tied is None else tied.channels
-        self.into = nn.Linear(size, width) if width != size else nn.Identity()
-        weight = torch.empty(vocabulary, width).uniform_(-(width**-0.5), width**-0.5)
-        self.weight = nn.Parameter(weight) if tied is None else tied.weight
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
+        width = embedding.channels if tied else size
+        self.into = nn.Linear(size, width, **where) if width != size else nn.Identity()
+        self.tied = tied
+        self.weight = embedding.weight if tied else nn.Parameter(torch.empty(embedding.size, width, **where))
+        self.bias = nn.Parameter(torch.empty(embedding.size, **where))
+        self.reset_parameters()
 
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """log p of the targets."""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw V anew, unless it is the embedding's, and set b to zero."""
+        if not self.tied:
+            bound = self.weight.shape[1] ** -0.5
+            self.weight.uniform_(-bound, bound)
+        self.bias.zero_()
+
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+        """log p of the targets, or of all tokens."""
+        if targets is None:
+            return self.log_prob(features)
         # No target is ignored: torch's own -100 would count as one of probability 1.
         options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
         return -F.cross_entropy(self._scores(features).to(_wide(features)), targets.to(torch.int64), **options)
@@ -316,8 +351,12 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
     """Adaptive softmax (Grave et al. 2017): rarer clusters of tokens are read from fewer channels. The weights are
     torch's; its passes mix dtypes under autocast, so they stand here."""
 
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """log p of the targets."""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, features: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        """log p of the targets, or of all tokens."""
+        if targets is None:
+            return self.log_prob(features)
         targets = targets.to(torch.int64)
         head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
         # What is no token is left for gather to refuse, on a GPU too.
@@ -344,7 +383,7 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
 def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
     vocabulary = embedding.size
     if len(cutoffs) == 0:
-        return _Softmax(vocabulary, size, embedding if tied else None)
+        return _Softmax(embedding, size, tied)
     if tied:
         raise ValueError("adaptive softmax has a matrix a cluster, so it cannot be tied: leave tied or cutoffs out")
     cutoffs = [positive_int(cutoff, "each of cutoffs") for cutoff in cutoffs]
@@ -355,7 +394,8 @@ def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int])
         )
     # Each cluster is read from a quarter of the channels of the one before, as in the paper, but never from none.
     narrower = next(n for n in (4.0, 2.0, 1.0) if size >= n ** len(cutoffs))
-    return _AdaptiveSoftmax(size, vocabulary, cutoffs, div_value=narrower, head_bias=True)
+    where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
+    return _AdaptiveSoftmax(size, vocabulary, cutoffs, div_value=narrower, head_bias=True, **where)
 
 
 def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> None:

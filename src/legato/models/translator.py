@@ -116,9 +116,22 @@ class Translator(nn.Module):
         self.query = nn.Linear(d, h, bias=False, **where)  # W_a
         self.combine = nn.Linear(h + d, y, **where)  # W_c, b_c
         self.head = nn.Linear(y, self.words, **where)  # W, b
+        self.tied = bool(tied)
+        self._tie()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set b to zero; the parts have a ``reset_parameters`` of their own, which draws it, and are reset first."""
         nn.init.zeros_(self.head.bias)
-        if tied:
-            self.head.weight = cast(nn.Parameter, target.weight)
+
+    def _tie(self) -> None:
+        if self.tied:
+            self.head.weight = cast(nn.Parameter, self.target.weight)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._tie()  # leaving the meta device makes two parameters of one
+        return self
 
     def forward(
         self,

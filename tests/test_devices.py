@@ -1,0 +1,380 @@
+"""What is made inside a call is on the device of what was given, and modules start from the meta device."""
+
+import copy
+
+import draws
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils import _pytree as pytree
+
+import legato
+from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
+from legato.layers._base import RecurrentLayer
+from legato.models import Embedding, LanguageModel, PairClassifier, SequenceClassifier, SequenceRegressor, Translator
+from legato.ops.lti import METHODS
+
+tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])
+
+
+def language_model(**options):
+    return LanguageModel(Embedding(27, 8), lambda size: SRU(size, size), blocks=2, highways=1, **options)
+
+
+def translator(**options):
+    encoder = Bidirectional(SRU(8, 4), SRU(8, 4))
+    return Translator(encoder, SRU(8, 8), Embedding(27, 8), Embedding(27, 8), **options)
+
+
+def bag():
+    return SequenceClassifier(LegendreMemory(8, 1, 9.0, return_sequences=False), nn.Linear(8, 2), Embedding(27, 8))
+
+
+MODELS = {
+    "classifier": lambda: SequenceClassifier(SRU(8, 6), nn.Linear(6, 2), Embedding(27, 8, dropout=0.1)),
+    "regressor": lambda: SequenceRegressor(LMU(8, 6, order=2, theta=4.0), nn.Linear(6, 2), Embedding(27, 8)),
+    "bag of words": bag,
+    "pair": lambda: PairClassifier(LRU(8, 6), nn.Linear(24, 2), Embedding(27, 8)),
+    "language model": language_model,
+    "tied": lambda: language_model(tied=True),
+    "adaptive softmax": lambda: language_model(cutoffs=(5, 9), channels=6),
+    "translator": translator,
+    "tied translator": lambda: translator(tied=True),
+}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def calls(model):
+    """All that a model does, each as a function."""
+    if isinstance(model, Translator):
+        yield lambda: model.loss(tokens, tokens, lengths, lengths)
+        yield lambda: model.loss(tokens, tokens)
+        yield lambda: model.greedy(tokens, lengths, longest=3)
+        yield lambda: model.beam(tokens, width=2, longest=3)
+    elif isinstance(model, PairClassifier):
+        yield lambda: model(tokens, tokens, lengths=(lengths, None))
+    else:
+        yield lambda: model(tokens)
+        yield lambda: model(tokens, lengths=lengths)
+        yield lambda: model.step(tokens[:, 0], model.initial_state(2))
+    if isinstance(model, LanguageModel):
+        yield lambda: model.loss(tokens, tokens, lengths=lengths)
+        yield lambda: model.generate(tokens, 2, temperature=0)
+        yield lambda: model.calibrate(tokens)
+
+
+@pytest.fixture
+def elsewhere():
+    """A default device on which nothing can be computed, and a default dtype that nothing here has."""
+    yield lambda: (torch.set_default_device("meta"), torch.set_default_dtype(torch.float16))
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@every_layer
+@pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
+def test_a_layer_ignores_the_default_device(case, condition, elsewhere):
+    def run():
+        layer = build_(case)
+        x, state, lengths, reset = given
+        results = [layer(x, state, lengths=lengths, reset=reset), layer(x), layer(x[:, :0]), layer.initial_state(2)]
+        if not layer.bidirectional:
+            results.append(layer.step(x[:, 0], state))
+        sum(part.sum() for part in pytree.tree_leaves(results)).backward()
+        return results
+
+    layer = build(case, torch.float32)
+    build_ = lambda case: copy.deepcopy(layer)  # noqa: E731
+    given = inputs(layer, condition, dtype=torch.float32)
+    expected = run()
+    elsewhere()
+    for a, b in zip(pytree.tree_leaves(run()), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_model
+def test_a_model_ignores_the_default_device(make, elsewhere):
+    draws.seed(0)
+    model = make().eval()
+    expected = [call() for call in calls(model)]
+    elsewhere()
+    for a, b in zip(pytree.tree_leaves([call() for call in calls(model)]), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@every_model
+def test_training_a_model_ignores_the_default_device(make, elsewhere):
+    model = make().train()
+    call = next(calls(model))
+    elsewhere()
+    sum(part.sum() for part in pytree.tree_leaves(call()) if part.is_floating_point()).backward()
+    assert all(p.grad is None or not p.grad.is_meta for p in model.parameters())
+
+
+def test_a_model_is_built_where_its_embedding_is(elsewhere):
+    """Its other parts have the device and dtype of the vectors, not the defaults."""
+    where = {"device": "cpu", "dtype": torch.float64}
+    elsewhere()
+    embedding = Embedding(27, 8, **where)
+    for options in ({}, {"channels": 6}, {"tied": True, "channels": 6}, {"cutoffs": (5, 9)}):
+        model = LanguageModel(embedding, lambda size: GILR(size, size, **where), blocks=1, **options)
+        assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
+    model = Translator(GILR(8, 4, **where), GILR(8, 4, **where), embedding, embedding)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
+
+
+BUILT = {
+    "LRU": lambda **where: LRU(3, 4, **where),
+    "LMU": lambda **where: LMU(3, 4, order=3, theta=6.0, **where),
+    "trained theta": lambda **where: LegendreMemory(3, 4, [6.0, 7.0, 8.0], trainable_theta=True, **where),
+    "Euler": lambda **where: LegendreMemory(3, 2, 60.0, discretizer="euler", **where),
+    "Highway": lambda **where: Highway(3, **where),
+    "vectors": lambda **where: Embedding(3, 2, vectors=np.ones((3, 2)), **where),
+    "Embedding": lambda **where: Embedding(3, 2, **where),
+}
+
+
+@pytest.mark.parametrize("make", BUILT.values(), ids=BUILT)
+def test_what_is_built_on_a_device_ignores_the_default_one(make, elsewhere):
+    draws.seed(0)
+    expected = make(device="cpu", dtype=torch.float32).state_dict()
+    elsewhere()
+    draws.seed(0)
+    for name, value in make(device="cpu", dtype=torch.float32).state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+def test_functions_ignore_the_default_device(elsewhere):
+    decay, x, h = torch.rand(4), torch.randn(2, 50, 4), torch.randn(2, 4)
+    A, B = legato.delay_network(3, 6.0)
+    u, reset = torch.randn(2, 50, 4), torch.rand(2, 50) < 0.1
+
+    def run():
+        draws.seed(0)
+        results = [legato.matrix_recurrence(torch.eye(4, device="cpu"), x, h, reset=reset)]
+        for backend in ("reference", "torch", "numba"):
+            results.append(legato.linear_recurrence(decay, x, h, backend=backend, reset=reset))
+        results += [legato.lti(u, A, B, method=method) for method in METHODS]
+        results += [legato.lti(u, A, B, last_only=True), legato.lti(u, A, B, reset=reset)]
+        results.append(legato.delay_network(3, torch.tensor([6.0, 9.0], device="cpu", dtype=torch.float32)))
+        results.append(legato.spread_time_scales(torch.empty(5, device="cpu", dtype=torch.float32), 1, 9, shuffle=True))
+        return results
+
+    expected = run()
+    elsewhere()
+    for a, b in zip(pytree.tree_leaves(run()), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_factories_use_the_default_device(elsewhere):
+    """As torch's own do."""
+    elsewhere()
+    A, B = legato.delay_network(3, 6.0)
+    assert A.is_meta
+    assert B.is_meta
+    assert legato.window_decoder(3, 2).is_meta
+
+
+def start(model, *, parents_first):
+    """Deferred initialisation: from the meta device, through memory that holds anything, by reset_parameters."""
+    model.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    modules = list(model.modules()) if parents_first else list(model.modules())[::-1]
+    for module in modules:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        else:  # nothing of its own is left without a start
+            assert not [p for p in module.parameters(recurse=False) if p.numel()]
+            assert not [b for b in module.buffers(recurse=False) if b.numel()]
+    return model
+
+
+def alike(found, expected):
+    """Equal where nothing is drawn; drawn numbers from distributions of one size."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        other = expected[name]
+        assert not value.isnan().any(), name
+        if other.numel() and (other == other.flatten()[0]).all():
+            assert torch.equal(value, other), name
+        elif other.numel() > 1000:
+            assert 0.8 < value.double().std() / other.double().std() < 1.25, name
+
+
+@pytest.mark.parametrize("parents_first", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_a_layer_starts_from_the_meta_device(case, parents_first):
+    layer = build(case)
+    found = start(layer, parents_first=parents_first)
+    assert not [name for name, value in found.state_dict().items() if value.isnan().any()]
+    x = torch.randn(BATCH, STEPS, layer.input_size, dtype=torch.float64)
+    assert all(part.isfinite().all() for part in flat(found(x)))
+
+
+@pytest.mark.parametrize("parents_first", [True, False])
+@every_model
+def test_a_model_starts_from_the_meta_device(make, parents_first):
+    model = make()
+    start(model, parents_first=parents_first)
+    assert not [name for name, value in model.state_dict().items() if value.isnan().any()]
+    for call in calls(model.eval()):
+        call()
+
+
+LARGE = {
+    "GILR": lambda: GILR(40, 50),
+    "SRU": lambda: SRU(40, 50),
+    "QRNN": lambda: legato.QRNN(40, 50),
+    "MinGRU": lambda: legato.MinGRU(40, 50),
+    "MinLSTM": lambda: legato.MinLSTM(40, 50),
+    "GILRLSTM": lambda: legato.GILRLSTM(40, 50),
+    "LRU": lambda: LRU(40, 50),
+    "Highway": lambda: Highway(40),
+    "LMU": lambda: LMU(40, 50, memory_size=30, order=5, theta=9.0),
+    "Embedding": lambda: Embedding(40, 50),
+    "language model": lambda: LanguageModel(Embedding(40, 50), lambda size: GILR(size, size), blocks=2),
+    "translator": lambda: Translator(GILR(50, 50), GILR(50, 50), Embedding(40, 50), Embedding(40, 50)),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+def test_what_starts_from_the_meta_device_is_as_built(make):
+    """Children before parents, as ``Module.apply`` goes: a parent may draw its children in a way of its own."""
+    draws.seed(0)
+    alike(start(make(), parents_first=False).state_dict(), make().state_dict())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("as_array", [True, False])
+def test_given_vectors_survive_the_meta_device(trainable, as_array):
+    vectors = torch.randn(9, 4)
+    given = vectors.numpy() if as_array else vectors
+    embedding = Embedding(9, 4, vectors=given, trainable=trainable, device="meta")
+    start(embedding, parents_first=True)
+    vectors = vectors.index_fill(0, torch.tensor([0]), 0)
+    assert torch.equal(embedding.weight, vectors)
+    assert embedding.weight.requires_grad == trainable
+    assert torch.equal(start(copy.deepcopy(embedding), parents_first=True).weight, vectors)
+    built = Embedding(9, 4, vectors=given)
+    built.reset_parameters()
+    assert torch.equal(built.weight, vectors)
+
+
+@pytest.mark.parametrize("make", [MODELS["tied"], MODELS["tied translator"]])
+def test_tied_weights_stay_one_parameter(make):
+    inside = nn.Sequential(make())  # as in a task
+    for model in (inside.to("meta").to_empty(device="cpu"), copy.deepcopy(inside), inside.double()):
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        assert len(names) == len(list(model.parameters())) + 1
+
+
+def replica(model):
+    """As nn.DataParallel makes one: a copy of each module, with tensors in the place of its parameters."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, other in copies.items():
+        for name, child in module._modules.items():
+            other._modules[name] = None if child is None else copies[child]
+        other._former_parameters = {}
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                other._parameters[name] = None
+            else:
+                tensor = parameter.detach().clone().requires_grad_()
+                setattr(other, name, tensor)
+                other._former_parameters[name] = tensor
+        for name, buffer in module._buffers.items():
+            other._buffers[name] = None if buffer is None else buffer.clone()
+    return copies[model]
+
+
+def spoiled(model):
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(torch.nan)
+    return model
+
+
+@every_layer
+def test_replicas_of_a_layer_compute_with_their_own_tensors(case):
+    layer = build(case)
+    x, state, lengths, reset = inputs(layer, "lengths and resets")
+    expected = flat(layer(x, state, lengths=lengths, reset=reset))
+    first, second = replica(layer), replica(layer)
+    spoiled(layer)
+    for other in (first, second, first):
+        for a, b in zip(flat(other(x, state, lengths=lengths, reset=reset)), expected, strict=True):
+            assert torch.equal(a, b)
+        if not layer.bidirectional:
+            assert all(part.isfinite().all() for part in flat(other.step(x[:, 0], other.initial_state(BATCH))))
+
+
+@every_model
+def test_replicas_of_a_model_compute_with_their_own_tensors(make):
+    model = make().eval()
+    expected = [call() for call in list(calls(model))[:2]]
+    other = replica(model)
+    spoiled(model)
+    found = [call() for call in list(calls(other))[:2]]
+    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_layer
+def test_a_shallow_copy_computes_the_same(case):
+    layer = build(case)
+    x, state, _, _ = inputs(layer)
+    for a, b in zip(flat(copy.copy(layer)(x, state)), flat(layer(x, state)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_sharded_model_starts_and_trains(make, dtype, one_process):
+    with torch.device("meta"):
+        model = make().train()
+    for name in ("layer", "encoder", "decoder"):  # sharded apart from the rest, as layers of large networks are
+        if hasattr(model, name) and list(getattr(model, name).parameters()):
+            fully_shard(getattr(model, name), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    start(model, parents_first=True)
+    if isinstance(model, Translator):
+        output = model(tokens, tokens, lengths, lengths)  # loss() is no forward(), which FSDP waits for
+    elif isinstance(model, PairClassifier):
+        output = model(tokens, tokens)
+    else:
+        output = model(tokens, lengths=lengths)[0]
+    output.float().sum().backward()
+    assert output.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_layers_sharded_inside_a_layer_take_narrow_inputs(one_process):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for layer in (
+        Bidirectional(GILR(3, 4), SRU(3, 4)),
+        legato.Stack(GILR(3, 4), LRU(4, 4)),
+        legato.LinearSurrogate(nn.LSTMCell(3, 4), GILR(3, 4)),
+        legato.Stack(GILR(3, 4), legato.LinearRNN(4, 4, lambda x: (torch.full_like(x, 0.5), x))),
+    ):
+        for part in layer.modules():
+            if isinstance(part, RecurrentLayer) and part is not layer and list(part.parameters()):
+                fully_shard(part, mp_policy=policy)
+        fully_shard(layer, mp_policy=policy)
+        output, state = layer(torch.randn(2, 9, 3), lengths=torch.tensor([9, 4]))
+        output.float().sum().backward()
+        assert all(part.dtype == torch.float32 for part in pytree.tree_leaves(state))
