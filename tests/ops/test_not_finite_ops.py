@@ -216,7 +216,7 @@ def test_a_spoiled_decay_acts_as_in_the_loop(reverse, backend, value, short_chun
 @every_value
 @pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_decay_of_the_first_step_touches_no_gradient_but_of_the_state(reverse, backend, value):
+def test_the_first_decay_touches_the_state_gradient_alone(reverse, backend, value):
     decay, x, state = torch.rand(BATCH, 9, 3), torch.randn(BATCH, 9, 3), torch.randn(BATCH, 3)
     (clean,) = gradient_of_the_impulse(decay, x, state, reverse, backend)
     decay[ROW, -1 if reverse else 0, 1] = value

@@ -178,7 +178,7 @@ class RecurrentLayer(nn.Module):
     # The checks.
 
     def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
-        """Returns lengths in int64 on x's device: whoever computes with them needs these."""
+        """Returns lengths in int64 on x's device: these are what computations need."""
         self._check_input(x, "(B, T, input_size)", 3)
         return self._check_options(x, state, lengths, reset)
 
