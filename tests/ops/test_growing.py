@@ -10,6 +10,8 @@ import torch
 
 import legato
 from legato.ops.lti import METHODS, apply, lti, prepare
+from legato.ops.matrix import matrix_recurrence
+from legato.ops.recurrence import linear_recurrence
 
 GROWTH = 1.3
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -136,3 +138,78 @@ def test_explain_says_that_powers_overflow():
     assert "lti: chunked (the powers of A overflow in 'fft')" in legato.explain()
     lti(u, torch.tensor([[20.0]]), torch.ones(1))
     assert "lti: sequential (the powers of A overflow in 'chunked')" in legato.explain()
+
+
+def sudden(dtype, channels=1):
+    """Few steps, for growth that overflows within a chunk."""
+    x = torch.zeros(2, 60, channels, dtype=dtype)
+    x[:, -2:] = 1
+    return x
+
+
+def results(run, transition, x, reverse, exact):
+    """States, the final state, and the gradients of a sum that neither they nor it overflow."""
+    transition, x = transition.clone().requires_grad_(), (x.flip(1) if reverse else x).clone().requires_grad_()
+    states, final = run(transition, x)
+    early = states[:, -2:] if reverse else states[:, :2]
+    loss = early.sum() + (x.detach().abs().max() * final.sum() if exact else 0)
+    return states, final, *torch.autograd.grad(loss, [transition, x])
+
+
+def assert_is_loop(found, expected, rtol):
+    for got, want in zip(found, expected, strict=True):
+        finite = want.isfinite()
+        assert torch.equal(got.isfinite(), finite)
+        assert_equal(got[finite], want[finite], rtol)
+
+
+@every_dtype
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("inputs", "growth"), [(late_ones, GROWTH), (tiny, GROWTH), (sudden, 1e15)])
+def test_a_matrix_recurrence_is_the_loop(inputs, growth, reverse, per_step, dtype):
+    x = inputs(dtype, 2)
+    A = system(2)[0].to(dtype) * (growth / GROWTH)
+    A = A.expand(2, x.shape[1], 2, 2) if per_step else A
+
+    def loop(A, x):
+        h, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1])[:: -1 if reverse else 1]:
+            h = (h.unsqueeze(1) @ (A[:, t] if per_step else A).mT).squeeze(1) + x[:, t]
+            states.append(h)
+        return torch.stack(states[:: -1 if reverse else 1], 1), h
+
+    exact = inputs is tiny
+    found = results(lambda A, x: matrix_recurrence(A, x, reverse=reverse), A, x, reverse, exact)
+    assert_is_loop(found, results(loop, A, x, reverse, exact), 2 * bound(x))
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "inputs", "growth"),
+    [(backend, sudden, 1e15) for backend in ("torch", "numba", "triton")]
+    + [(backend, inputs, GROWTH) for backend in ("torch", "numba") for inputs in (late_ones, tiny)],
+)
+def test_growing_decays_are_the_loop(backend, inputs, growth, reverse, per_step, short_chunks):
+    x = inputs(torch.float32, 2)
+    decay = torch.full((2, x.shape[1], 2) if per_step else (2,), growth)
+    found, expected = (
+        results(
+            lambda decay, x, name=name: linear_recurrence(decay, x, reverse=reverse, backend=name),
+            decay, x, reverse, inputs is tiny,
+        )
+        for name in (backend, "reference")
+    )  # fmt: skip
+    assert_is_loop(found, expected, 2 * bound(x))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba", "triton"])
+def test_a_state_returns_from_products_of_decays_that_underflow(backend, short_chunks):
+    decay = torch.ones(1, 100, 1)
+    decay[:, 50:52], decay[:, 60:62] = 1e-30, 1e30
+    state = torch.full((1, 1), 1e30)
+    found = linear_recurrence(decay, torch.zeros(1, 100, 1), state, backend=backend)
+    expected = linear_recurrence(decay, torch.zeros(1, 100, 1), state, backend="reference")
+    for got, want in zip(found, expected, strict=True):
+        assert_equal(got, want, 100 * torch.finfo(torch.float32).eps)
