@@ -1,19 +1,33 @@
 import os
 
+import draws
 import pytest
 import torch
+from hypothesis import settings
 
+# The same random cases in every run, but for `make fuzz`.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", max_examples=500, deadline=None)
+settings.load_profile("fixed")
 # Triton kernels run on CPU tensors where there is no GPU; the variable must be set before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Workers of the test run share the cores.
-torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of all random draws of the tests (default: 0)")
+    parser.addoption("--threads", type=int, default=1, help="of PyTorch, for each worker of the run (default: 1)")
+
+
+def pytest_configure(config):
+    draws.run = config.getoption("--seed")
+    torch.set_num_threads(config.getoption("--threads"))
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed_and_nan_in_new_memory():
     """Every torch.empty is filled with NaN, so that an output that a kernel forgot to write is found."""
-    torch.manual_seed(0)
+    draws.seed()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -12,23 +12,33 @@ ROOT = Path(legato.__file__).parent
 RULES = {
     "legato._shapes": (),
     "legato._autocast": ("legato._shapes",),
+    "legato._checks": ("legato._shapes",),
     "legato._choices": (),
+    "legato._modes": (),
     "legato._values": ("legato._shapes",),
-    "legato.legendre": ("legato._shapes",),
+    "legato.legendre": ("legato._shapes", "legato._checks"),
     "legato.ops.kernels": ("legato._shapes",),
-    "legato.ops": ("legato.ops.kernels", "legato._shapes", "legato._choices", "legato._autocast", "legato._values"),
-    "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes", "legato._autocast"),
-    "legato.models": ("legato.layers", "legato._shapes"),
+    "legato.ops": (
+        "legato.ops.kernels",
+        "legato._shapes",
+        "legato._checks",
+        "legato._choices",
+        "legato._autocast",
+        "legato._values",
+    ),
+    "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes", "legato._checks", "legato._autocast"),
+    "legato.models": ("legato.layers", "legato._shapes", "legato._checks", "legato._modes"),
     "legato.experiments": ("legato",),
     "legato.cli": ("legato.experiments", "legato"),
     "legato": ("legato._choices", "legato.layers", "legato.legendre", "legato.ops"),
 }
 FORBIDDEN = {"legato.layers": ("legato.ops.kernels",)}
 KERNELS = "legato.ops.kernels"
-# How compiled tasks reach torch's threads is one module, shared by the two that have something to compile.
-THREADS = f"{KERNELS}.numba_threads"
+# Two modules are shared by those that have something to compile with Numba: how it is compiled and
+# cached, and how its tasks reach torch's threads.
+SHARED = (f"{KERNELS}.numba_cache", f"{KERNELS}.numba_threads")
 OWN_PACKAGE_ONLY_IN = {
-    "numba": (THREADS, f"{KERNELS}.numba_cpu", f"{KERNELS}.gated_cpu"),
+    "numba": (*SHARED, f"{KERNELS}.numba_cpu", f"{KERNELS}.gated_cpu"),
     "triton": (f"{KERNELS}.triton_gpu",),
 }
 
@@ -68,4 +78,6 @@ def test_a_module_imports_only_what_its_layer_may(module, path):
 def test_kernels_never_import_each_other():
     for module, path in modules():
         if within(module, KERNELS):
-            assert not [n for n in imported(path) if within(n, "legato.ops") and not within(n, THREADS)], module
+            shared = [n for n in imported(path) if any(within(n, s) for s in SHARED)]
+            others = [n for n in imported(path) if within(n, "legato.ops") and n not in shared]
+            assert not others, module

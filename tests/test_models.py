@@ -1,5 +1,8 @@
 """Whole networks keep the layers' contract."""
 
+import copy
+
+import bounds
 import pytest
 import torch
 from torch import nn
@@ -15,13 +18,12 @@ def layers(last: bool = True):
 def test_a_stack_streams_what_it_computes_at_once():
     model = SequenceRegressor(Stack(*layers()), nn.Linear(4, 1))
     x = torch.randn(3, 12, 2)
-    at_once, final = model(x)
     state, outputs = model.initial_state(3), []
     for x_t in x.unbind(1):
         y_t, state = model.step(x_t, state)
         outputs.append(y_t)
-    torch.testing.assert_close(torch.stack(outputs, 1), at_once)
-    torch.testing.assert_close(state, final)
+    # Sums of at most 16 products a step.
+    bounds.assert_agrees((torch.stack(outputs, 1), state), copy.deepcopy(model).double(), x, terms=16 * 12)
 
 
 def test_a_stack_classifies_by_its_last_output():
@@ -44,16 +46,21 @@ def test_a_classifier_takes_the_last_output_of_any_layer(layer):
     model = SequenceClassifier(layer, nn.Linear(3 * layer.order, 2), Embedding(11, 3))
     tokens = torch.randint(1, 11, (3, 12))
     scores, state = model(tokens, lengths=torch.tensor([12, 5, 0]))
+    wide = copy.deepcopy(model).double()
+
+    def agrees(found, run, *tensors):
+        bounds.assert_agrees(found, run, *tensors, terms=16 * 12)
+
     for row, length in ((0, 12), (1, 5)):
-        alone, after = model(tokens[row : row + 1, :length])
-        torch.testing.assert_close(scores[row], alone[0])
-        torch.testing.assert_close(state.memory[row], after.memory[0])
-    torch.testing.assert_close(scores[2], model.head(torch.zeros(3 * layer.order)))
+        alone = slice(row, row + 1)
+        agrees((scores[alone], state.memory[alone]), lambda x: (wide(x)[0], wide(x)[1].memory), tokens[alone, :length])
+    nothing = torch.zeros(1, 3 * layer.order)
+    agrees(scores[2:], wide.head, nothing)
     streamed = model.initial_state(1)
     for token in tokens[0]:
         score, streamed = model.step(token[None], streamed)
-    torch.testing.assert_close(score, scores[:1])
-    torch.testing.assert_close(model(tokens[:1, :0])[0], scores[2:])
+    agrees(score, lambda x: wide(x)[0], tokens[:1])
+    agrees(model(tokens[:1, :0])[0], wide.head, nothing)
 
 
 @pytest.mark.parametrize("layer", [LegendreMemory(4, 1, 9.0, return_sequences=False), GILR(4, 4)])
@@ -61,9 +68,14 @@ def test_a_pair_is_compared_by_its_last_outputs(layer):
     model = PairClassifier(layer, nn.Linear(16, 3), Embedding(11, 4))
     first, second = torch.randint(1, 11, (2, 8)), torch.randint(1, 11, (2, 5))
     scores = model(first, second, lengths=(torch.tensor([8, 3]), None))
-    m1, m2 = (SequenceClassifier(layer, nn.Identity(), model.embedding)(x)[0] for x in (first[1:, :3], second[1:]))
-    expected = model.head(torch.cat([m1, m2, (m1 - m2).abs(), m1 * m2], 1))
-    torch.testing.assert_close(scores[1:], expected)
+    wide = copy.deepcopy(model).double()
+
+    def of_row(first, second):
+        classifier = SequenceClassifier(wide.layer, nn.Identity(), wide.embedding)
+        m1, m2 = (classifier(x)[0] for x in (first, second))
+        return wide.head(torch.cat([m1, m2, (m1 - m2).abs(), m1 * m2], 1))
+
+    bounds.assert_agrees(scores[1:], of_row, first[1:, :3], second[1:], terms=16 * 8)
     assert sum(p.numel() for p in model.parameters()) == 51 + 44 + sum(p.numel() for p in layer.parameters())
 
 
@@ -74,14 +86,15 @@ def test_a_bag_of_words_is_the_memory_of_order_one(lengths):
     model = SequenceClassifier(layer, nn.Linear(4, 2), Embedding(11, 4)).double()
     tokens = torch.randint(11, (3, 7))
     sources = [*model.parameters()]
-    scores, state = model(tokens, lengths=lengths)
-    found = [scores, state.memory, *torch.autograd.grad(scores.square().sum() + state.memory.sum(), sources)]
-    written_out = SequenceRegressor(layer, nn.Identity(), model.embedding)
-    output, state = written_out(tokens, lengths=lengths)
-    scores = model.head(output.flatten(1))
-    expected = [scores, state.memory, *torch.autograd.grad(scores.square().sum() + state.memory.sum(), sources)]
-    for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=32 * 7 * torch.finfo(torch.float64).eps * max(1, b.abs().max()))
+
+    def with_gradients(scores, state):
+        return [scores, state.memory, *torch.autograd.grad(scores.square().sum() + state.memory.sum(), sources)]
+
+    def written_out(tokens):
+        output, state = SequenceRegressor(layer, nn.Identity(), model.embedding)(tokens, lengths=lengths)
+        return with_gradients(model.head(output.flatten(1)), state)
+
+    bounds.assert_agrees(with_gradients(*model(tokens, lengths=lengths)), written_out, tokens, terms=32 * 7)
 
 
 def test_an_embedding_gives_the_vectors_it_was_given():

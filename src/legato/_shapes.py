@@ -5,7 +5,8 @@
 A signature reads ``impulse: Inexact[Tensor, "B T *channels"]``; the test run checks them (jaxtyping + beartype).
 """
 
-from jaxtyping import Bool, Complex, Float, Inexact, Int, Shaped
+from jaxtyping import Bool, Complex, Float, Inexact, Shaped
+from jaxtyping import Integer as Int  # signed or not
 from torch import Tensor
 
 __all__ = ["Bool", "Complex", "Float", "Inexact", "Int", "Shaped", "Tensor"]

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsers[level].set_defaults(_smoke(arguments[1]))
     try:
         chosen = parsers[level].parse_args(arguments[2:] if level else arguments)
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError, RecursionError) as error:
         print(f"legato: error: {_explain(str(error), arguments, parsers)}", file=sys.stderr)
         return 2
     try:
@@ -58,12 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(name: str, chosen: Any) -> int:
     from legato.experiments.recipes import recipe
     from legato.experiments.report import show
-    from legato.experiments.run import Options, configured, train
+    from legato.experiments.run import Options, configured, is_first, train
 
     which = recipe(name)
     values = chosen.as_dict()
     config = configured(which.config, {field.name: values[field.name] for field in fields(which.config)})
-    show(train(which, config, Options(**{field.name: values[field.name] for field in fields(Options)})))
+    results = train(which, config, Options(**{field.name: values[field.name] for field in fields(Options)}))
+    if is_first():
+        show(results)
     return 0
 
 
@@ -117,13 +119,21 @@ def _data(subcommand: str, given: Any) -> None:
 
 def _parsers() -> dict[str, Any]:
     """The parser of the whole command line under "", those of its commands under the one or two words of each."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from legato.experiments.benchmark import FEATURES, NETWORKS
     from legato.experiments.recipes import names, recipe
 
+    class Help(DefaultHelpFormatter):
+        """Types with a range are told as "int, 1 to 5"."""
+
+        def _expand_help(self, action: Any) -> str:
+            return re.sub(r"Annotated\[([\w\[\]]+), Range\((.*?)\)\]", r"\1 \2", super()._expand_help(action))
+
     def parser(usage: str, description: str) -> ArgumentParser:
-        return ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+        return ArgumentParser(
+            usage=usage, description=description, formatter_class=Help, exit_on_error=False, allow_abbrev=False
+        )
 
     root = ArgumentParser(
         prog="legato",
@@ -199,6 +209,8 @@ def _smoke(name: str) -> dict[str, Any]:
 
 def _add_options(parser: Any) -> None:
     """How and where a recipe is run; unlike its fields, these do not say what is learned."""
+    from legato.experiments.task import Accelerator, Precision
+
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options and fields, such as a run's config.yaml")
     add(
@@ -211,12 +223,17 @@ def _add_options(parser: Any) -> None:
     )
     add("--seed", type=int, default=0, help="one seed")
     add("--run-dir", type=Path | None, default=None, help="folder of the run; by default runs/RECIPE/TIME")
-    add("--resume", action="store_true", help="go on with the run in --run-dir, or with the newest of this recipe")
-    add("--overwrite", action="store_true", help="delete the run in --run-dir first")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --run-dir, or with the newest of this recipe; all else must be as it was, the "
+        "epochs too, because the learning rate follows from them",
+    )
+    add("--overwrite", action="store_true", help="delete the run in --run-dir first, unless it is still running")
     _add_data_dir(parser)
-    add("--accelerator", type=str, default="auto", help="auto, cpu, gpu, ... as Lightning has them")
+    add("--accelerator", type=Accelerator, default="auto", help="as Lightning has them")
     add("--devices", type=int, default=1, help="how many devices; torchrun's number of processes counts more")
-    add("--precision", type=str, default="32-true", help="32-true, bf16-mixed, 16-mixed or 64-true")
+    add("--precision", type=Precision, default="32-true", help="of the arithmetic, as Lightning has them")
 
 
 def _add_data(commands: Any, parser: Any) -> dict[str, Any]:

@@ -10,25 +10,29 @@ from functools import lru_cache
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from legato._checks import positive_int
+
 
 def delay_network(
-    order: int, theta: float | int | Tensor, *, discretizer: str = "zoh"
+    order: int, theta: float | int | Tensor | np.ndarray, *, discretizer: str = "zoh"
 ) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
     """m_t = A m_{t-1} + B u_t, such that u_{t - r theta} is about sum_i P_i(2r - 1) m_t[i] for r in [0, 1].
 
     Args:
         order: N, the number of Legendre coefficients kept, 1 or more.
-        theta: length of the window in steps, 1 or more. A number, or a float tensor of shape () or (C,): one window
-            per channel. The result is differentiable in it.
+        theta: length of the window in steps, 1 or more. A number, or a float tensor or NumPy array of shape () or (C,):
+            one window per channel. The result is differentiable in a tensor.
         discretizer: how the continuous system becomes steps of one unit. "zoh" (the input is held for a step; exact,
             the paper's choice), "bilinear" (Tustin) or "euler" (forward; unstable when theta is short for the order).
 
     Returns:
-        A (N, N) and B (N,) in float64, on theta's device; with a leading C axis when theta is (C,).
+        A (N, N) and B (N,) in float64, on the device of theta, for a number torch's default device; with a leading C
+        axis when theta is (C,).
 
     Raises:
         ValueError: order or theta out of range, unknown discretizer, an Euler system that would grow without bound.
@@ -41,8 +45,8 @@ def delay_network(
 
     Source: Voelker, Kajic & Eliasmith 2019; Chilkuri & Eliasmith 2021, who hold the input for a step (zoh).
     """
-    _check(order, theta, discretizer)
-    theta = torch.as_tensor(theta, dtype=torch.float64)[..., None, None]
+    order = positive_int(order, "order")
+    theta = _checked_theta(order, theta, discretizer)[..., None, None]
     generator = _generator(order, theta.device) / theta
     return _DISCRETIZERS[discretizer](generator)
 
@@ -55,7 +59,7 @@ def window_decoder(order: int, points: int) -> Float[Tensor, "points N"]:
         points: how many places in the window to read, evenly spaced from now back to theta steps ago, 1 or more.
 
     Returns:
-        (points, N) in float64.
+        (points, N) in float64, on torch's default device.
 
     Raises:
         ValueError: order or points is not a whole number of 1 or more.
@@ -67,8 +71,7 @@ def window_decoder(order: int, points: int) -> Float[Tensor, "points N"]:
 
     Source: Voelker, Kajic & Eliasmith 2019; the three-term recurrence of the Legendre polynomials.
     """
-    _check_whole("order", order)
-    _check_whole("points", points)
+    order, points = positive_int(order, "order"), positive_int(points, "points")
     x = 2 * torch.linspace(0, 1, points, dtype=torch.float64) - 1
     columns = [torch.ones_like(x), x]
     for i in range(1, order - 1):
@@ -103,7 +106,7 @@ def _euler(generator: Tensor) -> tuple[Tensor, Tensor]:
 def _bilinear(generator: Tensor) -> tuple[Tensor, Tensor]:
     A, B = generator[..., :-1] / 2, generator[..., -1:]
     stepped = torch.linalg.solve(_identity(A) - A, torch.cat([_identity(A) + A, B], dim=-1))
-    return stepped[..., :-1], stepped[..., -1]
+    return stepped[..., :-1].clone(), stepped[..., -1].clone()  # neither holds the other's memory
 
 
 def _exponential_less_one(X: Tensor) -> Tensor:
@@ -132,13 +135,15 @@ def _identity(A: Tensor) -> Tensor:
     return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
 
 
-def _check(order: Any, theta: Any, discretizer: Any) -> None:
-    _check_whole("order", order)
+def _checked_theta(order: int, theta: Any, discretizer: Any) -> Float[Tensor, "*channels"]:
+    """theta as a tensor in float64, of which delay networks exist."""
     if discretizer not in _DISCRETIZERS:
         nearest = difflib.get_close_matches(str(discretizer), _DISCRETIZERS, n=1, cutoff=0)
         raise ValueError(
             f"discretizer must be one of {', '.join(_DISCRETIZERS)}, got {discretizer!r}: did you mean {nearest[0]!r}?"
         )
+    if isinstance(theta, np.ndarray):
+        theta = torch.as_tensor(np.asarray(theta, dtype=np.float64), device="cpu")
     if isinstance(theta, Tensor):
         if theta.ndim > 1 or not theta.is_floating_point():
             raise ValueError(
@@ -147,10 +152,10 @@ def _check(order: Any, theta: Any, discretizer: Any) -> None:
             )
         # Reading values would break a compiled graph; under vmap the plain tensor below the batch is read.
         if torch.compiler.is_compiling() or theta.is_meta or theta.numel() == 0:
-            return
+            return theta.double()
         shortest, longest = (float(end) for end in torch.func.debug_unwrap(theta.detach()).aminmax())
     elif isinstance(theta, Real) and not isinstance(theta, bool):
-        shortest = longest = float(theta)
+        shortest = longest = theta = float(theta)
     else:
         raise ValueError(f"theta must be a number or a float tensor, got {type(theta).__name__}")
     if not (math.isfinite(shortest) and math.isfinite(longest)):
@@ -162,15 +167,11 @@ def _check(order: Any, theta: Any, discretizer: Any) -> None:
             f"order {order} with the Euler discretizer is stable from theta = {_least_euler_theta(order):.6g}, got "
             f'{shortest}: use discretizer="zoh", stable at any theta'
         )
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+    return torch.as_tensor(theta, dtype=torch.float64)
 
 
 @lru_cache(maxsize=128)
 def _least_euler_theta(order: int) -> float:
     """The least theta at which |1 + z / theta| <= 1 for every eigenvalue z of the delay network."""
-    z = torch.linalg.eigvals(_generator(order)[:, :-1])
+    z = torch.linalg.eigvals(_generator(order, torch.device("cpu"))[:, :-1])
     return float((z.abs() ** 2 / (-2 * z.real)).max())

@@ -1,5 +1,6 @@
 import errno
 import os
+import random
 
 import pytest
 import torch
@@ -65,7 +66,44 @@ def test_a_foreign_checkpoint_is_called_so(tmp_path):
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "a.ckpt"
     torch.save({"format": checkpoint.FORMAT, "f": os.system}, path)
-    with pytest.raises(CheckpointError, match="expected tensors and plain types"):
+    with pytest.raises(CheckpointError, match="expected tensors and plain types") as found:
+        checkpoint.load(path)
+    assert "Do not load it with weights_only=False" in str(found.value)
+    assert "Re-running" not in str(found.value)
+
+
+def test_a_flipped_bit_anywhere_is_told(tmp_path):
+    """Of every byte one bit: content, headers of the zip file, its directory and the checksum itself."""
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(SMALL, path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"a\.ckpt is (damaged|not a whole checkpoint)"):
+            checkpoint.load(path)
+
+
+def test_every_missing_or_added_byte_at_the_end_is_told(tmp_path):
+    path = tmp_path / "a.ckpt"
+    checkpoint.save(SMALL, path)
+    whole = path.read_bytes()
+    for damaged in [*(whole[:size] for size in range(len(whole) - 120, len(whole))), whole + b"\0", whole + whole]:
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"a\.ckpt is (damaged|not a whole checkpoint)"):
+            checkpoint.load(path)
+
+
+def test_a_checkpoint_without_a_checksum_loads_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "old.ckpt"
+    torch.save(SMALL, path)
+    assert torch.equal(checkpoint.load(path)["weights"], SMALL["weights"])
+    assert "has no SHA-256" in caplog.text
+    whole = bytearray(path.read_bytes())
+    whole[whole.find(SMALL["weights"].numpy().tobytes()) + 7] ^= 0x40
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"is damaged: the CRC-32 of its member .*data/0"):
         checkpoint.load(path)
 
 

@@ -2,6 +2,7 @@ import json
 import math
 from typing import Any, cast
 
+import bounds
 import numpy as np
 import pytest
 import torch
@@ -69,14 +70,14 @@ def test_segments_change_neither_scores_nor_gradients(kind):
     config = small(40, kind)
     model = cast(Copier, build(config, 0).model).double()
     tokens = torch.from_numpy(np.stack([copy_memory(np.random.default_rng(seed), 40)[0] for seed in range(3)]))
-    found = []
-    for segment in (60, 7):
+
+    def run(tokens, segment=60):
         model.segment = segment
         scores = model(tokens)
-        found.append((scores, *torch.autograd.grad(scores.square().sum(), list(model.parameters()))))
-    for whole, cut in zip(*found, strict=True):
-        # Sums over 180 outputs of 60 steps each, in float64.
-        torch.testing.assert_close(cut, whole, rtol=0, atol=180 * 60 * 2e-16 * whole.abs().max().item())
+        return scores, *torch.autograd.grad(scores.square().sum(), list(model.parameters()))
+
+    # Sums over 180 outputs, each of sums through 60 steps.
+    bounds.assert_agrees(run(tokens, segment=7), run, tokens, terms=180 * 60)
 
 
 def test_cells_of_the_store_start_with_long_time_scales():

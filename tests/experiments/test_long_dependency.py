@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import bounds
 import numpy as np
 import pytest
 import torch
@@ -53,26 +54,28 @@ def test_the_network_is_that_of_one_hot_vectors(units):
     model = task.model.double()
     tokens, _ = task.train.take(torch.arange(4))
     vectors = torch.cat([torch.eye(6), -torch.eye(6)[:1]]).double()
-    x = vectors[tokens.long()]
-    for layer in model.layers:
-        x, _ = layer(x)
-    expected = model.head(x[:, -1])[:, 0]
-    # 200 steps of sums of at most 8 products each.
-    assert torch.allclose(model(tokens), expected, rtol=0, atol=200 * 16 * torch.finfo(torch.float64).eps)
+
+    def in_one_pass(x):
+        for layer in model.layers:
+            x, _ = layer(x)
+        return model.head(x[:, -1])[:, 0]
+
+    # 200 steps of sums of at most 8 products each, in two layers.
+    bounds.assert_agrees(model(tokens), in_one_pass, vectors[tokens.long()], terms=200 * 16)
 
 
 def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
-    roundings = 16 * torch.finfo(torch.float32).eps  # of a bias up to 11, whose exponential the time scale is
+    # A bias of up to 11, whose exponential the time scale is: powers, exp and log of 4 roundings each before it.
     for layer in build(small(), 0).model.layers:
         for bias in layer.forget_biases():
             taus = -1 / bias.double().sigmoid().log().sort().values
             expected = torch.logspace(0, np.log10(65_536), 8, dtype=torch.float64)
-            assert torch.allclose(taus, expected, rtol=roundings, atol=0)
+            bounds.assert_close(taus, expected, magnitude=11 * expected, roundings=32, dtype=torch.float32)
     for layer in paper.build(paper.Config(50), 0).model.layers:
         assert all((bias == 5).all() for bias in layer.forget_biases())
     lstm = build(Config(50, Model(kind="lstm", units=8)), 0).model.lstm
     longest = (-1 / lstm.bias_ih_l1[8:16].detach().double().sigmoid().log()).max().item()
-    assert abs(longest / 65_536 - 1) < roundings
+    assert abs(longest / 65_536 - 1) < 11 * 32 * bounds.roundoff(torch.float32)
 
 
 def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():

@@ -1,8 +1,11 @@
 """A layer forward and a layer backward; what both share with every layer is held in tests/test_contract.py."""
 
+import copy
 import itertools
 from typing import Any, NamedTuple
 
+import bounds
+import draws
 import pytest
 import torch
 from torch import nn
@@ -102,24 +105,28 @@ def test_states_and_outputs_are_where_the_lstm_of_torch_has_them(num_layers):
     )
     packed, (h_n, c_n) = theirs(pack_padded_sequence(x, lengths, batch_first=True), (h_0, c_0))
     expected, _ = pad_packed_sequence(packed, batch_first=True, total_length=7)
-    output, state = ours(x, start, lengths=lengths)
-    torch.testing.assert_close(output, expected)
-    found = [part for both in state for part in both]
-    torch.testing.assert_close(torch.stack([part.hidden for part in found]), h_n)
-    torch.testing.assert_close(torch.stack([part.memory for part in found]), c_n)
+    wide = copy.deepcopy(ours).double()
+
+    def run(model, x, start):
+        output, state = model(x, start, lengths=lengths)
+        found = [part for both in state for part in both]
+        return output, torch.stack([part.hidden for part in found]), torch.stack([part.memory for part in found])
+
+    for found in (run(ours, x, start), (expected, h_n, c_n)):
+        # 4 roundings of a gate, or sums of at most 16 products, through 7 steps.
+        bounds.assert_agrees(found, lambda *x: run(wide, *x), x, start, terms=16 * 7)
 
 
 def test_each_segment_alone_gives_the_same():
     """The meaning of lengths and resets, spelled out, with all gradients."""
-    torch.manual_seed(1)
+    draws.seed(1)
     forward, backward = GILRLSTM(3, 4).double(), LMU(3, 5, order=4, theta=6.0).double()
     layer = Bidirectional(forward, backward)
     x = torch.randn(4, 23, 3, dtype=torch.float64, requires_grad=True)
     state = pytree.tree_map(lambda s: torch.randn_like(s).double().requires_grad_(), layer.initial_state(4))
     lengths, reset = torch.tensor([23, 9, 0, 1]), torch.rand(4, 23) < 0.2
     reset[:, 0] = torch.tensor([True, False, True, True])
-    output, final = layer(x, state, lengths=lengths, reset=reset)
-    expected = torch.zeros_like(output)
+    expected = torch.zeros_like(layer(x, state)[0])
     ends = []
     for b, length in enumerate(lengths.tolist()):
         cuts = [0, *(t for t in range(1, length) if reset[b, t]), length]
@@ -134,14 +141,19 @@ def test_each_segment_alone_gives_the_same():
                 out = final_of_piece
         ends.append((before, out))
     ends = pytree.tree_map(lambda *rows: torch.cat(rows), *ends)
-    found, wanted = ([o, *pytree.tree_leaves(s)] for o, s in ((output, final), (expected, ends)))
+    found = [expected, *pytree.tree_leaves(ends)]
     weights = [torch.randn_like(value) for value in found]
-    sources = [x, *pytree.tree_leaves(state), *layer.parameters()]
-    for values in (found, wanted):
+
+    def with_gradients(values, x, state):
         loss = sum((w * v).sum() for w, v in zip(weights, values, strict=True))
-        values += torch.autograd.grad(loss, sources)
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b)
+        return [*values, *torch.autograd.grad(loss, [x, *pytree.tree_leaves(state), *layer.parameters()])]
+
+    def one_pass(x, state):
+        output, final = layer(x, state, lengths=lengths, reset=reset)
+        return with_gradients([output, *pytree.tree_leaves(final)], x, state)
+
+    # Sums of at most 16 products a step.
+    bounds.assert_agrees(with_gradients(found, x, state), one_pass, x, state, terms=16 * 23)
 
 
 def test_the_last_outputs_are_those_after_the_last_step_and_after_step_zero():
@@ -150,26 +162,33 @@ def test_the_last_outputs_are_those_after_the_last_step_and_after_step_zero():
     last = Bidirectional(LMU(2, 3, return_sequences=False, **options), LMU(2, 4, return_sequences=False, **options))
     last.load_state_dict(every.state_dict())
     x, lengths = torch.randn(3, 8, 2), torch.tensor([8, 5, 0])
+    wide = copy.deepcopy(every).double()
     for given in (None, lengths):
-        output, state = every(x, lengths=given)
         found, found_state = last(x, lengths=given)
         assert found.shape == (3, 7)
-        ends = (torch.full((3,), 8) if given is None else given).sub(1).clamp(min=0)
-        torch.testing.assert_close(found, torch.cat([output[torch.arange(3), ends, :3], output[:, 0, 3:]], dim=1))
-        torch.testing.assert_close(found_state, state)
+
+        def ends(x, given=given):
+            output, state = wide(x, lengths=given)
+            at = (torch.full((3,), 8) if given is None else given).sub(1).clamp(min=0)
+            return torch.cat([output[torch.arange(3), at, :3], output[:, 0, 3:]], dim=1), state
+
+        bounds.assert_agrees((found, found_state), ends, x, terms=16 * 8)
 
 
 def test_the_backward_state_goes_from_a_chunk_into_the_one_before():
     layer = Bidirectional(GILR(3, 4), GILR(3, 5)).double()
     x, reset = torch.randn(2, 12, 3, dtype=torch.float64), torch.rand(2, 12) < 0.2
     reset[0, 7] = True  # between the chunks, of one row
-    output, final = layer(x, reset=reset)
     start = layer.initial_state(2)
     late, (_, back) = layer(x[:, 7:], start, reset=reset[:, 7:])
     back = GILR.State(back.memory.masked_fill(reset[:, 7, None], 0))
     early, (_, back) = layer(x[:, :7], start._replace(backward=back), reset=reset[:, :7])
-    torch.testing.assert_close(torch.cat([early, late], dim=1)[..., 4:], output[..., 4:])
-    torch.testing.assert_close(back, final.backward)
+
+    def one_pass(x):
+        output, final = layer(x, reset=reset)
+        return output[..., 4:], final.backward
+
+    bounds.assert_agrees((torch.cat([early, late], dim=1)[..., 4:], back), one_pass, x, terms=16 * 12)
 
 
 @pytest.mark.compiled
@@ -181,12 +200,14 @@ def test_a_compiled_layer_equals_the_layer(dynamic):
     for steps in (5, 9) if dynamic else (5,):
         x = torch.randn(2, steps, 3, dtype=torch.float64, requires_grad=True)
         options = {"lengths": torch.tensor([5, 3]), "reset": torch.rand(2, steps) < 0.3} if dynamic else {}
-        (found, found_state), (expected, state) = compiled(x, **options), layer(x, **options)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(found_state, state)
-        weight = torch.randn_like(expected)
-        gradients = [torch.autograd.grad((weight * output).sum(), x)[0] for output in (found, expected)]
-        torch.testing.assert_close(*gradients)
+        weight = torch.randn(2, steps, 9, dtype=torch.float64)
+
+        def with_gradients(model, x, weight=weight, options=options):
+            output, state = model(x, **options)
+            return output, state, torch.autograd.grad((weight * output).sum(), x)[0]
+
+        found = with_gradients(compiled, x)
+        bounds.assert_agrees(found, lambda x, run=with_gradients: run(layer, x), x, terms=16 * steps)
 
 
 def test_a_step_raises_an_error_that_says_what_to_do():

@@ -1,11 +1,10 @@
 """What is particular to GILR and GILRLSTM: the paper's equations. The contract is in tests/test_contract.py."""
 
+import bounds
 import pytest
 import torch
 
 from legato import GILR, GILRLSTM, spread_time_scales
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def sigmoid(x):
@@ -61,12 +60,13 @@ def test_the_surrogate_s_state_enters_and_leaves():
     x = torch.randn(2, 9, 3, dtype=torch.float64)
     c, h = torch.randn(2, 2, 5, dtype=torch.float64)
     output, state = layer(x, layer.State(c, h))
-    expected, memory = gilr_lstm(layer, x, c, h)
     surrogate = GILR(3, 5, dtype=torch.float64)
     surrogate.load_state_dict({"weight": layer.weight[:10], "bias": layer.bias[:10]})
-    bound = 32 * 9 * EPS
-    for a, b in ((output, expected), (state.memory, memory), (state.surrogate, gilr(surrogate, x, h)[1])):
-        torch.testing.assert_close(a, b, rtol=0, atol=bound)
+
+    def equations(x, c, h):
+        return *gilr_lstm(layer, x, c, h), gilr(surrogate, x, h)[1]
+
+    bounds.assert_agrees((output, state.memory, state.surrogate), equations, x, c, h, terms=32 * 9)
 
 
 def test_products_that_the_caller_formed_give_the_same():
@@ -74,9 +74,7 @@ def test_products_that_the_caller_formed_give_the_same():
     x = torch.nn.functional.one_hot(torch.randint(3, (2, 9)), 3).double()
     table = (layer.weight.mT + layer.bias)[x.argmax(-1)]
     output, state = layer.from_products(table)
-    expected, expected_state = layer(x)
-    for a, b in ((output, expected), *zip(state, expected_state, strict=True)):
-        torch.testing.assert_close(a, b, rtol=0, atol=32 * 9 * EPS)
+    bounds.assert_agrees((output, state), layer, x, terms=32 * 9)
 
 
 def test_products_are_padded_as_inputs_are():
@@ -86,9 +84,11 @@ def test_products_are_padded_as_inputs_are():
     products = torch.nn.functional.linear(x, layer.weight, layer.bias)
     products[1, 4:] = torch.nan
     output, final = layer.from_products(products, state, lengths=lengths, reset=reset)
-    expected, expected_final = layer(x, state, lengths=lengths, reset=reset)
-    for a, b in ((output, expected), *zip(final, expected_final, strict=True)):
-        torch.testing.assert_close(a, b, rtol=0, atol=32 * 9 * EPS)
+
+    def one_pass(x, state):
+        return layer(x, state, lengths=lengths, reset=reset)
+
+    bounds.assert_agrees((output, final), one_pass, x, state, terms=32 * 9)
 
 
 @pytest.mark.bad_input
@@ -139,8 +139,8 @@ def test_the_units_take_time_scales():
     x, ones = torch.zeros(1, 50, 2, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
     layer.weight_surrogate.data.zero_()
     for state in (*layer(x, layer.State(ones, ones))[1], gilr(x, gilr.State(ones))[1].memory):
-        # 50 products of a decay that is right to a few roundings.
-        torch.testing.assert_close(state[0], decays, rtol=50 * 8 * EPS, atol=0)
+        # 50 products, of a decay that is right to 8 roundings.
+        bounds.assert_close(state[0], decays, magnitude=decays, roundings=50 * (8 + 1))
 
 
 @pytest.mark.bad_input

@@ -2,6 +2,7 @@
 
 import copy
 
+import bounds
 import pytest
 import torch
 
@@ -28,20 +29,20 @@ def test_it_is_its_equation_with_all_gradients(name, f, shape):
     torch.nn.init.normal_(layer.bias)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
-    found, expected = layer(x), by_hand(layer, x, f)
-    sources = [x, *layer.parameters()]
-    values = [[y, *torch.autograd.grad((weight * y).sum(), sources)] for y in (found, expected)]
-    for a, b in zip(*values, strict=True):
-        # Sums of at most 14 rows of 16 products, each right to a rounding of the largest.
-        torch.testing.assert_close(
-            a, b, rtol=0, atol=14 * 16 * torch.finfo(x.dtype).eps * max(1.0, b.abs().max().item())
-        )
+
+    def with_gradients(y, x):
+        return [y, *torch.autograd.grad((weight * y).sum(), [x, *layer.parameters()])]
+
+    # Sums over at most 14 rows, or 4 roundings of a gate.
+    found = with_gradients(layer(x), x)
+    bounds.assert_agrees(found, lambda x: with_gradients(by_hand(layer, x, f), x), x, terms=16)
 
 
 def test_it_starts_near_its_input():
     x = torch.randn(4, 100, SIZE)
     layer = Highway(SIZE, gate_bias=-20.0)
-    torch.testing.assert_close(layer(x), x)
+    # g is exp(-20) and moves the output by at most so much of what the weights make of x.
+    assert ((layer(x) - x).abs() <= 1e-7 * (layer.weight.abs().sum(1).max() + 1) * x.abs().max()).all()
     assert (layer.bias[:SIZE] == -20).all()
     assert not layer.bias[SIZE:].any()
     assert (Highway(SIZE).bias[:SIZE] < 0).all()
@@ -57,14 +58,14 @@ def test_one_product_makes_gate_and_candidate(monkeypatch):
 @pytest.mark.parametrize("kind", ["weights", "autocast"])
 def test_sixteen_bits_keep_the_dtype_of_the_input(kind):
     layer, x = Highway(SIZE), torch.randn(3, SIZE)
-    expected = layer(x)
+    given, wide = x, copy.deepcopy(layer).double()
     if kind == "weights":
         layer, x = layer.bfloat16(), x.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         found = layer(x)
     assert found.dtype == x.dtype
-    # Rounded: weights, input, products, gate, candidate, difference, product, sum.
-    assert (found.float() - expected).norm() <= 8 * torch.finfo(torch.bfloat16).eps * expected.norm()
+    # Rounded to 16 bits: weights and input, and the result of every operation.
+    bounds.assert_agrees(found, wide, given, terms=4, dtype=torch.bfloat16)
 
 
 def test_a_copy_and_an_empty_batch():
@@ -78,7 +79,8 @@ def test_a_copy_and_an_empty_batch():
 @pytest.mark.compiled
 def test_a_compiled_layer_equals_the_layer():
     layer, x = Highway(SIZE), torch.randn(2, 7, SIZE)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    bounds.assert_agrees(compiled(x), copy.deepcopy(layer).double(), x, terms=16)
 
 
 @pytest.mark.bad_input

@@ -1,20 +1,16 @@
 """What is particular to LegendreMemory: theta, the scale, what it keeps. The contract is in tests/test_contract.py."""
 
+import copy
 import math
 
+import bounds
 import jaxtyping
 import pytest
 import torch
 
 from legato.layers import LegendreMemory
 from legato.legendre import delay_network, window_decoder
-
-EPS = torch.finfo(torch.float64).eps
-
-
-def close(found, expected, terms):
-    """Each value is a sum of at most ``terms`` products: that many roundings of the largest."""
-    return torch.allclose(found, expected, rtol=0, atol=terms * EPS * max(1.0, expected.abs().max().item()))
+from legato.ops.lti import lti
 
 
 @pytest.fixture
@@ -29,13 +25,16 @@ def test_the_memory_is_the_recurrence_of_the_delay_network():
     layer = LegendreMemory(2, 5, [7.0, 11.0], dtype=torch.float64)
     u = torch.randn(3, 40, 2, dtype=torch.float64)
     A, B = delay_network(5, torch.tensor([7.0, 11.0]).double())
-    m, expected = torch.zeros(3, 2, 5, dtype=torch.float64), []
-    for t in range(40):
-        m = torch.einsum("cnk,bck->bcn", A, m) + B * u[:, t, :, None]
-        expected.append(m)
+
+    def recurrence(u):
+        m, memory = torch.zeros(3, 2, 5, dtype=torch.float64), []
+        for t in range(40):
+            m = torch.einsum("cnk,bck->bcn", A, m) + B * u[:, t, :, None]
+            memory.append(m)
+        return torch.stack(memory, dim=1), m
+
     memory, state = layer(u)
-    assert close(memory, torch.stack(expected, dim=1), 40 * 5)
-    assert close(state.memory, m, 40 * 5)
+    bounds.assert_agrees((memory, state.memory), recurrence, u, terms=40 * 6)
 
 
 def test_the_decoder_reads_the_past_window_from_the_memory():
@@ -54,9 +53,12 @@ def test_calibrated_orders_vary_by_one_and_the_state_is_not_scaled():
     plain, before = layer(u)
     layer.calibrate(u)
     scaled, after = layer(u)
-    assert torch.allclose(scaled.std((0, 1), correction=0), torch.ones(2, 6, dtype=torch.float64))
+    # Sums over 6,000 memories.
+    ones = torch.ones(2, 6, dtype=torch.float64)
+    bounds.assert_close(scaled.std((0, 1), correction=0), ones, magnitude=1, roundings=2 * 6000)
     assert torch.equal(before.memory, after.memory)
-    assert torch.allclose(scaled, plain / plain.std((0, 1), correction=0))
+    expected = plain / plain.std((0, 1), correction=0)
+    bounds.assert_close(scaled, expected, magnitude=expected.abs(), roundings=2 * 6000)
 
 
 def test_calibration_does_not_look_at_padding():
@@ -68,7 +70,9 @@ def test_calibration_does_not_look_at_padding():
     other.calibrate(u, lengths=lengths)
     assert torch.equal(one.scale, other.scale)
     memory = torch.cat([one(u[i : i + 1, :n])[0][0] for i, n in enumerate(lengths.tolist())])
-    assert torch.allclose(memory.std(0, correction=0), torch.ones(1, 4), rtol=1e-5)
+    # Sums over 67 memories, each a sum through 30 steps of order 4.
+    deviation = memory.double().std(0, correction=0)
+    bounds.assert_close(deviation, torch.ones_like(deviation), magnitude=1, roundings=67 + 30 * 5, dtype=torch.float32)
 
 
 def test_the_scale_is_saved_with_the_weights():
@@ -126,7 +130,18 @@ def test_a_theta_that_is_loaded_or_written_to_is_noticed():
     with torch.no_grad():
         trained(u)
         trained.log_theta.fill_(math.log(24.0))
-        assert torch.allclose(trained(u)[0], expected, rtol=1e-4, atol=1e-5)
+        found = trained(u)[0]
+    # Theta - 1, of which the logarithm is stored in float32: 4 roundings of log 24 and of its exponential.
+    wide = LegendreMemory(1, 4, 25.0, dtype=torch.float64)
+
+    def moved(log_theta, u):
+        return lti(u, *delay_network(4, 1 + log_theta.exp()), method="chunked")[0]
+
+    log_theta = torch.tensor(math.log(24.0), dtype=torch.float64)
+    magnitude = bounds.sensitivity(moved, log_theta, u.double())
+    roundings = bounds.likely(found.numel(), terms=30 * 5)
+    bounds.assert_close(found, wide(u.double())[0], magnitude=magnitude, roundings=roundings)
+    bounds.assert_close(expected, wide(u.double())[0], magnitude=magnitude, roundings=roundings)
 
 
 @pytest.mark.compiled
@@ -139,7 +154,8 @@ def test_a_compiled_layer_follows_its_theta(trainable):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for source in (LegendreMemory(1, 4, 12.0, trainable_theta=trainable), other):
         layer.load_state_dict(source.state_dict())
-        torch.testing.assert_close(compiled(u)[0], source(u)[0])
+        wide = copy.deepcopy(source).double()
+        bounds.assert_agrees(compiled(u)[0], lambda u, wide=wide: wide(u)[0], u, terms=30 * 5)
 
 
 @pytest.mark.bad_input

@@ -2,12 +2,12 @@
 
 import math
 
+import bounds
+import draws
 import pytest
 import torch
 
 from legato import LRU
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def equations(layer, x, memory):
@@ -40,7 +40,7 @@ def test_decays_start_on_the_ring(r_min, r_max, max_phase):
     layer = LRU(2, 4000, r_min=r_min, r_max=r_max, max_phase=max_phase, dtype=torch.float64)
     assert all(p.isfinite().all() for p in layer.parameters())
     squares = layer.decay().abs() ** 2
-    roundings = 64 * EPS
+    roundings = 64 * torch.finfo(torch.float64).eps
     assert (squares >= r_min**2 - roundings).all()
     assert (squares <= r_max**2 + roundings).all()
     # Uniform over the area: the mean of 4,000 squares is that of their ends, within 4 of its deviations.
@@ -57,13 +57,12 @@ def test_gamma_starts_at_what_gives_white_noise_one_variance(dtype):
     layer = LRU(2, 50, r_min=0.9, r_max=0.9999999, dtype=dtype)
     nu = layer.nu_log.double().exp()
     expected = (-torch.expm1(-2 * nu)).sqrt()  # sqrt(1 - abs(lambda)^2)
-    # Logarithms up to 16, each right to a rounding.
-    bound = 32 * torch.finfo(dtype).eps
-    torch.testing.assert_close(layer.gamma_log.double().exp(), expected, rtol=bound, atol=0)
+    # Logarithms up to 16, of the decay and of gamma, each right to 4 roundings.
+    bounds.assert_close(layer.gamma_log.double().exp(), expected, magnitude=16 * expected, roundings=8, dtype=dtype)
 
 
 def test_a_16_bit_layer_keeps_its_decays_in_32_bits():
-    torch.manual_seed(0)
+    draws.seed(0)
     single = LRU(3, 6, r_min=0.999, r_max=0.9999)
     for layer in (single, LRU(3, 6, r_min=0.999, r_max=0.9999, dtype=torch.bfloat16)):
         before = layer.decay()
@@ -84,12 +83,15 @@ def test_its_parameters_are_real_tensors():
 
 @pytest.mark.bad_input
 def test_what_it_cannot_be_built_of_raises():
-    for r_min, r_max in [(0.9, 0.8), (-0.1, 0.5), (0.5, 1.1), (1.0, 1.0), (0.0, 0.0), (math.nan, 1.0)]:
+    for r_min, r_max in [(0.9, 0.8), (-0.1, 0.5), (0.5, 1.1), (1.0, 1.0), (0.0, 0.0)]:
         with pytest.raises(ValueError, match="expected 0 <= r_min <= r_max <= 1, with r_min < 1 and r_max > 0, got"):
             LRU(3, 4, r_min=r_min, r_max=r_max)
-    for max_phase in (0.0, -1.0, math.inf, math.nan):
+    for max_phase in (0.0, -1.0):
         with pytest.raises(ValueError, match="expected max_phase above 0 radians a step"):
             LRU(3, 4, max_phase=max_phase)
+    for name, value in (("r_min", math.nan), ("max_phase", math.inf), ("max_phase", math.nan)):
+        with pytest.raises(ValueError, match=f"expected {name} to be a finite number, got"):
+            LRU(3, 4, **{name: value})
     for name, arguments in {"input_size": (0, 4), "hidden_size": (3, 0), "output_size": (3, 4)}.items():
         with pytest.raises(ValueError, match=f"expected {name} to be an int of at least 1, got 0"):
             LRU(*arguments, output_size=0)

@@ -1,11 +1,10 @@
 """What is particular to MinGRU and MinLSTM: their equations. The contract is in tests/test_contract.py."""
 
+import bounds
 import pytest
 import torch
 
 from legato import MinGRU, MinLSTM, spread_time_scales
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def min_gru(layer, x, h):
@@ -49,9 +48,9 @@ def test_gates_that_are_both_closed_keep_their_ratio(dtype):
         layer.bias[:] = torch.tensor([-200.0, -201.0, 0.0])
     memory = torch.ones(1, 1, dtype=dtype, requires_grad=True)
     output, _ = layer(torch.zeros(1, 1, 1, dtype=dtype), layer.State(memory))
-    # log f - log i is 1 to a rounding of 200.
-    bound = 200 * torch.finfo(dtype).eps
-    torch.testing.assert_close(output.flatten(), torch.ones(1, dtype=dtype).sigmoid(), rtol=0, atol=bound)
+    # log f - log i is 1 to two roundings of 200, and the slope of the sigmoid at most 1 / 4; it has 4 of its own.
+    exact = torch.ones(1, dtype=torch.float64).sigmoid()
+    bounds.assert_close(output.flatten(), exact, magnitude=1, roundings=2 * 200 / 4 + 4, dtype=dtype)
     output.backward()
     assert memory.grad is not None
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
@@ -63,7 +62,8 @@ def test_the_forget_bias_is_that_of_the_decay(layer, forget_bias):
     layer = layer(2, 3, forget_bias=forget_bias, dtype=torch.float64)
     _, state = layer.step(torch.zeros(1, 2, dtype=torch.float64), layer.State(torch.ones(1, 3, dtype=torch.float64)))
     expected = torch.full((1, 3), forget_bias, dtype=torch.float64).sigmoid()
-    torch.testing.assert_close(state.memory, expected, rtol=8 * EPS, atol=0)
+    # Two gates of 4 roundings and their quotient.
+    bounds.assert_close(state.memory, expected, magnitude=expected, roundings=16)
 
 
 @pytest.mark.parametrize("layer", [MinGRU, MinLSTM])
@@ -74,5 +74,5 @@ def test_the_units_take_time_scales(layer):
         layer.bias.data[3:6] = -bias
     _, state = layer(torch.zeros(1, 50, 2, dtype=torch.float64), layer.State(torch.ones(1, 3, dtype=torch.float64)))
     decays = torch.exp(-50 / torch.tensor([10.0, 100.0, 1000.0], dtype=torch.float64))
-    # 50 products of a decay that is right to a few roundings.
-    torch.testing.assert_close(state.memory[0], decays, rtol=50 * 16 * EPS, atol=0)
+    # 50 products, of a decay that is right to 16 roundings: two gates and their quotient.
+    bounds.assert_close(state.memory[0], decays, magnitude=decays, roundings=50 * (16 + 1))

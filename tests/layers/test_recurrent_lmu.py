@@ -1,17 +1,11 @@
 """What is particular to RecurrentLMU: its equations, written out. The contract is in tests/test_contract.py."""
 
+import bounds
 import pytest
 import torch
 
 from legato.layers import RecurrentLMU
 from legato.legendre import delay_network
-
-EPS = torch.finfo(torch.float64).eps
-
-
-def close(found, expected, terms):
-    """Each value is a sum of at most ``terms`` products: that many roundings of the largest."""
-    return torch.allclose(found, expected, rtol=0, atol=terms * EPS * max(1.0, expected.abs().max().item()))
 
 
 def equations(layer, x):
@@ -51,9 +45,7 @@ def test_the_output_is_that_of_the_equations(cell, theta):
     layer.memory.scale.uniform_(0.5, 2)
     x = torch.randn(2, 25, 3, dtype=torch.float64)
     output, state = layer(x)
-    expected, memory = equations(layer, x)
-    assert close(output, expected, 25 * 16)
-    assert close(state.memory, memory, 25 * 16)
+    bounds.assert_agrees((output, state.memory), lambda x: equations(layer, x), x, terms=25 * 16)
 
 
 def test_the_paper_s_network_has_its_parameters():

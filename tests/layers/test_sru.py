@@ -1,11 +1,10 @@
 """What is particular to SRU: the paper's equations, its parameters, its biases. The contract is in test_contract.py."""
 
+import bounds
 import pytest
 import torch
 
 from legato import SRU, spread_time_scales
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def equations(layer, x, c):
@@ -50,8 +49,9 @@ def test_the_units_take_time_scales():
     taus = torch.tensor([10.0, 100.0, 1000.0], dtype=torch.float64)
     spread_time_scales(layer.bias[:3], 10.0, 1000.0)
     _, state = layer(torch.zeros(1, 50, 3, dtype=torch.float64), layer.State(torch.ones(1, 3, dtype=torch.float64)))
-    # 50 products, of a decay that is right to a few roundings.
-    torch.testing.assert_close(state.memory[0], torch.exp(-50 / taus), rtol=50 * 8 * EPS, atol=0)
+    decays = torch.exp(-50 / taus)
+    # 50 products, of a decay that is right to 8 roundings.
+    bounds.assert_close(state.memory[0], decays, magnitude=decays, roundings=50 * (8 + 1))
 
 
 @pytest.mark.bad_input

@@ -1,10 +1,9 @@
 """What is particular to StronglyTypedRNN: its equations. The contract is in tests/test_contract.py."""
 
+import bounds
 import torch
 
 from legato import StronglyTypedRNN, spread_time_scales
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def equations(layer, x, h):
@@ -31,5 +30,5 @@ def test_the_units_take_time_scales():
     spread_time_scales(layer.bias, 10.0, 1000.0)
     _, state = layer(torch.zeros(1, 50, 2, dtype=torch.float64), layer.State(torch.ones(1, 3, dtype=torch.float64)))
     decays = torch.exp(-50 / torch.tensor([10.0, 100.0, 1000.0], dtype=torch.float64))
-    # 50 products of a decay that is right to a few roundings.
-    torch.testing.assert_close(state.memory[0], decays, rtol=50 * 8 * EPS, atol=0)
+    # 50 products, of a decay that is right to 8 roundings.
+    bounds.assert_close(state.memory[0], decays, magnitude=decays, roundings=50 * (8 + 1))

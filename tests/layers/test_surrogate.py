@@ -1,5 +1,7 @@
 """A cell fed by a surrogate is the loop of its definition; what every layer keeps is held in tests/test_contract.py."""
 
+import bounds
+import draws
 import pytest
 import torch
 from torch import nn
@@ -58,21 +60,25 @@ def step_by_step(layer, x, state, lengths, reset):
 @pytest.mark.parametrize("surrogate", [GILR, SRU, QRNN, StronglyTypedRNN])
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, Cell, "a function"])
 def test_every_cell_is_its_definition(cell, surrogate):
-    torch.manual_seed(1)
+    draws.seed(1)
     f = (lambda s, x: torch.sin(2 * s) + x.mean(-1, keepdim=True)) if cell == "a function" else cell(3, 4)
     layer = LinearSurrogate(f, surrogate(3, 4)).double()
     x = torch.randn(BATCH, STEPS, 3, dtype=torch.float64, requires_grad=True)
     state = pytree.tree_map(lambda s: torch.randn_like(s).requires_grad_(), layer.initial_state(BATCH))
     lengths, reset = torch.tensor([STEPS, 9, 0]), torch.rand(BATCH, STEPS) < 0.15
-    given, arguments = pytree.tree_leaves(state), (x, state, lengths, reset)
-    compare(
-        with_gradients(layer(x, state, lengths=lengths, reset=reset), [x, *given, *layer.parameters()]),
-        with_gradients(step_by_step(layer, *arguments), [x, *given, *layer.parameters()]),
+
+    def in_one_pass(x, state):
+        sources = [x, *pytree.tree_leaves(state), *layer.parameters()]
+        return with_gradients(layer(x, state, lengths=lengths, reset=reset), sources)
+
+    found = with_gradients(
+        step_by_step(layer, x, state, lengths, reset), [x, *pytree.tree_leaves(state), *layer.parameters()]
     )
+    compare(found, in_one_pass, x, state)
 
 
 def test_gilr_lstm_is_the_surrogate_of_an_lstm_cell_with_a_gilr():
-    torch.manual_seed(2)
+    draws.seed(2)
     n = 5
     ours, fused = LinearSurrogate(nn.LSTMCell(3, n), GILR(3, n)).double(), GILRLSTM(3, n, activation="tanh").double()
     nn.init.normal_(fused.bias)
@@ -89,12 +95,16 @@ def test_gilr_lstm_is_the_surrogate_of_an_lstm_cell_with_a_gilr():
     output, end = ours(x, ours.State(GILR.State(surrogate), surrogate, c), lengths=lengths, reset=reset)
     assert torch.equal(end.memory.memory, end.surrogate)
     found = with_gradients((output, (end.cell, end.surrogate)), [x, surrogate, c, *ours.parameters()])
-    weights = [fused.weight, fused.weight_surrogate, fused.bias]
-    answer = fused(x, fused.State(c, surrogate), lengths=lengths, reset=reset)
-    *expected, of_weight, of_surrogate, of_bias = with_gradients(answer, [x, surrogate, c, *weights])
-    of_bias_ih = as_torch(of_bias[2 * n :])
-    expected += [as_torch(of_weight[2 * n :]), as_torch(of_surrogate), of_bias_ih, of_bias_ih]
-    compare(found, [*expected, of_weight[: 2 * n], of_bias[: 2 * n]])
+
+    def by_fused(x, surrogate, c):
+        weights = [fused.weight, fused.weight_surrogate, fused.bias]
+        answer = fused(x, fused.State(c, surrogate), lengths=lengths, reset=reset)
+        *expected, of_weight, of_surrogate, of_bias = with_gradients(answer, [x, surrogate, c, *weights])
+        of_bias_ih = as_torch(of_bias[2 * n :])
+        expected += [as_torch(of_weight[2 * n :]), as_torch(of_surrogate), of_bias_ih, of_bias_ih]
+        return [*expected, of_weight[: 2 * n], of_bias[: 2 * n]]
+
+    compare(found, by_fused, x, surrogate, c)
 
 
 def as_torch(rows):
@@ -106,27 +116,29 @@ def as_torch(rows):
 def with_gradients(result, sources):
     output, state = result
     values = [output, *pytree.tree_leaves(state)]
-    torch.manual_seed(3)
+    draws.seed(3)
     loss = sum((torch.randn_like(value) * value).sum() for value in values)
     return [*values, *torch.autograd.grad(loss, sources)]
 
 
-def compare(found, expected):
-    """Each value is a sum of at most 16 products a step: that many roundings of the largest."""
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        assert torch.allclose(a, b, rtol=0, atol=16 * STEPS * EPS * max(1.0, b.abs().max().item()))
+def compare(found, run, *tensors):
+    """Each value is a sum of at most 16 products a step."""
+    bounds.assert_agrees(found, run, *tensors, terms=16 * STEPS)
 
 
 def test_a_stack_can_be_the_surrogate():
     layer = LinearSurrogate(nn.GRUCell(3, 4), Stack.of(GILR, 3, 4, num_layers=2)).double()
     x = torch.randn(2, 9, 3, dtype=torch.float64)
-    output, final = layer(x)
-    state = layer.initial_state(2)
+    state, outputs = layer.initial_state(2), []
     for t in range(9):
         output_t, state = layer.step(x[:, t], state)
-        compare([output_t], [output[:, t]])
-    compare(pytree.tree_leaves(state), pytree.tree_leaves(final))
+        outputs.append(output_t)
+
+    def in_one_pass(x):
+        output, final = layer(x)
+        return [output, *pytree.tree_leaves(final)]
+
+    compare([torch.stack(outputs, 1), *pytree.tree_leaves(state)], in_one_pass, x)
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell(3, 4), nn.GRUCell(3, 4)], ids=["lstm", "gru"])

@@ -1,5 +1,7 @@
 """The gated unit: its kernel against the definition, values and all gradients, and what goes to the definition."""
 
+import bounds
+import draws
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -8,7 +10,6 @@ import legato
 from legato.ops import gated, kernels
 from legato.ops.gated import gated_recurrence, gated_unit
 
-EPS = torch.finfo(torch.float32).eps
 PLAIN, CELL = ("forget", "candidate"), ("forget", "write", "output", "candidate")
 OUTPUT, SKIP = ("forget", "output", "candidate"), ("forget", "output", "skip", "candidate")
 
@@ -33,16 +34,16 @@ def two_threads():
 
 def example(blocks, B, T, C, *, widths=(7,), products=False, skip=None, resets=True, seed=0):
     """Tensors in float64, by name; ``skip`` "own" is a tensor, "input" the first input."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = draws.generator(seed)
 
-    def draw(*shape):
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
+    def draw(*shape):  # in numbers that float32 has too
+        return torch.randn(shape, generator=generator).double()
 
     K, widths = C * len(blocks), (C, *widths[1:]) if skip == "input" else widths
     return {
         "blocks": blocks,
         "inputs": [draw(B, T, width) for width in widths],
-        "weights": [draw(K, width) / width**0.5 for width in widths],
+        "weights": [(draw(K, width) / width**0.5).float().double() for width in widths],
         "bias": draw(K) if widths else None,
         "products": draw(B, T, K) if products or not widths else None,
         "initial_state": draw(B, C),
@@ -64,9 +65,9 @@ def evaluate(function, tensors, dtype=torch.float32, **options):
     skip = inputs[0] if skip == "input" else skip
     options = {"products": products, "skip": skip, "reset": tensors["reset"], **options}
     outputs = function(tuple(inputs), tuple(weights), bias, tensors["blocks"], initial_state, **options)
-    generator = torch.Generator().manual_seed(1)
-    sums = [(y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum() for y in outputs]
-    return [x.detach().double() for x in (*outputs, *torch.autograd.grad(torch.stack(sums).sum(), leaves))]
+    generator = draws.generator(1)
+    sums = [(y * torch.randn(y.shape, generator=generator).to(y.dtype)).sum() for y in outputs]
+    return [x.detach() for x in (*outputs, *torch.autograd.grad(torch.stack(sums).sum(), leaves))]
 
 
 def by_definition(
@@ -76,15 +77,32 @@ def by_definition(
     return gated._definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
 
 
+def expected(tensors, **options):
+    """The definition in float64, with the magnitude and the roundings that ``bounds.assert_close`` takes."""
+
+    def run(tensors):
+        return evaluate(by_definition, tensors, torch.float64, **options)
+
+    exact = run(tensors)
+    return exact, {"magnitude": bounds.sensitivity(run, tensors), "roundings": roundings(tensors, exact)}
+
+
+def roundings(tensors, exact):
+    """Of each output and gradient: 4 for sigmoid and tanh, or the sums of the matrix products where they have more."""
+    inputs, weights = tensors["inputs"], tensors["weights"]
+    B, T, C = exact[1].shape
+    summed = sum(x.shape[-1] for x in inputs) + 2  # the products with inputs; bias and what is known already
+    rows, columns = B * T, C * len(tensors["blocks"])
+    leaves = [columns] * len(inputs) + [rows] * len(weights) + [rows] * (tensors["bias"] is not None)
+    leaves += [0] * (len(exact) - 3 - len(leaves))
+    return [bounds.likely(y.numel(), max(16, summed, n)) for y, n in zip(exact, [0, 0, 0, *leaves], strict=True)]
+
+
 def agree(tensors, **options):
-    """The kernel is as near to float64 as the definition in float32 is, within a factor of two and a rounding."""
-    fused = evaluate(gated_unit, tensors, **options)
+    exact, bound = expected(tensors, **options)
+    found = evaluate(gated_unit, tensors, **options)
     assert "gated_unit: numba" in legato.explain()
-    plain = evaluate(by_definition, tensors, **options)
-    exact = evaluate(by_definition, tensors, torch.float64, **options)
-    for a, b, c in zip(fused, plain, exact, strict=True):
-        bound = 2 * ((b - c).abs().max() + EPS * c.abs().max())
-        assert (a - c).abs().max() <= bound
+    bounds.assert_close(found, exact, dtype=torch.float32, **bound)
 
 
 @pytest.mark.parametrize("squash", [False, True])
@@ -130,11 +148,10 @@ def test_sequences_of_several_parts_agree(filled, two_threads, monkeypatch, B, T
 @pytest.mark.parametrize("widths", [(4,), (40,)])
 def test_any_number_of_threads_gives_the_same_states(two_threads, widths):
     tensors = example(PLAIN, 1, 500, 200, widths=widths)
-    many = evaluate(gated_unit, tensors)[0]
-    torch.set_num_threads(1)
-    # The matrix products may be summed in another order; the walk over them is the same for each channel.
-    bound = 2 * EPS * sum(widths) * many.abs().max()
-    torch.testing.assert_close(evaluate(gated_unit, tensors)[0], many, rtol=0, atol=float(bound))
+    exact, bound = expected(tensors)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        bounds.assert_close(evaluate(gated_unit, tensors), exact, **bound)
 
 
 def test_strided_tensors_agree():
@@ -145,9 +162,8 @@ def test_strided_tensors_agree():
         wide = torch.cat([options.pop("products")] * 2, dim=-1)[..., : 6 * len(blocks)]
         return gated_unit(inputs, weights, bias, blocks, initial_state.mT.contiguous().mT, products=wide, **options)
 
-    bound = 2 * (5 + 65) * EPS  # the matrix products may be summed in another order, over 5 channels or 2 * 65 steps
-    for a, b in zip(evaluate(with_strides, tensors), evaluate(gated_unit, tensors), strict=True):
-        assert (a - b).abs().max() <= bound * b.abs().max()
+    exact, bound = expected(tensors)
+    bounds.assert_close(evaluate(with_strides, tensors), exact, **bound)
 
 
 def test_sigmoid_and_tanh_are_exact_to_a_few_units_in_the_last_place():
@@ -159,7 +175,8 @@ def test_sigmoid_and_tanh_are_exact_to_a_few_units_in_the_last_place():
     squashed = gated_unit((), (), None, PLAIN, products=torch.cat([zero - 200, x], -1), squash=True)[0]
     exact = x.double()
     for got, expected in ((kept, exact.sigmoid()), (written, (-exact).sigmoid()), (squashed, exact.tanh())):
-        assert ((got - expected).abs() <= 4 * EPS * expected.abs()).all()
+        # exp, a sum, a quotient, a product, and a state that is multiplied and added to zero: 8 roundings
+        bounds.assert_close(got, expected, magnitude=expected.abs(), roundings=8)
 
 
 @pytest.mark.parametrize("large", [90.0, 1e30, torch.inf])
@@ -190,25 +207,37 @@ def test_the_gradient_is_that_of_finite_differences_through_the_definition_in_fl
 def test_second_derivatives_are_those_of_the_definition():
     tensors = example(OUTPUT, 2, 9, 3, skip="input", resets=False)
 
-    def second(function):
-        x, weight = (tensors[name][0].float().requires_grad_() for name in ("inputs", "weights"))
-        bias, state = tensors["bias"].float(), tensors["initial_state"].float()
+    def second(function, x, weight, bias, state):
+        x, weight = (leaf.detach().requires_grad_() for leaf in (x, weight))
         y = function((x,), (weight,), bias, OUTPUT, state, products=None, skip=x, reset=None, activation=torch.tanh)[0]
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return first, *torch.autograd.grad(first.square().sum(), (x, weight))
 
-    for a, b in zip(second(gated_unit), second(by_definition), strict=True):
-        # Sums over 9 steps and 9 products each way, of terms no larger than the largest result.
-        assert (a - b).abs().max() <= 4 * 9 * 9 * EPS * b.abs().max()
+    leaves = tensors["inputs"][0], tensors["weights"][0], tensors["bias"], tensors["initial_state"]
+    exact = second(by_definition, *leaves)
+    magnitude = bounds.sensitivity(lambda *leaves: second(by_definition, *leaves), *leaves)
+    # Sums over 2 * 9 rows and 9 columns, and 4 roundings in gates.
+    roundings = bounds.likely(exact[0].numel(), terms=18)
+    found = second(gated_unit, *(x.float() for x in leaves))
+    bounds.assert_close(found, exact, magnitude=magnitude, roundings=roundings)
 
 
 def test_a_tensor_in_two_places_gets_the_gradient_of_each():
-    x = torch.randn(1, 6, 4, requires_grad=True)
+    x = torch.randn(1, 6, 4)
     weights = torch.randn(8, 4), torch.randn(8, 4)
-    both = gated_unit((x, x), weights, None, PLAIN)[0].sum()
-    (once,) = torch.autograd.grad(both, x, retain_graph=True)
-    (again,) = torch.autograd.grad(both, x, create_graph=True)
-    assert (once - again).abs().max() <= 32 * EPS * once.abs().max()
+
+    def gradient(x, weights, create_graph=False):
+        x = x.detach().requires_grad_()
+        both = gated_unit((x, x), weights, None, PLAIN)[0].sum()
+        return torch.autograd.grad(both, x, create_graph=create_graph)[0]
+
+    wide = x.double(), tuple(w.double() for w in weights)
+    magnitude = bounds.sensitivity(gradient, *wide)
+    # 4 roundings of a gate, or sums of 8 products.
+    roundings = bounds.likely(x.numel(), terms=16)
+    for create_graph in (False, True):
+        found = gradient(x, weights, create_graph)
+        bounds.assert_close(found, gradient(*wide), magnitude=magnitude, roundings=roundings)
 
 
 def test_what_needs_no_gradient_gets_none():
@@ -220,7 +249,7 @@ def test_what_needs_no_gradient_gets_none():
         (expected,) = torch.autograd.grad(
             gated_unit((x.clone().requires_grad_(),), (weight,), bias, OUTPUT, skip=skip)[0].sum(), weight
         )
-        torch.testing.assert_close(weight.grad, expected, rtol=0, atol=0)
+        assert torch.equal(weight.grad, expected)
         weight.grad = None
 
 
@@ -248,26 +277,45 @@ def test_torch_func_and_forward_mode_go_to_the_definition():
     def last(products):
         return gated_unit((), (), None, PLAIN, products=products)[2]
 
-    bound = 16 * EPS
+    def gradient(products):
+        x = products.detach().requires_grad_()
+        y = last(x)
+        return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
     forward = torch.func.jvp(last, (products,), (tangent,))[1]
     assert "torch.func" in legato.explain()
-    x = products.clone().requires_grad_()
-    y = last(x)
-    (backward,) = torch.autograd.grad(y, x, torch.ones_like(y))
     by_vmap = torch.func.vmap(torch.func.grad(lambda x: last(x[None]).sum()))(products)
-    torch.testing.assert_close(by_vmap, backward, rtol=0, atol=bound * float(backward.abs().max()))
-    torch.testing.assert_close((backward * tangent).sum(), forward.sum(), rtol=0, atol=5 * 12 * bound)
+    exact = gradient(products.double())
+    magnitude = bounds.sensitivity(gradient, products.double())
+    for found in (by_vmap, gradient(products)):
+        bounds.assert_close(found, exact, magnitude=magnitude, roundings=bounds.likely(60, terms=16))
+
+    def directional(products, tangent):
+        return (gradient(products) * tangent).sum()
+
+    both = products.double(), tangent.double()
+    # 4 roundings of a gate; the 60 products are added up here.
+    bound = {"magnitude": bounds.sensitivity(directional, *both), "roundings": bounds.likely(1, terms=60)}
+    bounds.assert_close(forward.sum(), directional(*both), **bound)
 
 
 def test_a_batch_of_output_gradients_is_that_many_backward_passes():
-    x, weight = torch.randn(1, 6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    output, _, final = gated_unit((x,), (weight,), torch.randn(9), OUTPUT, torch.randn(1, 3), activation=torch.tanh)
-    grads = torch.randn(5, *output.shape), torch.randn(5, *final.shape)
-    batched = torch.autograd.grad((output, final), (x, weight), grads, is_grads_batched=True, retain_graph=True)
+    leaves = torch.randn(1, 6, 4), torch.randn(9, 4), torch.randn(9), torch.randn(1, 3)
+    grads = torch.randn(5, 1, 6, 3), torch.randn(5, 1, 3)
+
+    def gradients(leaves, grads, **options):
+        x, weight, bias, state = (leaf.detach().requires_grad_() for leaf in leaves)
+        output, _, final = gated_unit((x,), (weight,), bias, OUTPUT, state, activation=torch.tanh)
+        return torch.autograd.grad((output, final), (x, weight), grads, **options)
+
+    batched = gradients(leaves, grads, is_grads_batched=True)
+    wide = [x.double() for x in leaves]
     for i in range(5):
-        single = torch.autograd.grad((output, final), (x, weight), [g[i] for g in grads], retain_graph=True)
-        for a, b in zip(batched, single, strict=True):
-            assert (a[i] - b).abs().max() <= 4 * 6 * 9 * EPS * b.abs().max()
+        of_row = [g[i].double() for g in grads]
+        bound = {"magnitude": bounds.sensitivity(gradients, wide, of_row), "roundings": bounds.likely(36, terms=16)}
+        exact = gradients(wide, of_row)
+        bounds.assert_close([x[i] for x in batched], exact, **bound)
+        bounds.assert_close(gradients(leaves, [g[i] for g in grads]), exact, **bound)
 
 
 class NoGradient(torch.autograd.Function):
@@ -309,25 +357,37 @@ def test_it_compiles_as_one_graph(dynamic):
         return gated_unit((x,), (weight,), bias, OUTPUT, state, skip=x, activation=torch.tanh)
 
     compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+
+    def results(function, leaves):
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        output, _, final = function(*leaves)
+        return output, final, *torch.autograd.grad(output.sum() + final.sum(), leaves)
+
     for T in (7, 12):
         given = torch.randn(2, T, 3), torch.randn(9, 3), torch.randn(9), torch.randn(2, 3)
-        results = []
+        wide = [x.double() for x in given]
+        magnitude = bounds.sensitivity(lambda *leaves: results(unit, leaves), *wide)
+        # Sums over 2 T rows, or 4 roundings of a gate.
+        bound = {"magnitude": magnitude, "roundings": bounds.likely(2 * T * 9, terms=24)}
         for function in (unit, compiled):
-            leaves = [x.clone().requires_grad_() for x in given]
-            output, _, final = function(*leaves)
-            results.append((output, final, *torch.autograd.grad(output.sum() + final.sum(), leaves)))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=16 * EPS * float(a.detach().abs().max()))
+            bounds.assert_close(results(function, given), results(unit, wide), **bound)
 
 
 def test_tied_and_free_gates_follow_the_equation():
     f, z, w = torch.randn(3, 2, 4, 3, dtype=torch.float64)
-    for write, gate in ((None, 1 - f.sigmoid()), (w, w.sigmoid())):
-        h = torch.zeros(2, 3, dtype=torch.float64)
-        for t in range(4):
-            h = f.sigmoid()[:, t] * h + gate[:, t] * z[:, t].tanh()
+    for write in (None, w):
+
+        def last(f, z, write):
+            h = torch.zeros_like(f[:, 0])
+            gate = 1 - f.sigmoid() if write is None else write.sigmoid()
+            for t in range(4):
+                h = f.sigmoid()[:, t] * h + gate[:, t] * z[:, t].tanh()
+            return h
+
         states, final = gated_recurrence(f, z, write, squash=True)
-        torch.testing.assert_close(final, h, rtol=0, atol=4 * 8 * torch.finfo(h.dtype).eps)
+        # 4 roundings of a gate, in either of the two.
+        bound = {"magnitude": bounds.sensitivity(last, f, z, write), "roundings": 2 * bounds.likely(6, terms=16)}
+        bounds.assert_close(final, last(f, z, write), **bound)
         assert torch.equal(states[:, -1], final)
 
 

@@ -1,10 +1,14 @@
 """Every method of the time-invariant recurrence against the loop that defines it."""
 
+import functools
 import sys
 
+import bounds
+import draws
 import jaxtyping
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import legato
 from legato.legendre import delay_network
@@ -46,20 +50,30 @@ def example(steps, *, batch=3, channels=2, per_channel=False, state=True, reset=
     return [x if x is None else x.requires_grad_() for x in (u, A, B, m)], cut
 
 
-def assert_close(got, want, steps, dtype=torch.float64):
-    """Each number is a sum over time and order: as many roundings of at most the largest size seen."""
-    assert got.shape == want.shape
-    if want.numel() == 0:
-        return
-    bound = (steps + ORDER) * torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
-    assert (got.to(want.dtype) - want).abs().max().item() <= bound
+def with_gradients(function, tensors, **options):
+    """The results at (u, A, B, state), and the gradients of a weighted sum of all, so that no part can hide another."""
+    leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in tensors]
+    results = function(*leaves, **options)
+    generator = draws.generator(1)
+    weights = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in results]
+    sources = [x for x in leaves if x is not None and x.requires_grad]
+    return *results, *torch.autograd.grad(results, sources, weights, materialize_grads=True)
 
 
-def gradients(results, tensors, seed=1):
-    """Of a weighted sum of all the results, so that no part can hide another."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=generator)).sum() for r in results)
-    return torch.autograd.grad(total, [x for x in tensors if x is not None], materialize_grads=True)
+def magnitudes(tensors, function=lti, **options):
+    """Of the results of ``with_gradients``, in float64; of the chunked method, which takes the fewest operations."""
+    options = {"method": "chunked", **options} if function is lti and not options.get("last_only") else options
+    wide = [x if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float64)) for x in tensors]
+    wide = [x if x is None else x.requires_grad_(y.requires_grad) for x, y in zip(wide, tensors, strict=True)]
+    return bounds.sensitivity(lambda tensors: with_gradients(function, tensors, **options), wide)
+
+
+def assert_close(got, want, magnitude, steps, dtype=torch.float64):
+    """Each number is a sum over time and order, through as many steps; where both are wide, both have errors."""
+    sizes = [x.numel() for x in pytree.tree_leaves(want)]
+    each = 2 if dtype == torch.float64 else 1
+    counts = [each * bounds.likely(size, terms=max(steps, 1) * (ORDER + 1)) for size in sizes]
+    bounds.assert_close(got, want, magnitude=magnitude, roundings=counts, dtype=dtype)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -71,12 +85,9 @@ def test_a_method_is_the_loop_in_values_and_all_gradients(method, steps, state, 
     if reset and method == "fft":
         pytest.skip("fft cannot reset")
     arguments, cut = example(steps, state=state, reset=reset, per_channel=per_channel)
-    got = lti(*arguments, method=method, reset=cut)
-    want = by_loop(*arguments, reset=cut)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, steps)
-    for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
-        assert_close(g, w, steps)
+    got = with_gradients(lti, arguments, method=method, reset=cut)
+    want = with_gradients(by_loop, arguments, reset=cut)
+    assert_close(got, want, magnitudes(arguments, reset=cut), steps)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -85,26 +96,26 @@ def test_a_method_is_the_loop_in_values_and_all_gradients(method, steps, state, 
 @pytest.mark.parametrize("steps", [1, 2, 63, 200])
 def test_the_last_state_alone_is_the_last_of_the_loop(steps, state, reset, per_channel):
     arguments, cut = example(steps, state=state, reset=reset, per_channel=per_channel)
-    got = lti(*arguments, last_only=True, reset=cut)
-    want = by_loop(*arguments, reset=cut)[1:] * 2
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, steps)
-    for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
-        assert_close(g, w, steps)
+    got = with_gradients(lti, arguments, last_only=True, reset=cut)
+    want = with_gradients(lambda *x: by_loop(*x, reset=cut)[1:] * 2, arguments)
+    assert_close(got, want, magnitudes(arguments, reset=cut, last_only=True), steps)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lengths", [(70, 130), (1, 64), (33, 32, 31), (0, 5)])
 def test_parts_with_the_state_carried_over_are_one_pass(method, lengths):
     steps = sum(lengths)
-    (u, A, B, state), _ = example(steps)
-    memory, final_state = lti(u, A, B, state, method=method)
-    parts = []
-    for part in u.split(list(lengths), dim=1):
-        piece, state = lti(part, A, B, state, method=method)
-        parts.append(piece)
-    assert_close(torch.cat(parts, dim=1), memory, steps)
-    assert_close(state, final_state, steps)
+    arguments, _ = example(steps)
+
+    def in_parts(u, A, B, state):
+        parts = []
+        for part in u.split(list(lengths), dim=1):
+            piece, state = lti(part, A, B, state, method=method)
+            parts.append(piece)
+        return torch.cat(parts, dim=1), state
+
+    want = with_gradients(lti, arguments, method=method)
+    assert_close(with_gradients(in_parts, arguments), want, magnitudes(arguments), steps)
 
 
 def many_channels(steps, *, state=True):
@@ -116,28 +127,32 @@ def many_channels(steps, *, state=True):
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 31, 33, 65, 200])
 def test_many_channels_of_one_system_are_the_loop_in_values_and_all_gradients(steps, state):
-    u, A, B, m = many_channels(steps, state=state)
-    got, want = lti(u, A, B, m), by_loop(u, A, B, m)
+    arguments = many_channels(steps, state=state)
+    got, want = with_gradients(lti, arguments), with_gradients(by_loop, arguments)
     assert got[0].mT.is_contiguous() or steps == 1 or steps % chunk_length(steps)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, steps)
-    for g, w in zip(gradients(got, (u, m)), gradients(want, (u, m)), strict=True):
-        assert_close(g, w, steps)
+    assert_close(got, want, magnitudes(arguments), steps)
 
 
 def test_second_and_forward_derivatives_of_many_channels_are_those_of_the_loop():
     u, A, B, m = many_channels(50)
     directions = torch.randn_like(u), torch.randn_like(m)
-    results = []
-    for run in (lambda u, m: lti(u, A, B, m, method="chunked"), lambda u, m: by_loop(u, A, B, m)):
+
+    def derivatives(run, u, m, *directions):
         _, tangents = torch.func.jvp(run, (u.detach(), m.detach()), directions)
+        u, m = (x.detach().requires_grad_() for x in (u, m))
         memory, _ = run(u, m)
         first = torch.autograd.grad(memory.square().sum(), (u, m), create_graph=True)
         second = torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, directions, strict=True)), (u, m))
-        results.append([*tangents, *second])
+        return *tangents, *second
+
+    got = derivatives(lambda u, m: lti(u, A, B, m, method="chunked"), u, m, *directions)
+
+    def by_definition(*x):
+        return derivatives(lambda u, m: by_loop(u, A, B, m), *x)
+
     # A second derivative sums over the steps twice, before and after the square.
-    for got, want in zip(*results, strict=True):
-        assert_close(got, want, 50 * 50)
+    magnitude = bounds.sensitivity(by_definition, u, m, *directions)
+    assert_close(got, by_definition(u, m, *directions), magnitude, 50 * 50)
 
 
 def test_a_map_over_many_channels_is_the_loop_over_it():
@@ -145,20 +160,20 @@ def test_a_map_over_many_channels_is_the_loop_over_it():
     us, states = torch.randn(2, 3, 130, 20, dtype=torch.float64), torch.randn(2, 3, 20, ORDER, dtype=torch.float64)
     got = torch.func.vmap(lambda u, m: lti(u, A, B, m))(us, states)
     for i in range(2):
-        for g, w in zip(got, by_loop(us[i], A, B, states[i]), strict=True):
-            assert_close(g[i], w, 130)
+        magnitude = bounds.sensitivity(lti, us[i], A, B, states[i])
+        assert_close([x[i] for x in got], by_loop(us[i], A, B, states[i]), magnitude, 130)
 
 
 @pytest.mark.parametrize("pieces", [[1, 24, 25, 26, 49, 75], [200]])
 def test_kernels_of_many_channels_serve_pieces_of_any_length(pieces):
-    u, A, B, state = many_channels(200)
+    u, A, B, state = arguments = many_channels(200)
     want, want_state = by_loop(u, A, B, state)
     kernels, memory = prepare(A, B, 200, dtype=torch.float64), []
     for piece in u.split(pieces, dim=1):
         part, state = apply(piece, kernels, state)
         memory.append(part)
-    assert_close(torch.cat(memory, dim=1), want, 200)
-    assert_close(state, want_state, 200)
+    magnitude = bounds.sensitivity(lti, *arguments)
+    assert_close((torch.cat(memory, dim=1), state), (want, want_state), magnitude, 200)
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])
@@ -189,18 +204,17 @@ def test_kernels_serve_shorter_inputs_too(method):
     kernels = prepare(A, B, 200, method=None if last else method, last_only=last, dtype=u.dtype)
     for steps in (1, 31, 77, 200):
         memory, final_state = by_loop(u[:, :steps], A, B, state)
-        got = apply(u[:, :steps], kernels, state)
-        assert_close(got[0], final_state if last else memory, steps)
-        assert_close(got[1], final_state, steps)
+        magnitude = bounds.sensitivity(lambda *x: lti(*x, last_only=last), u[:, :steps], A, B, state)
+        got, want = apply(u[:, :steps], kernels, state), (final_state if last else memory, final_state)
+        # What the transforms of "fft" add up is as long as the kernels.
+        assert_close(got, want, magnitude, 200)
 
 
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
 def test_kernels_for_a_short_input_serve_a_long_one(method):
     (u, A, B, state), _ = example(700)
-    memory, final_state = apply(u, prepare(A, B, 40, method=method, dtype=u.dtype), state)
-    want, want_final = by_loop(u, A, B, state)
-    assert_close(memory, want, 700)
-    assert_close(final_state, want_final, 700)
+    got = apply(u, prepare(A, B, 40, method=method, dtype=u.dtype), state)
+    assert_close(got, by_loop(u, A, B, state), bounds.sensitivity(lti, u, A, B, state), 700)
 
 
 @pytest.mark.parametrize("method", ["toeplitz", "fft", "last"])
@@ -222,13 +236,13 @@ def test_nothing_passes_a_reset_not_even_a_nan(method):
     poisoned.requires_grad_()
     memory, final_state = lti(poisoned, A, B, torch.full_like(state, torch.nan), method=method, reset=reset)
     want, want_final = by_loop(u[:, 41:], A, B)
-    assert_close(memory[:, 41:], want, 100)
-    assert_close(final_state, want_final, 100)
+    magnitude = bounds.sensitivity(lti, u[:, 41:], A, B)
+    assert_close((memory[:, 41:], final_state), (want, want_final), magnitude, 100)
     (gradient,) = torch.autograd.grad(final_state.sum() + memory[:, 41:].sum(), poisoned)
     assert gradient.isfinite().all()
     assert (gradient[:, :41] == 0).all()
     alone, _ = lti(poisoned, A, B, torch.full_like(state, torch.nan), last_only=True, reset=reset)
-    assert_close(alone, want_final, 100)
+    assert_close(alone, want_final, magnitude[1], 100)
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])
@@ -238,8 +252,10 @@ def test_an_input_never_changes_the_past(method):
     changed[:, 50:] += 1
     before, _ = lti(u, A, B, state, method=method)
     after, _ = lti(changed, A, B, state, method=method)
-    assert_close(after[:, :50], before[:, :50], 100)
-    assert not torch.allclose(after[:, 50], before[:, 50])
+    assert_close(after[:, :50], before[:, :50], bounds.sensitivity(lti, changed, A, B, state)[0], 100)
+    # One more at the input adds B.
+    magnitude = bounds.sensitivity(lti, changed[:, :51], A, B, state)[0]
+    assert_close(after[:, 50], before[:, 50] + B, magnitude, 100)
 
 
 @pytest.mark.parametrize("channels", [2, 20])
@@ -247,16 +263,21 @@ def test_an_input_never_changes_the_past(method):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_narrow_inputs_are_computed_and_carried_in_32_bits(method, dtype, channels):
     (u, A, B, state), _ = example(150, channels=channels, dtype=dtype)
-    memory, final_state = lti(u, A.detach(), B.detach(), state, method=method)
-    assert memory.dtype == dtype
-    assert final_state.dtype == torch.float32
-    want, want_final = by_loop(u.double(), A, B, state.double())
-    assert_close(memory, want, 150 if dtype == torch.float32 else 0, dtype)
-    assert_close(final_state, want_final, 150, torch.float32)
-    gradient_u, gradient_state = torch.autograd.grad(memory.float().sum() + final_state.sum(), (u, state))
-    want_u, want_state = torch.autograd.grad(want.sum() + want_final.sum(), (u, state))
-    assert_close(gradient_u, want_u, 150, dtype)
-    assert_close(gradient_state, want_state, 150, torch.float32)
+    arguments = u, A.detach(), B.detach(), state
+    weights = [torch.randn(150, channels, ORDER).to(dtype), torch.randn(channels, ORDER)]
+
+    def run(function, u, A, B, state, memory_weights, final_weights, **options):
+        u, state = (x.detach().requires_grad_() for x in (u, state))
+        memory, final = function(u, A, B, state, **options)
+        # Of each number the same derivative in each row of the batch: its terms are exact in the dtype.
+        loss = (memory * memory_weights).sum() + (final * final_weights).sum()
+        return memory, final, *torch.autograd.grad(loss, (u, state))
+
+    got = run(lti, *arguments, *weights, method=method)
+    assert [x.dtype for x in got] == [dtype, torch.float32, dtype, torch.float32]
+    wide = [x.double() for x in (*arguments, *weights)]
+    magnitude = bounds.sensitivity(lambda *x: run(lti, *x, method="chunked"), *wide)
+    assert_close(got, run(by_loop, *wide), magnitude, 150, torch.float32)
 
 
 def inputs(steps):
@@ -266,48 +287,58 @@ def inputs(steps):
     return torch.stack([rough, smooth, torch.full((steps,), 0.7), (time < steps // 3).float()]).unsqueeze(-1)
 
 
-def within(got, plain, exact, eps):
-    """err <= 2 (err(plain) + eps max|exact|)."""
-    largest = exact.abs().max()
-    error, of_plain = (got - exact).abs().max(), (plain - exact).abs().max()
-    assert error <= 2 * (of_plain + eps * largest), f"{error / largest / eps} eps, plain {of_plain / largest / eps}"
+@functools.cache
+def in_64_bits(order, theta):
+    """Numbers that float16 and bfloat16 have too, and what comes of them: exact, with its magnitude."""
+    draws.seed()
+    A, B = delay_network(order, theta)
+    tensors = inputs(1000).bfloat16().half(), torch.randn(4, 1, order), torch.randn(4, 1000, 1, order).bfloat16().half()
+    wide = [x.double() for x in tensors]
+    # The kernels are rounded to 16 bits too.
+    kernels = prepare(A, B, 1000, method="chunked", dtype=torch.float64)
+    return (
+        kernels,
+        tensors,
+        memory_and_gradients(kernels, *wide),
+        bounds.sensitivity(memory_and_gradients, kernels, *wide),
+    )
+
+
+def memory_and_gradients(kernels, u, state, weight):
+    u, state = (x.detach().requires_grad_() for x in (u, state))
+    memory, final = apply(u, kernels, state)
+    return [memory, final, *torch.autograd.grad(memory, (u, state), weight)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("order", "theta"), [(1, 100.0), (32, 50.0), (64, 512.0), (256, 784.0)])
 def test_products_of_16_bits_keep_the_error_bound_of_16_bits(order, theta, dtype, monkeypatch):
-    """As on CUDA: 16-bit factors, sums in float32; held to what float32 gives once it is rounded to 16 bits."""
-    module, steps = sys.modules["legato.ops.lti"], 1000
-    A, B = delay_network(order, theta)
-    u = inputs(steps).to(dtype).requires_grad_()
-    state = torch.randn(len(u), 1, order).requires_grad_()
-    weight = torch.randn(len(u), steps, 1, order)
-
-    def run(dtype, carry):
-        x, m = (z.detach().to(d).requires_grad_() for z, d in ((u, dtype), (state, carry)))
-        memory, final = lti(x, A, B, m, method="chunked")
-        grads = torch.autograd.grad(memory, (x, m), weight.to(dtype).to(memory.dtype), retain_graph=True)
-        return [y.double() for y in (memory, final, *grads)], memory.dtype, final.dtype
-
-    exact, _, _ = run(torch.float64, torch.float64)
-    plain, _, _ = run(dtype, torch.float32)
+    """As on CUDA: 16-bit factors, sums in float32."""
+    module = sys.modules["legato.ops.lti"]
+    kernels, (u, state, weight), exact, magnitude = in_64_bits(order, theta)
+    kernels = kernels._replace(inputs=kernels.inputs.float(), powers=kernels.powers.float())
+    tensors = u.to(dtype), state, weight.to(dtype)
+    plain = memory_and_gradients(kernels, *tensors)
     monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype in (torch.float16, torch.bfloat16))
-    got, of_memory, of_final = run(dtype, torch.float32)
-    assert (of_memory, of_final) == (dtype, torch.float32)
+    got = memory_and_gradients(kernels, *tensors)
+    assert [x.dtype for x in got[:2]] == [dtype, torch.float32]
     assert not torch.equal(got[0], plain[0])  # another path
     assert torch.equal(got[1], plain[1])  # the final state is float32's
-    eps = torch.finfo(dtype).eps
-    for x, y, z in zip(got, plain, exact, strict=True):
-        within(x, y, z, eps)
+    # Either factor, the product, and the sum where gradients meet, are rounded to 16 bits once.
+    counts = [bounds.likely(x.numel()) for x in exact]
+    bounds.assert_close(got, exact, magnitude=magnitude, roundings=counts, dtype=dtype)
+    # In 32 bits, sums over the chunk and the state before it, through the chunks.
+    counts = [bounds.likely(x.numel(), terms=1000 + order) for x in exact]
+    bounds.assert_close(plain, exact, magnitude=magnitude, roundings=counts, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("order", "theta"), [(32, 50.0), (256, 784.0)])
-def test_factors_of_eleven_bits_keep_the_error_bound_of_eleven_bits(order, theta, monkeypatch):
+@pytest.mark.parametrize(("order", "theta", "steps"), [(32, 50.0, 4000), (256, 784.0, 1000)])
+def test_factors_of_eleven_bits_keep_the_error_bound_of_eleven_bits(order, theta, steps, monkeypatch):
     """What torch's switch for TF32 does on CUDA, the carry's products included: their roundings do not pile up."""
-    module, steps = sys.modules["legato.ops.lti"], 4000
+    module = sys.modules["legato.ops.lti"]
     A, B = delay_network(order, theta)
-    u = inputs(steps)
-    exact, exact_final = lti(u.double(), A, B, method="chunked")
+    u, wide = inputs(steps), prepare(A, B, steps, method="chunked", dtype=torch.float64)
+    exact, magnitude = apply(u.double(), wide), bounds.sensitivity(apply, u.double(), wide)
 
     def tf32(x):
         if x.dtype != torch.float32:
@@ -317,10 +348,15 @@ def test_factors_of_eleven_bits_keep_the_error_bound_of_eleven_bits(order, theta
 
     times = module._times
     monkeypatch.setattr(module, "_times", lambda rows, matrix: times(tf32(rows), tf32(matrix)))
-    memory, final = lti(u, A, B, method="chunked")
-    eps = 2.0**-10
-    within(memory.double(), tf32(exact.float()).double(), exact, eps)
-    within(final.double(), tf32(exact_final.float()).double(), exact_final, eps)
+    got = lti(u, A, B, method="chunked")
+    # Both factors are rounded to 11 bits; 13 more are cut off than float32 does.
+    counts = [2**13 * bounds.likely(x.numel(), terms=2) for x in exact]
+    bounds.assert_close(got, exact, magnitude=magnitude, roundings=counts)
+    # What is lost in a product of the carry is passed on by the others, which do not enlarge it: roundings that pile
+    # up would be as many as the chunks, where these are as many as the levels of the scan.
+    levels = len(wide.powers) + 1
+    for size, x in zip(magnitude, exact, strict=True):
+        assert size <= bounds.likely(x.numel(), terms=levels) * x.abs().max()
 
 
 def test_a_carry_of_32_bits_holds_over_a_million_steps_of_16_bits(monkeypatch):
@@ -328,8 +364,16 @@ def test_a_carry_of_32_bits_holds_over_a_million_steps_of_16_bits(monkeypatch):
     monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype == torch.bfloat16)
     A, B = delay_network(2, 100_000.0)
     u = torch.cat([torch.randn(1, steps, 1), torch.ones(1, steps, 1)]).bfloat16()
-    (memory, _), (exact, _) = lti(u, A, B, method="chunked"), lti(u.double(), A, B, method="chunked")
-    within(memory.double(), exact.bfloat16().double(), exact, torch.finfo(torch.bfloat16).eps)
+    kernels = prepare(A, B, steps, method="chunked", dtype=torch.float64)
+    (memory, _), (exact, _) = lti(u, A, B, method="chunked"), apply(u.double(), kernels)
+    # What is multiplied in 16 bits: the inputs of a chunk and the memory before it, by what they leave at each step.
+    length = chunk_length(steps)
+    before = torch.cat([torch.zeros(2, 1, 2, dtype=torch.float64), exact[:, length - 1 : -1 : length, 0]], dim=1)
+    rows = torch.cat([u.double().view(2, -1, length), before], dim=-1)
+    magnitude = (rows.abs() @ kernels.inputs.abs()).view_as(exact)
+    # The worst case, for inputs of one are all alike: either factor, and a carry in float32 over 2^15 chunks, whose
+    # products and sums are to a rounding of 16 bits as 2^16 is to 2.
+    bounds.assert_close(memory, exact, magnitude=magnitude, roundings=2 + 4, dtype=torch.bfloat16)
 
 
 def test_autocast_changes_nothing():
@@ -349,28 +393,25 @@ def test_complex_inputs_are_their_parts(method, reset):
     (u, A, B, state), cut = example(70, reset=reset)
     u = torch.complex(u, torch.randn_like(u))
     z = torch.complex(state, torch.randn_like(state))
-    memory, final_state = lti(u, A, B, z, method=method, reset=cut)
-    want, want_final = by_loop(u, A.to(u.dtype), B.to(u.dtype), z, reset=cut)
-    assert_close(memory, want, 70)
-    assert_close(final_state, want_final, 70)
-    from_real, _ = lti(u, A, B, state, method=method, reset=cut)
-    assert_close(from_real, by_loop(u, A.to(u.dtype), B.to(u.dtype), state.to(u.dtype), reset=cut)[0], 70)
+    for start in (z, state):
+        got = lti(u, A, B, start, method=method, reset=cut)
+        want = by_loop(u, A.to(u.dtype), B.to(u.dtype), start.to(u.dtype), reset=cut)
+        magnitude = bounds.sensitivity(lambda *x: lti(*x, method="chunked", reset=cut), u, A, B, start)
+        assert_close(got, want, magnitude, 70)
     assert lti(u, A, B, z, last_only=True)[0].is_complex()
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])
 def test_any_strides_will_do(method):
     (u, A, B, state), _ = example(90)
-    memory, final_state = lti(u, A, B, state, method=method)
+    want, magnitude = by_loop(u, A, B, state), bounds.sensitivity(lti, u, A, B, state)
     strided_u = u.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
     wide = torch.randn(3, 180, 4, dtype=u.dtype)
     wide[:, ::2, ::2] = u.detach()
     strided_A, strided_B = A.detach().mT.contiguous().mT, B.detach().repeat_interleave(2)[::2]
     strided_state = state.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for other in (strided_u, wide[:, ::2, ::2]):
-        got, got_final = lti(other, strided_A, strided_B, strided_state, method=method)
-        assert_close(got, memory, 90)
-        assert_close(got_final, final_state, 90)
+        assert_close(lti(other, strided_A, strided_B, strided_state, method=method), want, magnitude, 90)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -421,9 +462,8 @@ def test_a_map_over_any_argument_is_the_loop_over_it(method):
         ]
         got = torch.func.vmap(run, in_dims=maps)(*given)
         for i in range(2):
-            want = run(*[x[i] if axis == 0 else x for axis, x in zip(maps, given, strict=True)])
-            for g, w in zip(got, want, strict=True):
-                assert_close(g[i], w, 40)
+            one = [x[i] if axis == 0 else x for axis, x in zip(maps, given, strict=True)]
+            assert_close([x[i] for x in got], run(*one), bounds.sensitivity(run, *one), 40)
 
 
 @pytest.mark.parametrize("method", RESETTING)
@@ -432,7 +472,8 @@ def test_a_map_over_resets_is_the_loop_over_them(method):
     resets = torch.rand(2, 3, 40) < 0.1
     got, _ = torch.func.vmap(lambda reset: lti(u, A, B, state, method=method, reset=reset))(resets)
     for i in range(2):
-        assert_close(got[i], lti(u, A, B, state, method=method, reset=resets[i])[0], 40)
+        magnitude = bounds.sensitivity(lambda *x, i=i: lti(*x, reset=resets[i])[0], u, A, B, state)
+        assert_close(got[i], lti(u, A, B, state, method=method, reset=resets[i])[0], magnitude, 40)
 
 
 def test_a_long_input_takes_a_bounded_number_of_operations():
@@ -444,9 +485,10 @@ def test_a_long_input_takes_a_bounded_number_of_operations():
         with torch.profiler.profile() as profile:
             memory, _ = apply(u, kernels)
         counts.append(len(profile.events()))
-        want, _ = by_loop(u[:, -2000:].double(), A, B)
         # What came 2,000 steps before, 40 windows ago, has died away below float64.
-        assert_close(memory[:, -100:], want[:, -100:], 2000, torch.float32)
+        late = u[:, -2000:].double()
+        want, magnitude = by_loop(late, A, B)[0][:, -100:], bounds.sensitivity(lti, late, A, B)[0]
+        assert_close(memory[:, -100:], want, magnitude, 2000, torch.float32)
     assert counts[1] < 3 * counts[0]
 
 
@@ -504,12 +546,10 @@ def test_values_and_gradients_compile_into_one_graph(method):
     steps = 5 if method == "sequential" else 70
     arguments, cut = example(steps, reset=method != "fft")
     torch._dynamo.reset()
-    got = torch.compile(lti, fullgraph=True, backend="aot_eager")(*arguments, reset=cut, **named)
-    want = lti(*arguments, reset=cut, **named)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, steps)
-    for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
-        assert_close(g, w, steps)
+    compiled = torch.compile(lti, fullgraph=True, backend="aot_eager")
+    got = with_gradients(compiled, arguments, reset=cut, **named)
+    want = with_gradients(lti, arguments, reset=cut, **named)
+    assert_close(got, want, magnitudes(arguments, reset=cut, last_only=method == "last"), steps)
 
 
 @pytest.mark.compiled
@@ -520,11 +560,8 @@ def test_lengths_may_change_under_the_compiler(method):
     compiled = torch.compile(lti, fullgraph=True, dynamic=True, backend="eager")
     for steps in (5, 6) if method == "sequential" else (40, 55):
         arguments, _ = example(steps)
-        got, want = compiled(*arguments, **named), lti(*arguments, **named)
-        for g, w in zip(got, want, strict=True):
-            assert_close(g, w, steps)
-        for g, w in zip(gradients(got, arguments), gradients(want, arguments), strict=True):
-            assert_close(g, w, steps)
+        got, want = with_gradients(compiled, arguments, **named), with_gradients(lti, arguments, **named)
+        assert_close(got, want, magnitudes(arguments, last_only=method == "last"), steps)
 
 
 @pytest.mark.compiled
@@ -537,19 +574,20 @@ def test_new_lengths_reuse_the_compiled_chunked_graph(channels):
     compiled = torch.compile(apply, fullgraph=True, dynamic=True, backend=counter)
     for steps in (520, 600, 777, 901, 1000):
         u = torch.randn(3, steps, channels, dtype=torch.float64)
-        assert_close(compiled(u, kernels)[0], apply(u, kernels)[0], steps)
+        magnitude = bounds.sensitivity(lti, u, A, B)
+        assert_close(compiled(u, kernels), apply(u, kernels), magnitude, steps)
     assert counter.frame_count <= 2
 
 
 @pytest.mark.compiled
 def test_the_default_compiler_agrees():
     (u, A, B, state), _ = example(64)
+    arguments = u, A.detach(), B.detach(), state
     kernels = prepare(A.detach(), B.detach(), 64, dtype=u.dtype)
-    got, want = torch.compile(apply, fullgraph=True)(u, kernels, state), apply(u, kernels, state)
-    for g, w in zip(got, want, strict=True):
-        assert_close(g, w, 64)
-    for g, w in zip(gradients(got, (u, state)), gradients(want, (u, state)), strict=True):
-        assert_close(g, w, 64)
+    compiled = torch.compile(apply, fullgraph=True)
+    got = with_gradients(lambda u, A, B, state: compiled(u, kernels, state), arguments)
+    want = with_gradients(lambda u, A, B, state: apply(u, kernels, state), arguments)
+    assert_close(got, want, magnitudes(arguments), 64)
 
 
 @pytest.mark.compiled

@@ -2,6 +2,7 @@
 
 import itertools
 
+import bounds
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -12,9 +13,6 @@ from legato.ops.recurrence import linear_recurrence
 
 BACKENDS = ["reference", "torch", "numba"]
 FAST = [name for name in BACKENDS if name != "reference"]
-EPS = torch.finfo(torch.float64).eps
-# Two roundings a step and a direction for 7 steps, and a sum over at most 2 * 7 * 12 numbers of order one.
-ROUNDINGS = (4 * 7 + 2 * 7 * 12) * EPS
 DECAYS = [(2, 5, 3), (3,), (5, 1), (2, 1, 3), (1, 5, 3), ()]
 
 
@@ -42,14 +40,28 @@ def example(B, T, channels, decay_shape, dtype=torch.float64, resets=False):
 
 
 def gradients(function, decay, impulse, state, dtype, weights):
-    """Outputs and the gradients of a weighted sum of states and final state, all in float64."""
+    """Outputs and the gradients of a weighted sum of states and final state."""
     leaves = [x.to(dtype).detach().requires_grad_() for x in (decay, impulse)]
     leaves.append(state.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_())
     states, final = function(*leaves)
     loss = (states * weights[0].to(states.dtype)).sum() + (final * weights[1].to(final.dtype)).sum()
-    loss.abs().backward() if loss.is_complex() else loss.backward()
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    return [x.detach().to(wide) for x in (states, final, *(leaf.grad for leaf in leaves))]
+    return states, final, *torch.autograd.grad(loss.real, leaves)
+
+
+def assert_equals_the_loop(function, decay, impulse, state, reset, reverse=False):
+    """In float64, by the worst case for any order: states and final state, and all gradients of a weighted sum."""
+    weights = torch.randn_like(impulse), torch.randn_like(state)
+
+    def loop(decay, impulse, state, weights):
+        run = lambda *x: literal_loop(*x, reset, reverse)  # noqa: E731
+        return gradients(run, decay, impulse, state, torch.float64, weights)
+
+    found = gradients(function, decay, impulse, state, torch.float64, weights)
+    magnitude = bounds.majorant(loop, decay, impulse, state, weights)
+    # A product and a sum a step in either direction, and the sum over what is broadcast; of both computations.
+    roundings = 2 * (4 * impulse.shape[1] + impulse.numel() // max(decay.numel(), 1) + 2)
+    exact = loop(decay, impulse, state, weights)
+    bounds.assert_close(found, exact, magnitude=magnitude, roundings=roundings)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
@@ -60,39 +72,59 @@ def test_every_backend_equals_the_literal_loop(backend, reverse, resets, decay_s
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("CPU tensors run on triton's interpreter only, and test_triton_gpu.py has the GPU")
     decay, impulse, state, reset = example(2, 5, (3,), decay_shape, resets=resets)
-    weights = torch.randn_like(impulse), torch.randn_like(state)
-    ours = gradients(
-        lambda *x: linear_recurrence(*x, reset=reset, reverse=reverse, backend=backend),
-        decay, impulse, state, torch.float64, weights,
-    )  # fmt: skip
-    loop = gradients(lambda *x: literal_loop(*x, reset, reverse), decay, impulse, state, torch.float64, weights)
-    for a, b in zip(ours, loop, strict=True):
-        torch.testing.assert_close(a, b, rtol=ROUNDINGS, atol=ROUNDINGS)
+
+    def ours(*x):
+        return linear_recurrence(*x, reset=reset, reverse=reverse, backend=backend)
+
+    assert_equals_the_loop(ours, decay, impulse, state, reset, reverse)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.complex64])
 @pytest.mark.parametrize("T", [1, 63, 65, 1000])
 @pytest.mark.parametrize("constant", [False, True])
-def test_kernels_are_as_exact_as_the_loop_in_the_same_dtype(backend, dtype, T, constant):
+def test_kernels_are_as_exact_as_their_dtype_allows(backend, dtype, T, constant):
     decay, impulse, state, reset = example(3, T, (5,), (5,) if constant else (3, T, 5), dtype, resets=True)
-    decay = decay * 0.9
-    rounded = [x.to(dtype) for x in (decay, impulse)]
     weights = torch.randn_like(impulse), torch.randn_like(state)
+    tensors = [x.to(dtype) for x in (decay * 0.9, impulse)]
+    tensors += [x.to(torch.promote_types(dtype, torch.float32)) for x in (state, weights[0].to(dtype), weights[1])]
+    assert_as_exact_as_the_dtype(
+        lambda *x: linear_recurrence(*x, reset=reset, backend=backend),
+        tensors,
+        dtype,
+        reset,
+        own_backward=backend == "numba",
+    )
 
-    carry = state.to(torch.complex64 if dtype.is_complex else torch.float32)
 
-    def run(name, dtype):
-        return gradients(
-            lambda *x: linear_recurrence(*x, reset=reset, backend=name), *rounded, carry, dtype, weights
-        )  # fmt: skip
+def assert_as_exact_as_the_dtype(function, tensors, dtype, reset, *, own_backward):
+    """Results in the dtype against the loop in 64 bits, from the same numbers."""
+    decay, impulse, state, *weights = tensors
+    wide = torch.complex128 if dtype.is_complex else torch.float64
 
-    exact = run("reference", torch.complex128 if dtype.is_complex else torch.float64)
-    loop, ours = run("reference", dtype), run(backend, dtype)
-    eps = torch.finfo(dtype).eps
-    for name, e, a, b in zip(["states", "final", "decay", "impulse", "state"], exact, loop, ours, strict=True):
-        bound = 2 * ((a - e).abs().max() + eps * e.abs().max())
-        assert (b - e).abs().max() <= bound, name
+    def run(backend):
+        def definition(*x):
+            return linear_recurrence(*x, reset=reset, backend=backend)
+
+        return lambda *x: gradients(definition, *x[:3], wide, x[3:])
+
+    exact_inputs = [x.to(wide) for x in tensors]
+    exact = run("reference")(*exact_inputs)
+    magnitude = bounds.sensitivity(run("numba"), *exact_inputs)
+    # A step has a product and a sum, and so has the joining of chunks: 4, in complex numbers 3 times as many. The
+    # gradient of the decay is a sum over what is broadcast.
+    step = 9 * 16 if dtype.is_complex else 16
+    found = gradients(function, decay, impulse, state, dtype, weights)
+    for i, name in enumerate(["states", "final", "decay", "impulse", "state"]):
+        # The states are stored in 16 bits, and the gradient of the decay is made of what is stored. A backend without
+        # a backward of its own stores the gradients of the states so too, and that of the first state is made of them.
+        stored = ["decay"] if own_backward else ["decay", "impulse", "state"]
+        arithmetic = dtype if name in stored else None
+        terms = max(step, impulse.numel() // decay.numel() if name == "decay" else 0)
+        roundings = bounds.likely(exact[i].numel(), terms)
+        bounds.assert_close(
+            found[i], exact[i], magnitude=magnitude[i], roundings=roundings, dtype=arithmetic, name=name
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,13 +135,7 @@ def test_kernels_are_as_exact_as_the_loop_in_the_same_dtype(backend, dtype, T, c
 )  # fmt: skip
 def test_any_channel_axes_and_any_broadcast(backend, channels, decay_shape):
     decay, impulse, state, reset = example(2, 7, channels, decay_shape, resets=True)
-    weights = torch.randn_like(impulse), torch.randn_like(state)
-    ours = gradients(
-        lambda *x: linear_recurrence(*x, reset=reset, backend=backend), decay, impulse, state, torch.float64, weights
-    )
-    loop = gradients(lambda *x: literal_loop(*x, reset, False), decay, impulse, state, torch.float64, weights)
-    for a, b in zip(ours, loop, strict=True):
-        torch.testing.assert_close(a, b, rtol=ROUNDINGS, atol=ROUNDINGS)
+    assert_equals_the_loop(lambda *x: linear_recurrence(*x, reset=reset, backend=backend), decay, impulse, state, reset)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -123,8 +149,10 @@ def test_two_chunks_equal_one_pass(backend, reverse):
         parts[part.start, part.stop], carry = linear_recurrence(
             decay[:, part], impulse[:, part], carry, reset=reset[:, part], reverse=reverse, backend=backend
         )
-    torch.testing.assert_close(torch.cat([parts[s.start, s.stop] for s in order], 1), whole, rtol=0, atol=4 * EPS)
-    torch.testing.assert_close(carry, final, rtol=0, atol=4 * EPS)
+    magnitude = bounds.majorant(lambda *x: literal_loop(*x, reset, reverse), decay, impulse, state)
+    found = torch.cat([parts[s.start, s.stop] for s in order], 1), carry
+    # A product and a sum a step, in both.
+    bounds.assert_close(found, (whole, final), magnitude=magnitude, roundings=2 * (2 * 11))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,8 +208,9 @@ def test_nothing_leaks_across_a_reset_not_even_nan(backend):
     reset = torch.tensor([[False, False, False, True, False, False]])
     impulse.requires_grad_()
     states, final = linear_recurrence(decay, impulse, reset=reset, backend=backend)
-    alone, _ = linear_recurrence(decay[:, 3:], impulse[:, 3:], backend=backend)
-    assert torch.equal(states[:, 3:], alone)
+    after = decay[:, 3:].double(), impulse[:, 3:].detach().double()
+    exact, magnitude = linear_recurrence(*after)[0], bounds.majorant(lambda *x: linear_recurrence(*x)[0], *after)
+    bounds.assert_close(states[:, 3:], exact, magnitude=magnitude, roundings=2 * 3)
     final.sum().backward()
     assert torch.equal(impulse.grad[:, :3], torch.zeros(1, 3, 2))
     assert impulse.grad[:, 3:].isfinite().all()
@@ -194,7 +223,8 @@ def test_the_carry_of_16_bit_inputs_has_32(dtype):
     _, final = linear_recurrence(decay, impulse, torch.ones(1, 1))
     assert final.dtype == torch.float32
     step = impulse[0, 0, 0].double().item()
-    assert abs(final.item() - (1 + 1000 * step)) <= 1000 * torch.finfo(torch.float32).eps
+    exact = torch.tensor([[1 + 1000 * step]], dtype=torch.float64)
+    bounds.assert_close(final, exact, magnitude=exact, roundings=1000)
 
 
 def test_a_real_decay_may_meet_a_complex_impulse():
@@ -237,20 +267,30 @@ def test_vmap_equals_a_loop_over_the_mapped_axis(backend, mapped):
     together = torch.vmap(torch.func.grad(loss, (0, 1, 2)), in_dims=mapped)(*inputs)
     for i in range(4):
         one = [x if m is None else x.select(m, i) for x, m in zip(inputs, mapped, strict=True)]
-        for a, b in zip(together, torch.func.grad(loss, (0, 1, 2))(*one), strict=True):
-            torch.testing.assert_close(a[i], b)
+        one = [x.double() for x in one]
+        exact, magnitude = (
+            torch.func.grad(loss, (0, 1, 2))(*one),
+            bounds.majorant(torch.func.grad(loss, (0, 1, 2)), *one),
+        )
+        # Four steps in either direction, a square, and the sum over batch and time.
+        bounds.assert_close([x[i] for x in together], exact, magnitude=magnitude, roundings=4 * 4 + 8 + 2)
 
 
 def test_vmap_of_a_backward_call_gives_each_row_its_own_gradients():
     decay, impulse = torch.rand(3, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True)
     states, _ = linear_recurrence(decay, impulse)
     rows = torch.randn(5, 2, 4, 3)
-    batched = torch.autograd.grad(states, (decay, impulse), rows, is_grads_batched=True, retain_graph=True)
+
+    def gradients(decay, impulse, row):
+        decay, impulse = (x.detach().requires_grad_() for x in (decay, impulse))
+        return torch.autograd.grad(linear_recurrence(decay, impulse)[0], (decay, impulse), row)
+
+    batched = torch.autograd.grad(states, (decay, impulse), rows, is_grads_batched=True)
     for i in range(5):
-        for a, b in zip(
-            batched, torch.autograd.grad(states, (decay, impulse), rows[i], retain_graph=True), strict=True
-        ):
-            torch.testing.assert_close(a[i], b)
+        wide = [x.detach().double() for x in (decay, impulse, rows[i])]
+        # Four steps in either direction, and the sum over batch and time.
+        found, magnitude = [x[i] for x in batched], bounds.majorant(gradients, *wide)
+        bounds.assert_close(found, gradients(*wide), magnitude=magnitude, roundings=4 * 4 + 8 + 1)
 
 
 def test_the_backward_keeps_only_decay_and_states():
@@ -304,14 +344,19 @@ def test_compiles_as_one_graph_with_the_same_results(dynamic, constant):
         return states.tanh().sum() + final.sum()
 
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+
+    def gradients(function, inputs, reset):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves, reset), leaves)
+
     for T in (4, 6):
         inputs = [torch.randn((3,) if constant else (2, T, 3)), torch.randn(2, T, 3), torch.randn(2, 3)]
-        reset = torch.rand(2, T) < 0.3
-        eager, traced = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
-        run(*eager, reset).backward()
-        compiled(*traced, reset).backward()
-        for a, b in zip(eager, traced, strict=True):
-            torch.testing.assert_close(a.grad, b.grad)
+        reset, wide = torch.rand(2, T) < 0.3, [x.double() for x in inputs]
+        magnitude = bounds.sensitivity(lambda inputs, reset=reset: gradients(run, inputs, reset), wide)
+        # 4 roundings of sigmoid and tanh; the sum over batch and time has no more than 12 terms.
+        bound = {"magnitude": magnitude, "roundings": bounds.likely(36, terms=16)}
+        for function in (run, compiled):
+            bounds.assert_close(gradients(function, inputs, reset), gradients(run, wide, reset), **bound)
 
 
 @pytest.mark.compiled
@@ -325,7 +370,11 @@ def test_exports():
         Module(), (torch.rand(2, 8, 3), torch.randn(2, 8, 3)), dynamic_shapes=({1: time}, {1: time})
     )
     decay, impulse = torch.rand(2, 20, 3), torch.randn(2, 20, 3)
-    torch.testing.assert_close(program.module()(decay, impulse), linear_recurrence(decay, impulse))
+    wide = decay.double(), impulse.double()
+    magnitude = bounds.majorant(linear_recurrence, *wide)
+    bounds.assert_close(
+        program.module()(decay, impulse), linear_recurrence(*wide), magnitude=magnitude, roundings=2 * 20
+    )
 
 
 @pytest.mark.compiled
@@ -351,7 +400,9 @@ def test_the_registered_ops_pass_torchs_own_check():
 def test_a_million_steps_of_one_channel():
     T = 2**20
     states, final = linear_recurrence(torch.full((1,), 1 - 2**-10), torch.ones(1, T, 1))
-    assert abs(final.item() - 2**10) <= 2**10 * 2**10 * torch.finfo(torch.float32).eps
+    # All terms are positive, and of an error 1 / e remains after 1,024 steps of a product and a sum.
+    exact = torch.tensor([[2**10]], dtype=torch.float64)
+    bounds.assert_close(final, exact, magnitude=exact, roundings=2 * 2**10)
     assert torch.equal(states[:, -1], final)
 
 

@@ -22,6 +22,7 @@ from legato.ops.recurrence import linear_recurrence
 
 from .benchmark_report import Panel, draw, show
 from .environment import free_memory
+from .locks import owned
 from .measure import interleave, write
 from .serial import LOOP, SWEEP, looped, swept
 from .task import ExperimentError
@@ -90,23 +91,23 @@ def benchmark_kernel(features: list[int], options: Options) -> None:
         # Decay, impulse and states, and the loop's states one by one and together.
         _check_memory(f"{count} features", max(options.lengths), 5 * 4 * count + _LOOP_BYTES, device)
     cells = [(length, count) for length in options.lengths for count in features]
-    with _threads(options.threads):
+    with owned(options.out, "--out"), _threads(options.threads):
         rows = [
             _measure_kernel(length, count, options.rounds, device)
             for length, count in _watched(cells, "length {:,}, {} features")
         ]
         sweep, what = SWEEP[device.type], {"parallel": "linear_recurrence", "pass": "forward", "loop": LOOP}
         path = write(options.out, device.type, "kernel", rows, what={**what, "sweep": sweep})
-    names = {count: f"{count} features" for count in features}
-    k80 = {names[count]: _by_length(K80_KERNEL[count]) for count in features if count in K80_KERNEL}
-    columns = partial(_columns, rows, "features", names)
-    panels = [
-        Panel(f"linear_recurrence: times as fast as {sweep}", columns("sweep/parallel"), k80),
-        Panel(f"linear_recurrence: times as fast as {LOOP}", columns("loop/parallel"), {}),
-    ]
-    show([*panels, Panel("linear_recurrence: milliseconds", columns("parallel"), {})])
-    draw(panels, path.with_suffix(".png"))
-    _say_where(path)
+        names = {count: f"{count} features" for count in features}
+        k80 = {names[count]: _by_length(K80_KERNEL[count]) for count in features if count in K80_KERNEL}
+        columns = partial(_columns, rows, "features", names)
+        panels = [
+            Panel(f"linear_recurrence: times as fast as {sweep}", columns("sweep/parallel"), k80),
+            Panel(f"linear_recurrence: times as fast as {LOOP}", columns("loop/parallel"), {}),
+        ]
+        show([*panels, Panel("linear_recurrence: milliseconds", columns("parallel"), {})])
+        draw(panels, path.with_suffix(".png"))
+        _say_where(path)
 
 
 def benchmark_networks(names: list[str], options: Options) -> None:
@@ -119,7 +120,7 @@ def benchmark_networks(names: list[str], options: Options) -> None:
     wrong = [name for name in names if name not in NETWORKS]
     if wrong or not names:
         raise ExperimentError(f"expected networks among {', '.join(NETWORKS)}, got {wrong[0] if wrong else 'none'}")
-    with _threads(options.threads):
+    with owned(options.out, "--out"), _threads(options.threads):
         torch.manual_seed(0)
         models = {name: _build(NETWORKS[name]).to(device) for name in names}
         for name, model in models.items():
@@ -132,20 +133,20 @@ def benchmark_networks(names: list[str], options: Options) -> None:
         ]
         what = {"pass": "forward and backward", "serial": LOOP if device.type == "cpu" else SWEEP["cuda"]}
         path = write(options.out, device.type, "networks", rows, what=what)
-    titles = {name: NETWORKS[name].title for name in names}
-    k80 = {titles[name]: _by_length(NETWORKS[name].k80) for name in names}
-    columns = partial(_columns, rows, "network", titles)
-    lstms = [way for way in rows[0] if way.startswith("LSTM") and "/" not in way]
-    panels = [
-        Panel(f"training: times as fast as with {what['serial']}", columns("serial/parallel"), k80),
-        *(Panel(f"training: times as fast as torch.nn.{way}", columns(f"{way}/parallel"), {}) for way in lstms),
-    ]
-    times = columns("parallel")
-    for way in lstms:
-        times |= _columns(rows, "network", {names[0]: way}, way)
-    show([*panels, Panel("training: milliseconds", times, {})])
-    draw(panels, path.with_suffix(".png"))
-    _say_where(path)
+        titles = {name: NETWORKS[name].title for name in names}
+        k80 = {titles[name]: _by_length(NETWORKS[name].k80) for name in names}
+        columns = partial(_columns, rows, "network", titles)
+        lstms = [way for way in rows[0] if way.startswith("LSTM") and "/" not in way]
+        panels = [
+            Panel(f"training: times as fast as with {what['serial']}", columns("serial/parallel"), k80),
+            *(Panel(f"training: times as fast as torch.nn.{way}", columns(f"{way}/parallel"), {}) for way in lstms),
+        ]
+        times = columns("parallel")
+        for way in lstms:
+            times |= _columns(rows, "network", {names[0]: way}, way)
+        show([*panels, Panel("training: milliseconds", times, {})])
+        draw(panels, path.with_suffix(".png"))
+        _say_where(path)
 
 
 def _measure_kernel(length: int, features: int, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -254,23 +255,28 @@ def _build(network: Network) -> nn.Module:
 def _device(options: Options) -> torch.device:
     """The device of the options, once all of them are known to be right."""
     _check_numbers("lengths", options.lengths)
-    _check_numbers("rounds", [options.rounds])
-    _check_numbers("threads", [1 if options.threads is None else options.threads])
+    _check_numbers("rounds", [options.rounds], 10**6)
+    _check_numbers("threads", [1 if options.threads is None else options.threads], 4096)
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in SWEEP:
         raise ExperimentError(f"expected the device {' or '.join(SWEEP)}, got {name}")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExperimentError("PyTorch sees no CUDA device here: take --device cpu")
-    if kernels.choose(device)[1] == "torch":
+    _, backend, why = kernels.choose(device, None, torch.float32)
+    if backend == "torch":
         package = {"cpu": "numba", "cuda": "triton"}[device.type]
-        raise ExperimentError(f"there is no compiled kernel to measure on {device.type}: pip install {package}")
+        lacking = f"there is no compiled kernel to measure on {device.type} ({why})"
+        raise ExperimentError(f"{lacking}: pip install {package}")
     return device
 
 
-def _check_numbers(name: str, values: list[int]) -> None:
+def _check_numbers(name: str, values: list[int], most: int = 2**40) -> None:
+    got = " ".join(map(str, values)) or "none"
     if not values or min(values) < 1:
-        raise ExperimentError(f"expected {name} of at least 1, got {' '.join(map(str, values)) or 'none'}")
+        raise ExperimentError(f"expected {name} of at least 1, got {got}")
+    if max(values) > most:
+        raise ExperimentError(f"expected {name} of at most {most:,}, got {got}")
 
 
 def _check_memory(what: str, steps: int, bytes_a_step: int, device: torch.device) -> None:

@@ -1,7 +1,11 @@
 """Checkpoints that are whole or absent: tensors and plain types, written aside and then put in the old one's place."""
 
+import hashlib
 import io
+import logging
 import os
+import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -13,6 +17,10 @@ import torch
 from .task import ExperimentError
 
 FORMAT = "legato-run-1"
+_SEAL = b"legato sha256 "
+_SEAL_BYTES = len(_SEAL) + 64
+_ADVICE = "use another copy, or train again"
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(ExperimentError):
@@ -43,32 +51,42 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint to ``path``, whole or not at all."""
+    """Write a checkpoint to ``path``, whole or not at all, with the SHA-256 of all its bytes at its end."""
     # In memory first: a disk that fills up under torch's own writer is reported without its reason.
     whole = io.BytesIO()
     torch.save(checkpoint, whole)
-    write_atomically(path, lambda file: file.write(whole.getbuffer()))
+    content = sealed(whole.getbuffer())
+    write_atomically(path, lambda file: file.write(content))
 
 
 def load(path: Path, *, device: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint of ``legato train``; nothing in the file is executed.
 
+    Every byte is checked against the SHA-256 at the end of the file. Files of older versions have none: of those the
+    CRC-32 of every member of the zip file is compared, and a warning says so.
+
     Raises:
-        CheckpointError: the file is missing, cut short, or not one of ours.
+        CheckpointError: the file is missing, cut short, changed, or not one of ours.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}: expected a file written by legato train")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint: expected a PyTorch zip file, got {path.stat().st_size:,} bytes that "
-            "do not end as one (cut short, or another kind of file): use another copy, or train again"
-        )
+    whole = path.read_bytes()
+    is_sealed = _check_seal(whole, path)
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)", str(error))
+        what = f"a file that refers to {named[1]}" if named else "a file with other objects"
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint of legato train: expected tensors and plain types, got {what}, "
+            "which may run code when it is loaded; none was run. Do not load it with weights_only=False or pickle: "
+            "delete it, unless you know who wrote it and why"
+        ) from error
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of legato train: expected tensors and plain types, got: {first}"
+            f"{path} cannot be read as a checkpoint of legato train: expected tensors and plain types, got: {first}: "
+            "use another copy, or train again"
         ) from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
@@ -76,4 +94,40 @@ def load(path: Path, *, device: Any = "cpu") -> dict[str, Any]:
         raise CheckpointError(
             f"{path} was not written by legato train: expected format {FORMAT!r}, got {found!r} in a file with {keys}"
         )
+    if not is_sealed:
+        _log.warning("%s is of an older legato and has no SHA-256: only the CRC-32 of its members was compared", path)
     return content
+
+
+def sealed(content: bytes | memoryview) -> bytes:
+    """A zip file with the SHA-256 of its bytes as its comment, which readers of zip files pass over."""
+    whole = bytearray(content)
+    whole[-2:] = _SEAL_BYTES.to_bytes(2, "little")  # the length of the comment ends a zip file that has none
+    return bytes(whole + _SEAL + hashlib.sha256(whole).hexdigest().encode())
+
+
+def _check_seal(whole: bytes, path: Path) -> bool:
+    """Whether the file has a checksum. Raises CheckpointError where that, or a zip file's own, says it is changed."""
+    body, seal = whole[:-_SEAL_BYTES], whole[-_SEAL_BYTES:]
+    if seal.startswith(_SEAL):
+        digest = hashlib.sha256(body).hexdigest().encode()
+        if seal != _SEAL + digest:
+            raise CheckpointError(
+                f"{path} is damaged: expected content with SHA-256 {seal[len(_SEAL) :].decode('ascii', 'replace')}, "
+                f"got {digest.decode()}: {_ADVICE}"
+            )
+        return True
+    cut = CheckpointError(
+        f"{path} is not a whole checkpoint: expected a PyTorch zip file, got {len(whole):,} bytes that do not end as "
+        f"one (cut short, or another kind of file): {_ADVICE}"
+    )
+    # The 22 bytes that end a zip file without a comment. What is left of one with a cut or changed seal ends otherwise.
+    if whole[-22:-18] != b"PK\5\6" or whole[-2:] != b"\0\0":
+        raise cut
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(whole)).testzip()
+    except Exception as error:
+        raise cut from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the CRC-32 of its member {damaged} does not fit: {_ADVICE}")
+    return False

@@ -5,13 +5,14 @@ A network that remembers over 300 steps and holds its state where nothing happen
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from .environment import free_memory
+from .ranges import Count, Range
 from .task import ExperimentError, Task, Training
 
 
@@ -25,9 +26,9 @@ class Curriculum(Training):
         segment: steps computed at a time, for memory and speed only; null chooses by units and batch size.
     """
 
-    first_length: int | None = None
-    growth: float = 6.0
-    segment: int | None = None
+    first_length: Count | None = None
+    growth: Annotated[float, Range(1.1, 10**6)] = 6.0
+    segment: Count | None = None
 
 
 @dataclass
@@ -39,7 +40,7 @@ class ValidatedCurriculum(Curriculum):
         largest_batch: but of no more sequences than this.
     """
 
-    largest_batch: int = 64
+    largest_batch: Annotated[int, Range(1, 10**6)] = 64
 
 
 class Growing(Task):
@@ -51,15 +52,6 @@ class Growing(Task):
     keeps_last = True
 
     def __init__(self, length: int, training: Curriculum) -> None:
-        at_least(
-            {
-                "length": (length, 1),
-                "training.batch_size": (training.batch_size, 1),
-                "training.first_length": (training.first_length or 1, 1),
-                "training.growth": (training.growth, 1.1),
-                "training.segment": (training.segment or 1, 1),
-            }
-        )
         self.full_length = length
         self.lengths = lengths(training.first_length or length, length, training.growth)
         self.stage = 0
@@ -101,7 +93,6 @@ class GrowingByValidation(Growing):
 
     def __init__(self, length: int, training: ValidatedCurriculum) -> None:
         super().__init__(length, training)
-        at_least({"training.largest_batch": (training.largest_batch, 1)})
         self.training = training
         self.epochs = 0
 
@@ -138,13 +129,6 @@ def lengths(first: int, last: int, growth: float | int) -> list[int]:
         found.append(first)
         first = round(first * growth)
     return [*found, last]
-
-
-def at_least(fields: Mapping[str, tuple[int | float, int | float]]) -> None:
-    """Raise for the first field, given as its value and the least one, that is below it."""
-    for name, (value, least) in fields.items():
-        if value < least:
-            raise ExperimentError(f"expected --{name} to be {least} or more, got {value}")
 
 
 def refuse_what_does_not_fit(length: int, needed: Callable[[int], int]) -> None:

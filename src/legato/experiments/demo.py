@@ -16,6 +16,7 @@ from legato._shapes import Tensor
 from legato.layers.recurrent_lmu import RecurrentLMU
 from legato.models import SequenceRegressor
 
+from .locks import contents, owned
 from .recipes import recipe
 from .recipes.mackey_glass import Config, MackeyGlass, Model, network
 from .report import REMEMBERED, paper_and_measured
@@ -29,10 +30,13 @@ _ROUNDS = 3
 def demo(out: Path, epochs: int = _EPOCHS) -> None:
     """Train, stream, measure and draw; everything is printed, the run and ``demo.png`` are in ``out``."""
     console = Console(highlight=False)
-    if out.exists() and any(out.iterdir()) and not (out / "seed-0" / "config.yaml").exists():
+    if out.is_dir() and contents(out) and not (out / "seed-0" / "config.yaml").exists():
         raise ExperimentError(f"{out} holds something else than a demo: choose another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
+    with owned(out, "--out"):
+        _demo(out, epochs, console)
 
+
+def _demo(out: Path, epochs: int, console: Console) -> None:
     _choose_threads()
     console.rule("1  train in parallel over time", align="left")
     which = recipe("mackey-glass")
@@ -43,7 +47,7 @@ def demo(out: Path, epochs: int = _EPOCHS) -> None:
         seed=0,
         run_dir=out,
         resume=False,
-        overwrite=False,
+        overwrite=True,
         data_dir=None,
         accelerator="cpu",
         devices=1,

@@ -8,7 +8,7 @@ every token counts once. Next: ``recipes/text8.py``.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import exp, log
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from legato._shapes import Int, Tensor
 from legato.models import LanguageModel
 
+from .ranges import Range
 from .task import Batch, Examples, ExperimentError, Task, Training
 
 
@@ -32,7 +33,7 @@ class Reading(Training):
     learning_rate: float = 4e-3
     warmup: float = 0.05
     max_norm: float | None = 1.0
-    window: int = 64
+    window: Annotated[int, Range(1, 10**6)] = 64
 
 
 class Windows(Examples):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .data.files import write as write_whole
 from .environment import environment
 
 
@@ -80,9 +81,8 @@ def machine() -> dict[str, Any]:
 def write(folder: Path, device: str, subject: str, rows: list[dict], **facts: Any) -> Path:
     """Write the rows of one subject, with what they were measured on, to ``<device>-<subject>-<date>.json``."""
     path = folder / f"{device}-{subject}-{date.today().isoformat()}.json"
-    folder.mkdir(parents=True, exist_ok=True)
     report = {"subject": subject, "machine": machine(), **facts, "rows": rows}
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    write_whole(path, [(json.dumps(report, indent=1) + "\n").encode()])
     return path
 
 

@@ -8,11 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .data.files import write
 from .recipes import names, recipe
 from .task import ExperimentError, Paper
 
 #: What the star behind a paper's figure means.
 REMEMBERED = "* remembered: not seen in print by those who wrote it down"
+
+# What every result has.
+_RESULT: dict[str, Any] = {"recipe": str, "seed": int, "config": dict, "validation": dict, "test": dict}
+_RESULT |= {"machine": dict, "parameters": int, "seconds": int | float, "command": str}
 
 _COLUMNS = [
     "experiment",
@@ -111,9 +116,33 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
         console.print(f"{command}  [dim]({seconds} s a seed, {machine}, commit {commit})[/]", soft_wrap=True)
     if markdown:
         lines = [_COLUMNS, ["---"] * len(_COLUMNS), *[[row[column] for column in _COLUMNS] for row in rows]]
-        markdown.write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        write(markdown, [("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n").encode()])
     if json_file:
-        json_file.write_text(json.dumps(_groups(folders), indent=1) + "\n")
+        write(json_file, [(json.dumps(_groups(folders), indent=1) + "\n").encode()])
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What ``result.json`` of a seed holds.
+
+    Raises:
+        ExperimentError: the file cannot be read, or is not one of ours.
+    """
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExperimentError(
+            f"{path} cannot be read as a result of legato train: {error}: delete it, and legato train --resume tests "
+            "the run again"
+        ) from error
+    found = result if isinstance(result, dict) else {}
+    wrong = [name for name, kind in _RESULT.items() if not isinstance(found.get(name), kind)]
+    wrong += [] if wrong or isinstance(found["config"].get("model"), dict) else ["config of the model"]
+    if wrong or found["recipe"] not in names():
+        raise ExperimentError(
+            f"{path} is not a result of legato train: expected a recipe of this version and its {', '.join(_RESULT)}, "
+            f"got {'no ' + ', '.join(wrong) if wrong else 'the recipe ' + repr(found['recipe'])}: remove it from there"
+        )
+    return found
 
 
 def comparable(result: dict[str, Any]) -> bool:
@@ -169,7 +198,7 @@ def _groups(folders: list[Path]) -> list[list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         for path in sorted(folder.rglob("result.json")):
-            result = json.loads(path.read_text())
+            result = read_result(path)
             key = json.dumps([result["recipe"], result["config"], result["machine"], str(path.parent.parent)])
             found.setdefault(key, []).append(result)
     if not found:
@@ -192,7 +221,7 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
         "parameters": size_in_words(first).replace(" parameters", "").replace(" and ", " + "),
         "s a seed": f"{mean(r['seconds'] for r in results):.0f}",
         "machine": "{processor}, {threads} threads, torch {torch}".format(**first["machine"]),
-        "commit": ", ".join(sorted({str(r["commit"]) for r in results})),
+        "commit": ", ".join(sorted({str(r.get("commit")) for r in results})),
         "command": first["command"].rsplit(" --seed ", 1)[0] + _seeds(seeds) if len(seeds) > 1 else first["command"],
     }
     return [

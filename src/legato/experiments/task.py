@@ -4,14 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from legato._shapes import Int, Tensor
 
+from .errors import ExperimentError as ExperimentError
+from .ranges import Fraction, FractionBelowOne, Positive, Range
+
 Batch = tuple[Tensor, ...]
+#: Where and in which arithmetic a network is trained, in Lightning's words.
+Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
 
 
 @dataclass
@@ -32,16 +38,16 @@ class Training:
         average: decay of the running mean of the weights that is validated and tested; 0 uses the weights themselves.
     """
 
-    epochs: int = 20
-    updates_per_epoch: int | None = None
-    batch_size: int = 100
-    learning_rate: float = 1e-3
+    epochs: Annotated[int, Range(1, 10**6)] = 20
+    updates_per_epoch: Annotated[int, Range(1, 10**7)] | None = None
+    batch_size: Annotated[int, Range(1, 10**6)] = 100
+    learning_rate: Annotated[float, Range(0, 1000, above=True)] = 1e-3
     schedule: Literal["one-cycle", "linear", "constant"] = "one-cycle"
-    warmup: float = 0.3
-    weight_decay: float = 0.0
-    epsilon: float = 1e-8
-    max_norm: float | None = None
-    average: float = 0.0
+    warmup: Fraction = 0.3
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    epsilon: Annotated[float, Range(0, 1, above=True)] = 1e-8
+    max_norm: Positive | None = None
+    average: FractionBelowOne = 0.0
 
 
 @dataclass
@@ -76,10 +82,6 @@ class Paper:
     baselines: dict[str, float] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
-
-
-class ExperimentError(Exception):
-    """Something a user can put right: a data file, a run's folder, a checkpoint. The message says how."""
 
 
 @dataclass
@@ -144,14 +146,24 @@ class Task(ABC):
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """The figures, by name, that follow from the sums."""
 
-    def total(self, model: nn.Module, examples: Examples, rank: int = 0, world: int = 1) -> Tensor:
-        """``totals`` added over all batches, of each every world-th example from ``rank`` on, in float64."""
+    def total(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        rank: int = 0,
+        world: int = 1,
+        convert: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> Tensor:
+        """``totals`` added over all batches, of each every world-th example from ``rank`` on, in float64.
+
+        ``convert`` brings a batch into the dtype of the network.
+        """
         device = next(model.parameters()).device
         sums: list[Tensor] = []
         with torch.no_grad():
             for indices in examples.in_order():
                 batch = tuple(part.to(device) for part in examples.take(indices[rank::world]))
-                sums.append(self.totals(model, batch).double().cpu())
+                sums.append(self.totals(model, convert(batch)).double().cpu())
         return torch.stack(sums).sum(0)
 
     def start(self) -> None:  # noqa: B027 - most networks start as they were drawn

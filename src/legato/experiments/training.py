@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import nn
@@ -25,6 +26,8 @@ from torch import nn
 from legato._shapes import Tensor
 
 from . import checkpoint as checkpoints
+from .errors import ExperimentError
+from .modes import evaluating
 from .progress import Progress
 from .task import Batch, Examples, Task, Training
 
@@ -36,6 +39,37 @@ class Device:
     accelerator: str
     devices: int
     precision: str
+
+    def trainer(self, **options: Any) -> Trainer:
+        """A Trainer for this device.
+
+        Raises:
+            ExperimentError: there is no such device here, or it has no such arithmetic.
+        """
+        _quieten_lightning()
+        try:
+            return Trainer(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                precision=self.precision,  # type: ignore[arg-type]
+                num_nodes=_nodes(),
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                **options,
+            )
+        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            raise ExperimentError(
+                f"cannot train with --accelerator {self.accelerator} --devices {self.devices} --precision "
+                f"{self.precision}: {' '.join(str(error).split())}: choose what this machine has"
+            ) from error
+
+
+class Diverged(ExperimentError, FloatingPointError):
+    """Training that has gone to infinity or NaN."""
 
 
 def fit(
@@ -56,27 +90,23 @@ def fit(
             text ``tokens_per_second``, validation left out.
 
     Raises:
-        CheckpointError: a checkpoint cannot be written or read.
+        CheckpointError: a checkpoint cannot be written or read, or is of another run.
+        ExperimentError: there is no such device here, or more processes than examples in a batch.
+        Diverged: the loss or the validation figure is not finite.
     """
-    _quieten_lightning()
     learner = Learner(task, training, seed)
     keeper = RunFolder(folder, about)
-    trainer = Trainer(
-        accelerator=device.accelerator,
-        devices=device.devices,
-        precision=device.precision,  # type: ignore[arg-type]
-        num_nodes=_nodes(),
+    trainer = device.trainer(
         max_epochs=training.epochs,
         gradient_clip_val=training.max_norm,
         callbacks=[keeper, Progress(task, training.epochs * learner.updates, seed, lambda: keeper.best)],
         plugins=[WholeCheckpoints()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
     )
+    if training.batch_size < trainer.world_size:
+        raise ExperimentError(
+            f"expected --training.batch_size to be {trainer.world_size} or more, one example for each process, got "
+            f"{training.batch_size}"
+        )
     last = folder / "last.ckpt"
     try:
         trainer.fit(learner, ckpt_path=str(last) if last.exists() else None, weights_only=True)
@@ -162,12 +192,10 @@ class Learner(LightningModule):
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """The task's figures over all examples, of the network whose figures count; every device takes its share."""
         model, strategy = self.tested_model, self.trainer.strategy
-        was_training = model.training
-        model.eval()
         _forget_kernels(model)
-        with strategy.precision_plugin.val_step_context():
-            totals = self.task.total(model, examples, self.global_rank, self.trainer.world_size)
-        model.train(was_training)
+        with evaluating(model), strategy.precision_plugin.val_step_context():
+            convert = strategy.precision_plugin.convert_input
+            totals = self.task.total(model, examples, self.global_rank, self.trainer.world_size, convert)
         if self.trainer.world_size > 1:
             totals = strategy.reduce(totals.to(strategy.root_device), reduce_op="sum").cpu()  # type: ignore[union-attr]
         return self.task.metrics(totals)
@@ -213,6 +241,11 @@ class RunFolder(Callback):
         checkpoint |= {"format": checkpoints.FORMAT, "about": self.about, "task": learner.task.state()}
 
     def on_load_checkpoint(self, trainer: Trainer, learner: Learner, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if checkpoint.get("about") != self.about:
+            raise checkpoints.CheckpointError(
+                f"{self.folder / 'last.ckpt'} is of another recipe, seed or configuration than asked for now: resume "
+                "with the same ones, or choose another --run-dir"
+            )
         learner.task.restore(checkpoint.get("task", {}))
 
     def on_train_start(self, trainer: Trainer, learner: Learner) -> None:  # type: ignore[override]
@@ -245,10 +278,15 @@ class RunFolder(Callback):
                 if name not in ("epoch", "update"):
                     self.board.add_scalar(name, value, trainer.global_step)
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise Diverged(
                 f"the training loss is {loss} in epoch {trainer.current_epoch}: lower --training.learning_rate"
             )
         metric, sign = learner.task.metric, 1 if learner.task.higher_is_better else -1
+        if not math.isfinite(figures[metric]):
+            raise Diverged(
+                f"the validation {metric} is {figures[metric]} in epoch {trainer.current_epoch}: lower "
+                "--training.learning_rate, or give more validation data"
+            )
         if self.best is None or learner.task.keeps_last or sign * figures[metric] > sign * self.best[metric]:
             self.best, self.best_epoch = figures, trainer.current_epoch
             if trainer.is_global_zero:

@@ -34,8 +34,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
+from legato.layers._states import own_storage, register_state
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -62,6 +67,10 @@ class RecurrentLayer(nn.Module):
     bidirectional: bool = False
     #: Channels of the output, unless the layer says otherwise.
     hidden_size: int
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        register_state(cls.__dict__.get("State"))
 
     def __init__(self, input_size: int):
         super().__init__()
@@ -92,21 +101,22 @@ class RecurrentLayer(nn.Module):
         Returns:
             output: (B, T, channels), zero from ``lengths`` on; of a layer built with ``return_sequences=False``
                 (B, channels), the output of the last step that counts, zero where a row has none.
-            state: the state after the last step that counts, in float32 or wider: the next chunk starts from it.
+            state: the state after the last step that counts, in float32 or wider: the next chunk starts from it. It
+                shares no memory with anything else: write to it, as in ``state.memory[done] = 0``, also in training.
 
         Raises:
             ValueError: a shape, dtype, device or range is wrong; the message says which and what to do.
         """
-        self._check_arguments(x, state, lengths, reset)
+        lengths = self._check_arguments(x, state, lengths, reset)
         if lengths is None:
-            return self._sequence(x, state, None, reset)
-        lengths = lengths.to(x.device)
-        x = zero_padding(x, lengths)
+            return self._own(*self._sequence(x, state, None, reset), x, state)
         reset = None if reset is None else zero_padding(reset, lengths)
-        output, state = self._sequence(x, state, lengths, reset)
-        if not self.return_sequences:
-            return torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0), state
-        return zero_padding(output, lengths), state
+        output, new = self._sequence(zero_padding(x, lengths), state, lengths, reset)
+        if self.return_sequences:
+            output = zero_padding(output, lengths)
+        else:
+            output = torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0)
+        return self._own(output, new, x, state)
 
     def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, Any]:
         """output_t, state_t = step(x_t, state_{t-1}): one step of a stream.
@@ -117,11 +127,13 @@ class RecurrentLayer(nn.Module):
 
         Returns:
             output_t: (B, channels).
-            state: to be given to the next step.
+            state: to be given to the next step; it shares no memory with anything else, as that of ``forward``.
         """
+        if self._forward_pre_hooks:
+            remake_weights(self, x_t)
         self._check_input(x_t, "(B, input_size)", 2)
         self._check_state(state, x_t.shape[0])
-        return self._step(x_t, state)
+        return self._own(*self._step(x_t, state), x_t, state)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -155,26 +167,30 @@ class RecurrentLayer(nn.Module):
         """A tensor with the dtype and device that inputs must have."""
         return next(self.parameters())
 
+    def _own(self, output: Tensor, state: Any, x: Tensor, before: Any) -> tuple[Tensor, Any]:
+        """Both, without storage in common with each other, with what was given, or with the layer's own tensors."""
+        return own_storage(output, state, (x, before), self._parameters.values(), self._buffers.values())
+
     def _carry_dtype(self) -> torch.dtype:
         return torch.promote_types(self._weight().dtype, torch.float32)
 
     # The checks.
 
-    def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
+    def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
+        """Returns lengths in int64 on x's device: whoever computes with them needs these."""
         self._check_input(x, "(B, T, input_size)", 3)
-        self._check_options(x, state, lengths, reset)
+        return self._check_options(x, state, lengths, reset)
 
-    def _check_options(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> None:
+    def _check_options(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
         if state is not None:
             self._check_state(state, x.shape[0])
-        if lengths is not None:
-            check_lengths(lengths, x)
         if reset is not None:
             _check_reset(reset, x)
+        return None if lengths is None else checked_lengths(lengths, x)
 
     def _check_input(self, x: Tensor, axes: str, ndim: int) -> None:
         name = "x" if ndim == 3 else "x_t"
-        _check_tensor(name, x)
+        check_plain(name, x)
         if x.ndim != ndim or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"expected {name} of shape {axes} with input_size {self.input_size}, got {tuple(x.shape)}: "
@@ -191,8 +207,12 @@ class RecurrentLayer(nn.Module):
 
     def _check_state(self, state: Any, batch: int) -> None:
         self._check_state_type(state)
-        for name, tensor, shape in zip(self.State._fields, state, self._state_shapes(), strict=True):
-            self._check_state_tensor(f"state.{name}", tensor, (batch, *shape))
+        weight = self._weight()
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        for name, tensor, shape in zip(state._fields, state, self._state_shapes(), strict=True):
+            shape = (batch, *shape)
+            if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+                self._check_state_tensor(f"state.{name}", tensor, shape)
 
     def _check_state_type(self, state: Any) -> None:
         if type(state) is not self.State:
@@ -202,7 +222,7 @@ class RecurrentLayer(nn.Module):
             )
 
     def _check_state_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"expected {name} of shape {shape}, got {tuple(tensor.shape)}: "
@@ -215,9 +235,34 @@ class RecurrentLayer(nn.Module):
             )
 
 
+# Pruning and torch's older weight and spectral norms make a weight in a hook that a call of the module runs.
+_MAKE_A_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+def remake_weights(layer: nn.Module, x: Tensor) -> None:
+    """Run the hooks that make a weight of ``layer``, which a step, as it is no call, would leave as it was."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, _MAKE_A_WEIGHT):
+            hook(layer, (x,))
+
+
+def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable[[Tensor], Tensor]:
+    """``fn`` for ``nn.Module._apply``, under which these parameters or buffers, and their gradients, move with the
+    layer but never become narrower than 32 bits."""
+    wide = [part for tensor in tensors for part in (tensor, tensor.grad) if part is not None]
+
+    def applied(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype.itemsize < 4 and any(tensor is part for part in wide):
+            return tensor.to(moved.device, torch.float32)
+        return moved
+
+    return applied
+
+
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
     """x where t < lengths[b], else 0, with no gradient from there: NaN past a length ends here."""
-    outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]  # (B, T)
+    outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device, torch.int64)[:, None]  # (B, T)
     return x.masked_fill(outside.view(*outside.shape, *[1] * (x.ndim - 2)), 0)
 
 
@@ -230,7 +275,7 @@ def at_length(
     """The state after ``lengths`` steps: states[b, lengths[b] - 1]; ``initial`` (None: zeros) where a length is 0."""
     if lengths is None or states.shape[1] == 0:
         return final
-    rows = torch.arange(states.shape[0], device=states.device)
+    rows, lengths = torch.arange(states.shape[0], device=states.device), lengths.to(states.device, torch.int64)
     picked = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
     some = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
     return torch.where(some, picked, 0 if initial is None else initial)
@@ -249,41 +294,34 @@ def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callab
     return ACTIVATIONS[name]
 
 
-def positive_int(value: int, name: str) -> int:
-    """``value`` when it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected {name} to be an int of at least 1, got {value!r}")
-    return value
+def checked_lengths(lengths: Tensor, x: Tensor) -> Int[Tensor, "B"]:
+    """``lengths`` in int64 on x's device; an error where they are not numbers of steps of the rows of x, (B, T, ...).
 
-
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}: wrap it with torch.as_tensor()")
-
-
-def check_lengths(lengths: Tensor, x: Tensor) -> None:
-    """Raise where these are not numbers of steps of the rows of x, (B, T, ...)."""
-    _check_tensor("lengths", lengths)
+    In 8 bits ``lengths - 1`` would wrap around, and a uint8 index is a mask.
+    """
+    check_tensor("lengths", lengths)
     batch, steps = x.shape[:2]
-    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+    if lengths.shape != (batch,) or lengths.dtype not in INTEGER_DTYPES:
         raise ValueError(
             f"expected lengths of shape ({batch},) in an integer dtype, got {tuple(lengths.shape)} in {lengths.dtype}: "
             "give the number of steps of each row"
         )
     if lengths.device != x.device and lengths.device.type != "cpu":
         raise ValueError(f"expected lengths on {x.device} or the CPU, got {lengths.device}: move it with .to()")
-    # Compiled and fake tensors have no values to look at; lengths beyond T then count as T.
-    if torch.compiler.is_compiling() or type(lengths) is not torch.Tensor or lengths.numel() == 0:
-        return
+    lengths = lengths.to(torch.int64)
+    # Compiled, fake and meta tensors have no values to look at; lengths beyond T then count as T.
+    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.is_meta or lengths.numel() == 0:
+        return lengths.to(x.device)
     low, high = (int(v) for v in torch.aminmax(torch.func.debug_unwrap(lengths)))  # the plain tensor under vmap
     if low < 0 or high > steps:
         raise ValueError(
             f"expected lengths from 0 to T = {steps}, got {low} to {high}: clip them or pad x to the longest"
         )
+    return lengths.to(x.device)
 
 
 def _check_reset(reset: Tensor, x: Tensor) -> None:
-    _check_tensor("reset", reset)
+    check_tensor("reset", reset)
     if reset.shape != x.shape[:2] or reset.dtype != torch.bool:
         raise ValueError(
             f"expected reset of shape {tuple(x.shape[:2])} in torch.bool, got {tuple(reset.shape)} in {reset.dtype}: "

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
+from legato.layers._base import RecurrentLayer, activation_function, at_length
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -52,11 +53,11 @@ class GatedLayer(RecurrentLayer):
         dtype: torch.dtype | None,
     ):
         super().__init__(input_size)
-        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self.hidden_size = hidden_size = positive_int(hidden_size, "hidden_size")
         self.blocks = blocks
         self.biases = biases
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(len(blocks) * hidden_size, taps * input_size, **where))
+        self.weight = nn.Parameter(torch.empty(len(blocks) * hidden_size, taps * self.input_size, **where))
         self.bias = nn.Parameter(torch.empty(len(biases) * hidden_size, **where))
         self.reset_parameters()
 
@@ -107,8 +108,8 @@ class GatedLayer(RecurrentLayer):
 
     def _whole_bias(self) -> Tensor:
         """The bias with zeros for the blocks that have none."""
-        missing = len(self.weight) - len(self.bias)
-        return F.pad(self.bias, (0, missing)) if missing else self.bias
+        missing = len(self.blocks) - len(self.biases)
+        return F.pad(self.bias, (0, missing * self.hidden_size)) if missing else self.bias
 
     def _weight(self) -> Tensor:
         return self.weight

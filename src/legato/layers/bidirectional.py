@@ -84,14 +84,15 @@ class Bidirectional(RecurrentLayer):
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, BidirectionalState]:
         """Both outputs side by side and both states; the arguments are those of every layer."""
-        self._check_arguments(x, state, lengths, reset)
+        ends = self._check_arguments(x, state, lengths, reset)
         before, after = (None, None) if state is None else state
         forward, before = self.forward_layer(x, before, lengths=lengths, reset=reset)
         if reset is not None:
-            reset = _reversed(_until_next(reset, lengths), lengths)
-        backward, after = self.backward_layer(_reversed(x, lengths), after, lengths=lengths, reset=reset)
+            reset = _reversed(_until_next(reset, ends), ends)
+        # Lengths as they were given: on the CPU they are checked again without a wait for the device.
+        backward, after = self.backward_layer(_reversed(x, ends), after, lengths=lengths, reset=reset)
         if self.return_sequences:
-            backward = _reversed(backward, lengths)
+            backward = _reversed(backward, ends)
         return torch.cat([forward, backward], dim=-1), BidirectionalState(before, after)
 
     def step(self, x_t: Float[Tensor, "B C"], state: Any) -> NoReturn:
@@ -125,7 +126,7 @@ def _reversed(x: Shaped[Tensor, "B T *channels"], lengths: Tensor | None) -> Sha
     if lengths is None:
         return x.flip(1)
     t = torch.arange(x.shape[1], device=x.device)
-    lengths = lengths.to(x.device)[:, None]
+    lengths = lengths[:, None]
     t = torch.where(t < lengths, lengths - 1 - t, t)  # (B, T)
     rows = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     # As quick as a flip, both ways; x[rows, t] takes 1.5 times as long.

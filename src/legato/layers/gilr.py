@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from legato._checks import positive_int, real_number
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int, zero_padding
+from legato.layers._base import RecurrentLayer, activation_function, at_length, zero_padding
 from legato.layers._gated import GatedLayer
 from legato.ops.gated import gated_unit, gated_unit_step
 
@@ -48,7 +49,7 @@ class GILR(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        biases = (forget_bias, 0.0)
+        biases = (real_number(forget_bias, "forget_bias"), 0.0)
         super().__init__(
             input_size, hidden_size, blocks=("forget", "candidate"), biases=biases, device=device, dtype=dtype
         )
@@ -110,12 +111,12 @@ class GILRLSTM(RecurrentLayer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(input_size)
-        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self.hidden_size = hidden_size = positive_int(hidden_size, "hidden_size")
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
-        self.forget_bias = forget_bias
+        self.forget_bias = real_number(forget_bias, "forget_bias")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(6 * hidden_size, input_size, **where))
+        self.weight = nn.Parameter(torch.empty(6 * hidden_size, self.input_size, **where))
         self.weight_surrogate = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, **where))
         self.bias = nn.Parameter(torch.empty(6 * hidden_size, **where))
         self.reset_parameters()
@@ -176,15 +177,15 @@ class GILRLSTM(RecurrentLayer):
                 "they are weight x_t + bias"
             )
         self._check_kind("products", products)
-        self._check_options(products, state, lengths, reset)
+        lengths = self._check_options(products, state, lengths, reset)
         if lengths is not None:
-            lengths = lengths.to(products.device)
             products = zero_padding(products, lengths)
             reset = None if reset is None else zero_padding(reset, lengths)
         parts = products.split(self._sizes, dim=-1)
         hold, of_x = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
-        output, state = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
-        return (output if lengths is None else zero_padding(output, lengths)), state
+        output, new = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
+        output = output if lengths is None else zero_padding(output, lengths)
+        return self._own(output, new, products, state)
 
     def _from_parts(self, hold, of_x, dtype, state, lengths, reset):
         """The layer, from what makes the products of the surrogate and those of the cell that are of x."""

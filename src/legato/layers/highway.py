@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import positive_int, real_number
 from legato._shapes import Float, Tensor
-from legato.layers._base import activation_function, positive_int
+from legato.layers._base import activation_function
 
 
 class Highway(nn.Module):
@@ -46,10 +47,10 @@ class Highway(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.size = positive_int(size, "size")
+        self.size = size = positive_int(size, "size")
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
-        self.gate_bias = gate_bias
+        self.gate_bias = real_number(gate_bias, "gate_bias")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(2 * size, size, **where))
         self.bias = nn.Parameter(torch.empty(2 * size, **where))

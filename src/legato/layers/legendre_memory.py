@@ -7,17 +7,20 @@ prepared. ``lmu.py`` puts an encoder before it and a read-out after it.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from legato._autocast import without_autocast
+from legato._checks import positive_int
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, at_length, positive_int, zero_padding
+from legato.layers._base import RecurrentLayer, at_length, never_narrowed, zero_padding
+from legato.layers._fused import transforms_are_active
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, Kernels, apply, prepare
 
 #: The window in steps: one number, or one per channel.
-Theta = float | int | Sequence[float | int] | Tensor
+Theta = float | int | Sequence[float | int] | np.ndarray | Tensor
 
 
 class LegendreMemoryState(NamedTuple):
@@ -40,7 +43,7 @@ class LegendreMemory(RecurrentLayer):
         theta: length of the window in steps, 1 or more: a number, or a sequence or tensor of one per channel.
         discretizer: "zoh", "euler" or "bilinear"; see ``legato.legendre.delay_network``.
         trainable_theta: learn theta, as theta = 1 + exp(log_theta), so that an optimiser changes it in proportion and
-            it stays above one step. A and B are then made again at every call.
+            it stays above one step. A and B are then made again whenever theta has changed or gets a gradient.
         return_sequences: True gives m_t at every step. False gives m at the last step that counts, by form (25).
         method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
         device, dtype: of the scale, hence of the input; theta itself is kept in float32 or wider.
@@ -60,7 +63,7 @@ class LegendreMemory(RecurrentLayer):
     State = LegendreMemoryState
 
     scale: Tensor  # (C, N)
-    log_theta: nn.Parameter  # () or (C,), when trained
+    log_theta: nn.Parameter  # (1,) or (C,), when trained
 
     def __init__(
         self,
@@ -75,7 +78,8 @@ class LegendreMemory(RecurrentLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(positive_int(channels, "channels"))
+        channels = positive_int(channels, "channels")
+        super().__init__(channels)
         self.channels = channels
         self.order = positive_int(order, "order")
         self.discretizer = discretizer
@@ -85,26 +89,29 @@ class LegendreMemory(RecurrentLayer):
         if method is not None and method not in METHODS:
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
         self.method = method
-        if isinstance(theta, str | bool) or not isinstance(theta, Tensor | Sequence | float | int):
-            raise ValueError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
-        window = torch.as_tensor(theta, dtype=torch.float64, device="cpu").detach()
-        if window.shape not in ((), (channels,)):
-            raise ValueError(
-                f"expected theta as one number or {channels}, one per channel, got shape {tuple(window.shape)}"
-            )
-        delay_network(order, window, discretizer=discretizer)  # raises when they do not go together
+        window = _window(theta, self.channels)
+        delay_network(self.order, window, discretizer=discretizer)  # raises when they do not go together
         if trainable_theta and window.min() <= 1:
             raise ValueError(f"expected a trainable theta to start above 1 step, got {window.min().item()}")
-        self.register_buffer("scale", torch.ones(channels, order, device=device, dtype=dtype))
-        # A frozen theta is a plain number: no buffer, so nobody can write to it behind the kept kernels' back.
-        self._frozen_theta = window.tolist()
+        self.register_buffer("scale", torch.ones(self.channels, self.order, device=device, dtype=dtype))
+        #: The window in steps as plain numbers; of a trained theta its initial value.
+        self._theta = window.tolist()
         if trainable_theta:
-            self.log_theta = nn.Parameter((window - 1).log().to(self.scale.device, self._carry_dtype()))
-        self._kept: dict[str, Kernels] = {}
-        self._kept_version: tuple[Any, int] | None = None
+            # Of one window (1,), not (): a scalar cannot be sharded over processes.
+            log_theta = (window - 1).log().reshape(-1)
+            self.log_theta = nn.Parameter(log_theta.to(self.scale.device, self._carry_dtype()))
+        self._cache: dict[tuple[str, torch.device], _Cached] = {}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the scale to one and a trained theta to its initial value; a frozen theta stays."""
+        self.scale.fill_(1)
+        if self.trainable_theta:
+            window = torch.tensor(self._theta, dtype=torch.float64, device=self.log_theta.device)
+            self.log_theta.copy_((window - 1).log())
 
     def extra_repr(self) -> str:
-        window = "trainable" if self.trainable_theta else self._frozen_theta
+        window = "trainable" if self.trainable_theta else self._theta
         return f"{self.channels}, order={self.order}, theta={window}, discretizer={self.discretizer!r}"
 
     @property
@@ -115,12 +122,14 @@ class LegendreMemory(RecurrentLayer):
     def window(self) -> Float[Tensor, "*channels"]:
         """theta in steps, float64, of shape () or (C,); differentiable when it is trained."""
         if self.trainable_theta:
-            return 1 + self.log_theta.double().exp()
-        return torch.tensor(self._frozen_theta, dtype=torch.float64, device=self.scale.device)
+            window = 1 + self.log_theta.double().exp()
+            return window if isinstance(self._theta, list) else window[0]
+        return torch.tensor(self._theta, dtype=torch.float64, device=self.scale.device)
 
     def get_extra_state(self) -> Tensor:
         """A frozen theta, for state_dict: weights were trained with it. Empty when theta is trained."""
-        return torch.tensor([] if self.trainable_theta else self._frozen_theta, dtype=torch.float64)
+        window = [] if self.trainable_theta else self._theta
+        return torch.tensor(window, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the frozen theta of a state_dict."""
@@ -132,8 +141,7 @@ class LegendreMemory(RecurrentLayer):
                 "many windows, and as trainable, as the one that was saved"
             )
         if not self.trainable_theta:
-            self._frozen_theta = state.tolist()
-        self._kept.clear()
+            self._theta = state.tolist()
 
     @torch.no_grad()
     def calibrate(self, u: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
@@ -148,7 +156,7 @@ class LegendreMemory(RecurrentLayer):
 
         Source: measured in this project: on Mackey-Glass the NRMSE falls from 0.0197 to 0.0070.
         """
-        self._check_arguments(u, None, lengths, None)
+        lengths = self._check_arguments(u, None, lengths, None)
         steps = u.shape[0] * u.shape[1] if lengths is None else int(lengths.sum())
         least = max(self.order, 2)
         if steps < least:
@@ -176,13 +184,11 @@ class LegendreMemory(RecurrentLayer):
 
     def kernels(self, steps: int, *, last_only: bool = False) -> Kernels:
         """What ``lti.apply`` needs for inputs of up to ``steps``; made once and kept, unless theta is being trained."""
-        if last_only:
-            return self._keep("last", steps, last_only=True)
-        return self._keep("sequence", steps, method=self.method)
+        return self._cached("last" if last_only else "sequence", steps)
 
     def transition(self) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
         """A transposed and B of one step, m_t = m_{t-1} @ A + u_t * B, in the dtype of the state."""
-        kernels = self._keep("step", 1, method="sequential")
+        kernels = self._cached("step", 1)
         return kernels.powers[..., 0, :, :], kernels.inputs[..., 0, :]
 
     def _state_shapes(self) -> LegendreMemoryState:
@@ -270,56 +276,83 @@ class LegendreMemory(RecurrentLayer):
     def _weight(self) -> Tensor:
         return self.scale
 
-    # Kept kernels. They follow from theta, so they are never saved, copied or moved, only made again.
+    def _check_kind(self, name: str, x: Tensor) -> None:
+        # Without weights of its own, the layer takes what a 16-bit neighbour gives: FSDP's mixed precision narrows
+        # weights and leaves buffers wide.
+        narrow = x.dtype in (torch.float16, torch.bfloat16) and self.scale.dtype == torch.float32
+        if not (narrow and x.device == self.scale.device):
+            super()._check_kind(name, x)
 
-    def _keep(self, use: str, steps: int, **options) -> Kernels:
-        if self.trainable_theta and not self._kept_are_of_this_theta():
-            return self._prepare(steps, options)
-        kept = self._kept.get(use)
-        if kept is not None:
-            if steps <= kept.steps:
-                return kept
-            steps = max(steps, 2 * kept.steps)
+    # Cached kernels. They follow from the values of theta, so they are never saved or copied, only made again.
+
+    def _cached(self, use: str, steps: int) -> Kernels:
+        """The kernels for one "step", a "sequence", or the "last" memory of one."""
+        theta, scale = self._readable_theta(), self.scale
+        if theta is None:
+            return self._prepare(use, steps)
+        made_of = (theta, self.order, self.discretizer, self.method, scale.dtype)
+        place = use, scale.device
+        cached = self._cache.get(place)
+        if cached is not None and cached.made_of == made_of:
+            if steps <= cached.kernels.steps:
+                return cached.kernels
+            steps = max(steps, 2 * cached.kernels.steps)
         # Kernels made under inference_mode could not be used for training afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            kernels = self._prepare(steps, options)
+            kernels = self._prepare(use, steps)
         if type(kernels.inputs) is Tensor:  # not fake, not meta
-            self._kept[use] = kernels
+            self._cache[place] = _Cached(made_of, kernels)
         return kernels
 
-    def _kept_are_of_this_theta(self) -> bool:
-        """Whether kernels may be kept for a trained theta, after those of an earlier theta are dropped.
+    def _readable_theta(self) -> Any:
+        """The window or, of a trained theta, its logarithm, in plain numbers: they cannot change behind the cache.
 
-        They may not where theta gets a gradient, nor where a change of theta could not be noticed.
+        None where theta gets a gradient, or where its value cannot be read.
         """
+        if not self.trainable_theta:
+            return self._theta
         theta = self.log_theta
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or theta.is_inference():
-            return False
-        version = (theta, theta._version)
-        if self._kept_version is None or self._kept_version[0] is not theta or self._kept_version[1] != version[1]:
-            self._kept.clear()
-            self._kept_version = version
-        return True
+        if (
+            (theta.requires_grad and torch.is_grad_enabled())
+            or transforms_are_active()
+            or type(theta) not in (Tensor, nn.Parameter)
+            or theta.is_meta
+            or (theta.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return None
+        return theta.tolist()
 
-    def _prepare(self, steps: int, options: dict[str, Any]) -> Kernels:
+    def _prepare(self, use: str, steps: int) -> Kernels:
         A, B = delay_network(self.order, self.window(), discretizer=self.discretizer)
-        return prepare(A, B, steps, dtype=self._carry_dtype(), **options)
+        method = {"step": "sequential", "sequence": self.method, "last": None}[use]
+        return prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
 
     def _apply(self, fn, recurse=True):
-        before = self.log_theta.detach() if self.trainable_theta else None
-        super()._apply(fn, recurse)
+        self._cache = {}
         # A window of 784 steps does not fit into 16 bits: a trained theta moves with the layer but is never narrowed.
-        if before is not None and self.log_theta.dtype.itemsize < 4:
-            self.log_theta.data = before.to(self.log_theta.device)
-        self._kept.clear()
-        return self
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
-        self._kept.clear()
+        return super()._apply(never_narrowed(fn, self.log_theta) if self.trainable_theta else fn, recurse)
 
     def __getstate__(self):
-        return {**self.__dict__, "_kept": {}, "_kept_version": None}
+        return {**self.__dict__, "_cache": {}}
+
+
+def _window(theta: Any, channels: int) -> Float[Tensor, "*channels"]:
+    """theta as numbers in float64, of shape () or (C,), on the CPU."""
+    if isinstance(theta, Tensor):
+        theta = theta.detach().cpu().double().numpy()
+    numbers = None if isinstance(theta, str | bool) else np.asarray(theta)
+    if numbers is None or numbers.dtype.kind not in "iuf":
+        raise ValueError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
+    if numbers.shape not in ((), (channels,)):
+        raise ValueError(f"expected theta as one number or {channels}, one per channel, got shape {numbers.shape}")
+    return torch.tensor(numbers.tolist(), dtype=torch.float64, device="cpu")
+
+
+class _Cached(NamedTuple):
+    """Kernels, and the values that they were made of."""
+
+    made_of: tuple[Any, ...]
+    kernels: Kernels
 
 
 def refuse_method_without_sequences(method: str | None, return_sequences: bool) -> None:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from legato._autocast import without_autocast
+from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length, positive_int
+from legato.layers._base import RecurrentLayer, at_length
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -75,7 +76,7 @@ class LinearRNN(RecurrentLayer):
     ):
         super().__init__(input_size)
         self.hidden_size = positive_int(hidden_size, "hidden_size")
-        self._output_size = hidden_size if output_size is None else positive_int(output_size, "output_size")
+        self._output_size = self.hidden_size if output_size is None else positive_int(output_size, "output_size")
         if gates is None and type(self).gates is LinearRNN.gates:
             raise ValueError(
                 "expected gates, got None: give a function of x that returns (decay, impulse), or define it in a class"

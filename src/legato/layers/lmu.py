@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._autocast import without_autocast
+from legato._checks import dropout_rate, positive_int
 from legato._shapes import Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, positive_int
-from legato.layers.legendre_memory import LegendreMemory, Theta, refuse_method_without_sequences
-from legato.layers.segments import over_segments, recomputable
+from legato.layers._base import RecurrentLayer, activation_function, at_length
+from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
+from legato.layers.legendre_memory import (
+    LegendreMemory,
+    LegendreMemoryState,
+    Theta,
+    refuse_method_without_sequences,
+)
+from legato.layers.segments import over_segments
 from legato.ops.lti import apply
 
 # Memories of all steps up to this size are simply kept: computing them again costs up to 1.7 times the time.
@@ -99,23 +106,22 @@ class LMU(RecurrentLayer):
     ):
         super().__init__(input_size)
         self.hidden_size = positive_int(hidden_size, "hidden_size")
-        if not 0 <= memory_dropout < 1:
-            raise ValueError(f"expected memory_dropout from 0 to below 1, got {memory_dropout}")
         refuse_method_without_sequences(method, return_sequences)
         self.encoder_activation = encoder_activation
         self.activation = activation
         for function in (encoder_activation, activation):
             activation_function(function)  # raises on an unknown name
-        self.memory_dropout = memory_dropout
+        self.memory_dropout = dropout_rate(memory_dropout, "memory_dropout")
         self.return_sequences = return_sequences
         self.recompute = recompute
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
             memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, method=method, **where
         )
-        self.encoder = nn.Linear(input_size, memory_size, bias=bias, **where)  # U_x, b_u
-        self.memory_to_output = nn.Linear(memory_size * order, hidden_size, bias=bias, **where)  # W_m, b_o
-        W_x = nn.Linear(input_size, hidden_size, bias=False, **where) if input_to_output else None
+        m_size = self.memory.channels * self.memory.order
+        self.encoder = nn.Linear(self.input_size, self.memory.channels, bias=bias, **where)  # U_x, b_u
+        self.memory_to_output = nn.Linear(m_size, self.hidden_size, bias=bias, **where)  # W_m, b_o
+        W_x = nn.Linear(self.input_size, self.hidden_size, bias=False, **where) if input_to_output else None
         self.input_to_output = W_x
         self.reset_parameters()
 
@@ -144,6 +150,15 @@ class LMU(RecurrentLayer):
         return LMUState((self.memory.channels, self.memory.order))  # pyright: ignore[reportArgumentType]
 
     def _sequence(self, x, state, lengths, reset):
+        if not all(
+            can_be_read(child, kind)
+            for child, kind in (
+                (self.memory, LegendreMemory),
+                (self.memory_to_output, nn.Linear),
+                (self.input_to_output, nn.Linear),
+            )
+        ):
+            return self._by_children(x, state, lengths, reset)
         if not self.return_sequences:
             return self._last(x, state, lengths, reset)
         length = self._segment_length(x)
@@ -159,7 +174,7 @@ class LMU(RecurrentLayer):
             return z, [m]
 
         weights = [
-            self.memory_to_output.weight * self.memory.scale.flatten(),
+            _scaled(self.memory_to_output.weight, self.memory.scale),
             self.memory_to_output.bias,
             None if self.input_to_output is None else self.input_to_output.weight,
             kernels.inputs,
@@ -167,8 +182,18 @@ class LMU(RecurrentLayer):
         ]
         initial = [] if state is None else [state.memory]
         output, (m,) = over_segments(run, [self._encode(x), x], initial, weights, steps=max(length, 1), random=random)
-        # A callable may hold weights that nobody sees, so it stays outside the segments.
+        # A user-supplied activation may own parameters that we cannot find, so it is applied outside the segments.
         return (output if isinstance(self.activation, str) else self._f2(output)), LMUState(m)
+
+    def _by_children(self, x, state, lengths, reset):
+        """The layer by calls of its children, where one of them is not as it was built: the memories of all steps."""
+        m = None if state is None else LegendreMemoryState(state.memory)
+        memory, final = self.memory(self._encode(x), m, lengths=lengths, reset=reset)
+        if not self.return_sequences:
+            if x.shape[1] == 0:
+                return x.new_zeros(len(x), self.hidden_size), LMUState(final.memory)
+            memory, x = (_last_of(sequence, lengths) for sequence in (memory, x))
+        return self._read(memory, x), LMUState(final.memory)
 
     def _segment(self, u, x, m, weights, kernels, lengths, reset):
         """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
@@ -193,18 +218,19 @@ class LMU(RecurrentLayer):
         batch, steps, _ = x.shape
         initial = None if state is None else state.memory
         if steps == 0:
-            return x.new_zeros(batch, self.hidden_size), self.initial_state(batch) if state is None else state
+            m = self.initial_state(batch).memory if state is None else state.memory.clone()
+            return x.new_zeros(batch, self.hidden_size), LMUState(m)
         if state is None and lengths is None and reset is None and self._input_first(x):
             m = self._last_input_first(x)
         else:
             m = self.memory.last(self._encode(x), initial, lengths=lengths, reset=reset)
-        x_n = x[:, -1] if lengths is None else x[torch.arange(batch, device=x.device), (lengths - 1).clamp(min=0)]
-        return self._read((m * self.memory.scale).to(x.dtype), x_n), LMUState(m)
+        return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), LMUState(m)
 
     def _input_first(self, x: Tensor) -> bool:
         """Whether the memory of x itself can take the place of that of u: all is linear, and it costs no more."""
         return (
-            activation_function(self.encoder_activation) is None
+            can_be_read(self.encoder, nn.Linear)
+            and activation_function(self.encoder_activation) is None
             and not x.requires_grad
             and self.input_size <= self.memory.channels
             and self.memory.window().ndim == 0
@@ -227,16 +253,15 @@ class LMU(RecurrentLayer):
 
     def _encode(self, x: Tensor) -> Tensor:
         """(18): u = f1(U_x x + b_u)."""
-        u = F.linear(x, self.encoder.weight, self.encoder.bias)
+        u = self.encoder(x)
         f1 = activation_function(self.encoder_activation)
         return u if f1 is None else f1(u)
 
     def _read(self, m: Tensor, x_t: Tensor) -> Tensor:
-        """(20) for one step of scaled memory: o = f2(W_m m + W_x x + b_o)."""
-        m = F.dropout(m.flatten(-2), self.memory_dropout, self.training)
-        z = F.linear(m, self.memory_to_output.weight, self.memory_to_output.bias)
+        """(20) for scaled memories, of one step or of all: o = f2(W_m m + W_x x + b_o)."""
+        z = self.memory_to_output(F.dropout(m.flatten(-2), self.memory_dropout, self.training))
         if self.input_to_output is not None:
-            z = z + F.linear(x_t, self.input_to_output.weight)
+            z = z + self.input_to_output(x_t)
         return self._f2(z)
 
     def _f2(self, z: Tensor) -> Tensor:
@@ -252,7 +277,9 @@ class LMU(RecurrentLayer):
         are, but never under sqrt(T) / 2, where the states between segments outgrow the few arrays of that size."""
         batch, steps, _ = x.shape
         a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
-        if a_step * steps <= WHOLE_BYTES or (torch.is_grad_enabled() and not (self.recompute and recomputable())):
+        if a_step * steps <= WHOLE_BYTES or (
+            torch.is_grad_enabled() and (transforms_are_active() or not self.recompute)
+        ):
             return steps
         length = max(SEGMENT_BYTES // a_step, 32)
         while (2 * length) ** 2 < steps:
@@ -260,7 +287,19 @@ class LMU(RecurrentLayer):
         return -(-length // 32) * 32  # whole chunks of the chunked method
 
     def _weight(self) -> Tensor:
-        return self.encoder.weight
+        return floating_weight(self.encoder, self.memory.scale)
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """W_m of memories that are not scaled. Under FSDP's mixed precision the scale stays wider than the weight."""
+    return (weight * scale.flatten()).to(weight.dtype)
+
+
+def _last_of(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x at the last step that counts; where none counts, at the first."""
+    if lengths is None:
+        return x[:, -1]
+    return x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
 
 
 def _outside_memory(x: Tensor, W_x: Tensor | None, b_o: Tensor | None, channels: int) -> Tensor:

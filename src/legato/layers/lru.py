@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._autocast import without_autocast
+from legato._checks import positive_int, real_number
 from legato._shapes import Complex, Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length, positive_int
+from legato.layers._base import RecurrentLayer, at_length, never_narrowed
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -70,21 +71,25 @@ class LRU(RecurrentLayer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(input_size)
-        self.hidden_size = positive_int(hidden_size, "hidden_size")
+        self.hidden_size = hidden_size = positive_int(hidden_size, "hidden_size")
         outputs = hidden_size if output_size is None else positive_int(output_size, "output_size")
+        r_min, r_max = real_number(r_min, "r_min"), real_number(r_max, "r_max")
+        max_phase = real_number(max_phase, "max_phase")
         if not 0 <= r_min <= r_max <= 1 or r_min == 1 or r_max == 0:
             raise ValueError(
                 f"expected 0 <= r_min <= r_max <= 1, with r_min < 1 and r_max > 0, got {r_min} and {r_max}: "
                 "they bound abs(lambda)"
             )
-        if not 0 < max_phase < math.inf:
+        if max_phase <= 0:
             raise ValueError(f"expected max_phase above 0 radians a step, got {max_phase}")
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
-        self.B = nn.Parameter(torch.empty(hidden_size, 2, input_size, **where))
+        self.B = nn.Parameter(torch.empty(hidden_size, 2, self.input_size, **where))
         self.C = nn.Parameter(torch.empty(outputs, hidden_size, 2, **where))
-        self.D = nn.Parameter(torch.empty(outputs if outputs == input_size else (outputs, input_size), **where))
+        self.D = nn.Parameter(
+            torch.empty(outputs if outputs == self.input_size else (outputs, self.input_size), **where)
+        )
         self.nu_log = nn.Parameter(torch.empty(hidden_size, **exact))
         self.theta_log = nn.Parameter(torch.empty(hidden_size, **exact))
         self.gamma_log = nn.Parameter(torch.empty(hidden_size, **exact))
@@ -111,7 +116,8 @@ class LRU(RecurrentLayer):
 
     def decay(self) -> Complex[Tensor, "N"]:
         """lambda of each unit, in complex64 or wider."""
-        return torch.complex(-self.nu_log.exp(), self.theta_log.exp()).exp()
+        nu, theta = (x.to(self._carry_dtype()).exp() for x in (self.nu_log, self.theta_log))
+        return torch.complex(-nu, theta).exp()
 
     def _state_shapes(self) -> LRUState:
         return LRUState((self.hidden_size, 2))  # pyright: ignore[reportArgumentType]
@@ -137,10 +143,4 @@ class LRU(RecurrentLayer):
         return self.B
 
     def _apply(self, fn, recurse=True):
-        exact = {name: getattr(self, name).detach() for name in ("nu_log", "theta_log", "gamma_log")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            parameter = getattr(self, name)
-            if parameter.dtype.itemsize < 4:
-                parameter.data = before.to(parameter.device)
-        return self
+        return super()._apply(never_narrowed(fn, self.nu_log, self.theta_log, self.gamma_log), recurse)

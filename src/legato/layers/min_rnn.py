@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from legato._checks import real_number
 from legato.layers._base import at_length
 from legato.layers._gated import GatedLayer
 from legato.ops.gated import gated_recurrence, gated_step
@@ -48,7 +49,7 @@ class MinGRU(GatedLayer):
             input_size,
             hidden_size,
             blocks=("forget", "candidate"),
-            biases=(forget_bias, 0.0),
+            biases=(real_number(forget_bias, "forget_bias"), 0.0),
             device=device,
             dtype=dtype,
         )
@@ -92,6 +93,7 @@ class MinLSTM(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        forget_bias = real_number(forget_bias, "forget_bias")
         biases = (forget_bias, -forget_bias, 0.0)
         super().__init__(
             input_size, hidden_size, blocks=("forget", "write", "candidate"), biases=biases, device=device, dtype=dtype

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from legato._checks import positive_int, real_number
 from legato._shapes import Float, Tensor
-from legato.layers._base import positive_int
 from legato.layers._gated import GatedLayer
 
 
@@ -57,7 +57,8 @@ class QRNN(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        taps, biases = positive_int(kernel_size, "kernel_size"), (forget_bias, 0.0, 0.0)
+        taps = positive_int(kernel_size, "kernel_size")
+        biases = (real_number(forget_bias, "forget_bias"), 0.0, 0.0)
         super().__init__(
             input_size,
             hidden_size,
@@ -67,7 +68,7 @@ class QRNN(GatedLayer):
             device=device,
             dtype=dtype,
         )
-        self.kernel_size = kernel_size
+        self.kernel_size = taps
 
     def _state_shapes(self):
         return QRNNState(memory=(self.hidden_size,), inputs=(self.kernel_size - 1, self.input_size))  # pyright: ignore[reportArgumentType]

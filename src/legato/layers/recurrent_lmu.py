@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._autocast import without_autocast
+from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, positive_int
-from legato.layers.legendre_memory import LegendreMemory, Theta
+from legato.layers._base import RecurrentLayer
+from legato.layers._fused import can_be_read, floating_weight
+from legato.layers._states import register_state
+from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 
 
+@register_state
 class RecurrentLMUState(NamedTuple):
     """m_t, not scaled, and the output h_t; in float32 or wider."""
 
@@ -26,6 +30,7 @@ class RecurrentLMUState(NamedTuple):
     hidden: Float[Tensor, "B H"]
 
 
+@register_state
 class RecurrentLMUCellState(NamedTuple):
     """The same of a unit with an LSTM cell, whose own c_t comes last."""
 
@@ -106,7 +111,8 @@ class RecurrentLMU(RecurrentLayer):
         def linear(columns: int, rows: int, bias: bool = False) -> nn.Linear:
             return nn.Linear(columns, rows, bias=bias, **where)
 
-        gates, numbers = GATES[hidden_cell] * hidden_size, memory_size * order
+        input_size, hidden_size, memory_size = self.input_size, self.hidden_size, self.memory.channels
+        gates, numbers = GATES[hidden_cell] * hidden_size, memory_size * self.memory.order
         self.input_to_memory = linear(input_size, memory_size)  # e_x
         self.hidden_to_memory = linear(hidden_size, memory_size) if hidden_to_memory else None  # e_h
         self.memory_to_memory = linear(numbers, memory_size) if memory_to_memory else None  # e_m
@@ -141,22 +147,53 @@ class RecurrentLMU(RecurrentLayer):
         m, *hidden = self.initial_state(batch) if state is None else state
         if steps == 0:
             empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
-            return x.new_zeros(empty), self.State(m, *hidden)
+            return x.new_zeros(empty), self.State(m.clone(), *(part.clone() for part in hidden))
         now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
         outputs = []
+        fused = all(can_be_read(child, nn.Linear) for child in self._linear_children())
+        fused = fused and can_be_read(self.memory, LegendreMemory)
+        # Outside: an exported program with an autocast region in another one cannot be loaded.
+        advance = self._one_step(m.dtype) if fused else self._one_step_by_children
         with without_autocast(x):
-            advance = self._one_step(m.dtype)
-            for t, (u, z) in enumerate(self._input_terms(x.to(m.dtype))):
+            terms = self._input_terms(x.to(m.dtype)) if fused else ((x_t,) for x_t in x.unbind(1))
+            for t, of_input in enumerate(terms):
                 if reset is not None:
                     now = [torch.where(reset[:, t, None], 0, part) for part in now]
-                new = advance(u, z, *now)
+                new = advance(*of_input, *now)
                 if lengths is not None:
                     new = [torch.where((t < lengths)[:, None], *pair) for pair in zip(new, now, strict=True)]
                 now = new
                 outputs.append(now[1])
-        m, *hidden = now
-        output = torch.stack(outputs, dim=1) if self.return_sequences else hidden[0]
+        output = torch.stack(outputs, dim=1) if self.return_sequences else now[1]
+        m, *hidden = (part.clone() for part in now)  # the graph holds those of the last step
         return output.to(x.dtype), self.State(m.view(shape), *hidden)
+
+    def _linear_children(self) -> list[nn.Module | None]:
+        return [
+            self.input_to_memory,
+            self.hidden_to_memory,
+            self.memory_to_memory,
+            self.input_to_hidden,
+            self.hidden_to_hidden,
+            self.memory_to_hidden,
+        ]
+
+    def _one_step_by_children(self, x: Tensor, m: Tensor, h: Tensor, c: Tensor | None = None) -> list[Tensor]:
+        """One step, (x, m, h, ...) -> [m, h, ...], by calls of the children, where one is not as it was built."""
+        wide, h_before = h.dtype, h.to(x.dtype)
+        m = m.unflatten(1, (self.memory.channels, self.memory.order))
+        u = self.input_to_memory(x)
+        if self.hidden_to_memory is not None:
+            u = u + self.hidden_to_memory(h_before)
+        if self.memory_to_memory is not None:
+            u = u + self.memory_to_memory((m * self.memory.scale).flatten(1).to(x.dtype))
+        read, state = self.memory(u[:, None], LegendreMemoryState(m))
+        m = state.memory.flatten(1)
+        z = self.memory_to_hidden(read.flatten(1))
+        if self.input_to_hidden is not None:
+            z = z + self.input_to_hidden(x)
+        of_h = self.hidden_to_hidden(h_before).to(wide)
+        return [m, *self._cell(z.to(wide), of_h, h, c)]
 
     def _input_terms(self, x: Tensor):
         """e_x x_t (B, C) and W_x x_t + b (B, gates) for each t."""
@@ -187,16 +224,22 @@ class RecurrentLMU(RecurrentLayer):
             m = _remember(m, u, A, B)
             z = torch.addmm(z, m, W_m)
             if self.hidden_cell == "gru":
-                return [m, _gru(z, h @ W_h, h)]
-            z = torch.addmm(z, h, W_h)
-            if c is not None:
-                return [m, *_lstm(z, c)]
-            return [m, torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]
+                return [m, *self._cell(z, h @ W_h, h, c)]
+            return [m, *self._cell(torch.addmm(z, h, W_h), None, h, c)]
 
         return advance
 
+    def _cell(self, z: Tensor, of_h: Tensor | None, h: Tensor, c: Tensor | None) -> list[Tensor]:
+        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and W_h h_{t-1}; None where z includes that."""
+        if self.hidden_cell == "gru":
+            return [_gru(z, of_h, h)]  # pyright: ignore[reportArgumentType]
+        z = z if of_h is None else z + of_h
+        if c is not None:
+            return list(_lstm(z, c))
+        return [torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]
+
     def _weight(self) -> Tensor:
-        return self.hidden_to_hidden.weight
+        return floating_weight(self.hidden_to_hidden, self.memory.scale)
 
 
 def _remember(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -1,17 +1,20 @@
 """Long sequences in the memory of a short one: time cut into segments, each computed again in the backward pass."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from legato._shapes import Shaped, Tensor
 from legato.layers._base import positive_int
+from legato.layers._fused import transforms_are_active
 
 #: run(segments, leaves, part, tensors) -> (output, leaves); see ``over_segments``.
 Run = Callable[[list[Tensor], list[Tensor], slice, Sequence[Any]], tuple[Tensor, list[Tensor]]]
@@ -64,8 +67,8 @@ def in_segments(
     _check_layer(layer)
     if last_only and x.shape[1] == 0:
         raise ValueError("expected at least one step for the last output, got x with none: leave last_only out")
-    if recompute and torch.is_grad_enabled() and x.shape[1] > steps and recomputable():
-        return _recomputed(layer, x, state, steps, last_only)
+    if recompute and torch.is_grad_enabled() and x.shape[1] > steps and not transforms_are_active():
+        return _recomputed_layer(layer, x, state, steps, last_only)
     outputs = []
     for segment in x.split(steps, dim=1):
         output, state = layer(segment, state)
@@ -80,35 +83,24 @@ def over_segments(
     tensors: Sequence[Tensor | None],
     *,
     steps: int,
-    last_only: bool = False,
     random: bool = True,
-    closed: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(output, leaves) = run(segments, leaves, part, tensors) from segment to segment, each again in the backward.
+    """(output, leaves) = run(segments, leaves, part, tensors), segment by segment, recomputed in the backward pass.
+
+    ``run`` must get all that it differentiates by from its arguments; there are second derivatives then, whose backward
+    pass holds all segments at once.
 
     Args:
-        run: ``segments`` are those ``sequences[:, part]``, ``leaves`` those of the state after the segment before.
+        run: ``segments`` are ``sequences[:, part]``, ``leaves`` the tensors of the state after the previous segment.
         sequences: one or more, (B, T, *channels) each.
-        leaves: of the state before the first segment, or none.
-        tensors: all else that a gradient is for; None among them is passed on.
-        steps: of a segment.
-        last_only: the output of the last step in place of all.
-        random: whether ``run`` draws random numbers; it draws the same ones again.
-        closed: whether ``run`` has all that it differentiates by from its arguments. Then there are second derivatives
-            too, whose backward holds all segments at once.
+        leaves: the tensors of the state before the first segment; an empty list for none.
+        tensors: everything else that needs a gradient; None entries are passed on.
+        steps: length of a segment.
+        random: whether ``run`` draws random numbers; the recomputation draws the same ones again.
     """
-    if sequences[0].shape[1] <= steps or not recomputable():
-        return _in_turn(run, sequences, leaves, tensors, steps, last_only)
-    counts = len(sequences), len(leaves)
-    output, *leaves = _Segments.apply(run, steps, last_only, random, closed, counts, *sequences, *leaves, *tensors)
-    return output, leaves
-
-
-def recomputable() -> bool:
-    """Whether segments can be computed again in the backward: transforms and compilers do not look into ours."""
-    return not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    if sequences[0].shape[1] <= steps or transforms_are_active():
+        return _in_turn(run, sequences, leaves, tensors, steps, False)
+    return _recomputed(_Plan(run, steps, sequences[0].device, random=random), sequences, leaves, tensors)
 
 
 def _check_layer(layer: Callable) -> None:
@@ -127,114 +119,158 @@ def _check_layer(layer: Callable) -> None:
         )
 
 
-def _recomputed(layer, x, state, steps, last_only):
+@dataclass
+class _Plan:
+    """What both passes over the segments need, and what the first one leaves to the second."""
+
+    run: Run
+    steps: int
+    device: torch.device
+    last_only: bool = False
+    random: bool = True
+    #: ``run`` gets every tensor that it differentiates by as an argument; else its parameters are found in its graph.
+    closed: bool = True
+    autocast: dict[str, Any] = field(default_factory=dict)
+    random_states: list[Tensor] = field(default_factory=list)
+    counts: tuple[int, int] = (0, 0)
+
+
+def _recomputed_layer(layer, x, state, steps, last_only):
     given, form = tree_flatten(() if state is None else state)
-    with torch.enable_grad(), _forked(x):  # a first look: which parameters there are, and the form of a state
-        start = tree_unflatten([leaf.detach() for leaf in given], form) if given else None
-        output, after = layer(x[:, :steps].detach(), start)
-    leaves, after_form = tree_flatten(after)
-    parameters = list(_parameters([output, *leaves]))
-    del output, after, leaves
+    after: list[Any] = [None]  # the structure of the states that the layer returns
 
     def run(segments: list[Tensor], leaves: list[Tensor], part: slice, _: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-        before = tree_unflatten(leaves, after_form if part.start else form) if leaves else None
+        before = tree_unflatten(leaves, after[0] if part.start else form) if leaves else None
         output, state = layer(segments[0], before)
-        return output, tree_flatten(state)[0]
+        leaves, after[0] = tree_flatten(state)
+        return output, leaves
 
-    output, leaves = over_segments(run, [x], given, parameters, steps=steps, last_only=last_only, closed=False)
-    return output, tree_unflatten(leaves, after_form)
+    output, leaves = _recomputed(_Plan(run, steps, x.device, last_only, closed=False), [x], given, [])
+    return output, tree_unflatten(leaves, after[0])
 
 
-def _in_turn(run: Run, sequences, leaves, tensors, steps, last_only) -> tuple[Tensor, list[Tensor]]:
-    """``over_segments`` for every kind of derivative: holds what each segment needs for its own."""
-    outputs = []
-    for part in _parts(sequences[0], steps):
-        output, leaves = run([sequence[:, part] for sequence in sequences], leaves, part, tensors)
-        outputs = [output] if last_only else [*outputs, output]
-    if last_only:
-        return outputs[0][:, -1], leaves
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), leaves
+def _recomputed(plan: _Plan, sequences, leaves, tensors) -> tuple[Tensor, list[Tensor]]:
+    output, final, kept, parameters = _first_pass(plan, sequences, leaves, tensors)
+    plan.counts = len(sequences), len(leaves)
+    output, *final = _Segments.apply(plan, output, final, kept, *sequences, *leaves, *(tensors or parameters))
+    return output, final
+
+
+def _first_pass(plan: _Plan, sequences, leaves, tensors):
+    """Output, final leaves, the leaves between segments, and the parameters, without a graph.
+
+    Results and states go into blocks that are allocated once. Small tensors allocated between the large ones of each
+    segment, as torch.utils.checkpoint leaves them, pin the heap: it grew by 6 to 9 MiB with every segment.
+    """
+    x, kept, output, parameters = sequences[0], [], None, {}
+    parts = _parts(x, plan.steps)
+    plan.autocast = {
+        "dtype": torch.get_autocast_dtype(x.device.type),
+        "enabled": torch.is_autocast_enabled(x.device.type),
+    }
+    if plan.random:
+        plan.random_states = [
+            torch.empty(len(parts), *state.shape, dtype=torch.uint8, device="cpu") for state in _random_states(x.device)
+        ]
+    tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+    for number, part in enumerate(parts):
+        if plan.random:
+            for block, state in zip(plan.random_states, _random_states(x.device), strict=True):
+                block[number] = state
+        if number:
+            kept = kept or [leaf.new_empty(len(parts), *leaf.shape) for leaf in leaves]
+            for block, leaf in zip(kept, leaves, strict=True):
+                block[number] = leaf
+            leaves = [block[number] for block in kept]
+        segments, before = ([part.detach() for part in x] for x in ([x[:, part] for x in sequences], leaves))
+        with torch.no_grad() if plan.closed else _graph_without_tensors():
+            piece, leaves = plan.run(segments, before, part, tensors)
+        if not plan.closed:
+            parameters |= {id(leaf): leaf for leaf in _graph_leaves([piece, *leaves])}
+            piece, leaves = piece.detach(), [leaf.detach() for leaf in leaves]
+        if plan.last_only:
+            output = piece[:, -1].clone()
+        else:
+            output = piece.new_empty(*x.shape[:2], *piece.shape[2:]) if output is None else output
+            output[:, part] = piece
+        del piece
+    return output, leaves, kept, list(parameters.values())
+
+
+@contextmanager
+def _graph_without_tensors() -> Iterator[None]:
+    """A graph that shows which parameters a result comes from and saves nothing for a backward pass."""
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, _no_tensor):
+        yield
+
+
+def _no_tensor(_: Any) -> Tensor:
+    raise RuntimeError("the graph that finds the parameters of a segment has no backward pass")
 
 
 class _Segments(Function):
-    """All segments forward, keeping the states between them; each again, from the last, in the backward.
-
-    What is kept, and each result, lies in blocks made once. Small tensors made between the large ones of a segment, as
-    torch.utils.checkpoint leaves them, pin the heap: it grew by 6 MiB with every segment of 8.
-    """
+    """The results of the first pass; in the backward pass, each segment is computed again, from the last on."""
 
     @staticmethod
-    def forward(ctx, run, steps, last_only, random, closed, counts, *given):
-        ctx.run, ctx.steps, ctx.last_only, ctx.closed, ctx.counts = run, steps, last_only, closed, counts
-        sequences, leaves, tensors = _split(given, counts)
-        x, kept, output = sequences[0], [], None
-        parts = _parts(x, steps)
-        ctx.autocast = {"dtype": torch.get_autocast_dtype(x.device.type), "enabled": _autocast(x)}
-        ctx.random = [torch.empty(len(parts), *s.shape, dtype=torch.uint8) for s in _random(x)] if random else []
-        for number, part in enumerate(parts):
-            if random:
-                for block, state in zip(ctx.random, _random(x), strict=True):
-                    block[number] = state
-            if number:
-                kept = kept or [leaf.new_empty(len(parts), *leaf.shape) for leaf in leaves]
-                for block, leaf in zip(kept, leaves, strict=True):
-                    block[number] = leaf
-                leaves = [block[number] for block in kept]
-            piece, leaves = run([sequence[:, part] for sequence in sequences], leaves, part, tensors)
-            if last_only:
-                output = piece[:, -1].clone()
-            else:
-                output = piece.new_empty(*x.shape[:2], *piece.shape[2:]) if output is None else output
-                output[:, part] = piece
-            del piece
+    def forward(ctx, plan, output, final, kept, *given):
+        ctx.plan = plan
         ctx.save_for_backward(*given, *kept)
-        return output, *leaves
+        return output, *final
 
     @staticmethod
     def backward(ctx, grad_output, *grads):
-        wanted = ctx.needs_input_grad[6:]
-        given, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
-        if torch.is_grad_enabled() and not ctx.closed:
+        plan, wanted, saved = ctx.plan, ctx.needs_input_grad[4:], ctx.saved_tensors
+        given, kept = saved[: len(wanted)], saved[len(wanted) :]
+        if torch.is_grad_enabled() and not plan.closed:
             raise RuntimeError(
                 "expected a backward without create_graph=True: in_segments has first derivatives only, a second would "
                 "silently lack its share. Give it recompute=False"
             )
         # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped.
         if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, (grad_output, *grads))):
-            return *[None] * 6, *_gradients_in_turn(ctx, given, (grad_output, *grads), wanted)
-        sequences, leaves, tensors = _split(given, ctx.counts)
-        of_sequences, of_leaves, of_tensors = _split(wanted, ctx.counts)
+            return *[None] * 4, *_gradients_in_turn(plan, given, (grad_output, *grads), wanted)
+        sequences, leaves, tensors = _split(given, plan.counts)
+        of_sequences, of_leaves, of_tensors = _split(wanted, plan.counts)
         blocks = [torch.empty_like(x) if wants else None for x, wants in zip(sequences, of_sequences, strict=True)]
         sums = [torch.zeros_like(x) if wants else None for x, wants in zip(tensors, of_tensors, strict=True)]
         grads = [grad.clone() for grad in grads]
-        for number, part in reversed(list(enumerate(_parts(sequences[0], ctx.steps)))):
+        for number, part in reversed(list(enumerate(_parts(sequences[0], plan.steps)))):
             before = [block[number] for block in kept] if number else leaves
-            found = _add_gradients(ctx, number, part, sequences, before, tensors, grad_output, grads, blocks, sums)
+            found = _add_gradients(plan, number, part, sequences, before, tensors, grad_output, grads, blocks, sums)
             if number:
                 for grad, of_before in zip(grads, found, strict=True):
                     grad.copy_(of_before)
                 del found
         of_leaves = [grad if wants else None for grad, wants in zip(found, of_leaves, strict=True)]
-        return *[None] * 6, *blocks, *of_leaves, *sums
+        return *[None] * 4, *blocks, *of_leaves, *sums
 
 
-def _add_gradients(ctx, number, part, sequences, leaves, tensors, grad_output, grads, blocks, sums) -> list[Tensor]:
+def _add_gradients(
+    plan: _Plan, number, part, sequences, leaves, tensors, grad_output, grads, blocks, sums
+) -> list[Tensor]:
     """Those of one segment, put into ``blocks`` and added to ``sums``; returns those of the state before it."""
     segments = [
         x[:, part].detach().requires_grad_(block is not None) for x, block in zip(sequences, blocks, strict=True)
     ]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    with torch.enable_grad(), torch.autocast(segments[0].device.type, **ctx.autocast), _as_before(ctx, number):
-        output, after = ctx.run(segments, leaves, part, tensors)
-        output = output[:, -1] if ctx.last_only else output
+    if plan.closed:  # the user's own tensors may have hooks, which act on the whole gradient, once
+        tensors = [
+            x if x is None else x.detach().requires_grad_(total is not None)
+            for x, total in zip(tensors, sums, strict=True)
+        ]
+    with torch.enable_grad(), torch.autocast(plan.device.type, **plan.autocast), _as_before(plan, number):
+        output, after = plan.run(segments, leaves, part, tensors)
+        output = output[:, -1] if plan.last_only else output
     pairs = list(zip(after, grads, strict=True))
-    if not ctx.last_only:
+    if not plan.last_only:
         pairs.append((output, grad_output[:, part]))
     elif part.stop >= sequences[0].shape[1]:
         pairs.append((output, grad_output))
     trained = [(x, total) for x, total in zip(tensors, sums, strict=True) if total is not None]
     read = [(x, block[:, part]) for x, block in zip(segments, blocks, strict=True) if block is not None]
-    found = _gradients(pairs, [*leaves, *(x for x, _ in trained), *(x for x, _ in read)])
+    sources = [x for x, _ in trained if x is not None]
+    with nullcontext() if plan.closed else _hooks_off(sources):
+        found = _gradients(pairs, [*leaves, *sources, *(x for x, _ in read)])
     for (_, total), grad in zip(trained, found[len(leaves) :], strict=False):
         total += grad
     for (_, block), grad in zip(read, found[len(leaves) + len(trained) :], strict=True):
@@ -242,23 +278,37 @@ def _add_gradients(ctx, number, part, sequences, leaves, tensors, grad_output, g
     return list(found[: len(leaves)])
 
 
-def _gradients_in_turn(ctx, given, grads, wanted) -> list[Tensor | None]:
+def _gradients_in_turn(plan: _Plan, given, grads, wanted) -> list[Tensor | None]:
     """The gradients of ``_in_turn``, with a graph of their own where one is asked for."""
 
     def run(segments, leaves, part, tensors):
-        with _as_before(ctx, part.start // ctx.steps):
-            return ctx.run(segments, leaves, part, tensors)
+        with _as_before(plan, part.start // plan.steps):
+            return plan.run(segments, leaves, part, tensors)
 
-    device = given[0].device.type
-    with torch.enable_grad(), torch.autocast(device, **ctx.autocast):
-        # By another name each, as one may be made from another: what is asked for are the shares of this function.
-        given = [x.view_as(x) if wants else x for x, wants in zip(given, wanted, strict=True)]
-        sequences, leaves, tensors = _split(given, ctx.counts)
-        output, leaves = _in_turn(run, sequences, leaves, tensors, ctx.steps, ctx.last_only)
+    sequences, leaves, parameters = _split(given, plan.counts)
+    named = given if plan.closed else [*sequences, *leaves]
+    with torch.enable_grad(), torch.autocast(plan.device.type, **plan.autocast):
+        # Aliases, so that a tensor that was made from another one gets the gradient of this function alone.
+        named = [x.view_as(x) if wants else x for x, wants in zip(named, wanted, strict=False)]
+        sequences, leaves, tensors = _split(named, plan.counts)
+        output, leaves = _in_turn(run, sequences, leaves, tensors, plan.steps, plan.last_only)
+    given = named if plan.closed else [*named, *parameters]
     sources = [source for source, wants in zip(given, wanted, strict=True) if wants]
     pairs = list(zip([output, *leaves], grads, strict=True))
-    found = iter(_gradients(pairs, sources, create_graph=torch.is_grad_enabled()))
+    with nullcontext() if plan.closed else _hooks_off(parameters):
+        found = iter(_gradients(pairs, sources, create_graph=torch.is_grad_enabled()))
     return [next(found) if wants else None for wants in wanted]
+
+
+def _in_turn(run: Run, sequences, leaves, tensors, steps, last_only) -> tuple[Tensor, list[Tensor]]:
+    """The segments with a graph, for every kind of derivative: holds what each segment needs for its own."""
+    outputs = []
+    for part in _parts(sequences[0], steps):
+        output, leaves = run([sequence[:, part] for sequence in sequences], leaves, part, tensors)
+        outputs = [output] if last_only else [*outputs, output]
+    if last_only:
+        return outputs[0][:, -1], leaves
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), leaves
 
 
 def _gradients(pairs: list[tuple[Tensor, Tensor]], sources: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
@@ -275,12 +325,12 @@ def _split(given: Sequence, counts: tuple[int, int]) -> tuple[list, list, list]:
 
 
 def _parts(x: Tensor, steps: int) -> list[slice]:
-    """One segment after the other; a sequence without steps has one."""
+    """The segments in their order; a sequence without steps has one."""
     return [slice(start, start + steps) for start in range(0, max(x.shape[1], 1), steps)]
 
 
-def _parameters(outputs: list[Tensor]) -> Iterator[Tensor]:
-    """The leaves of the graph that made ``outputs``, each once."""
+def _graph_leaves(outputs: list[Tensor]) -> Iterator[Tensor]:
+    """The leaf tensors of the graph that made ``outputs``, each once."""
     nodes, seen = [output.grad_fn for output in outputs], set()
     while nodes:
         node = nodes.pop()
@@ -292,29 +342,33 @@ def _parameters(outputs: list[Tensor]) -> Iterator[Tensor]:
         nodes += [following for following, _ in node.next_functions]
 
 
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+@contextmanager
+def _hooks_off(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients by the user's own parameters without their hooks: those act once, on the sum over all segments."""
+    hooks = [leaf._backward_hooks for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf._backward_hooks = None
+        yield
+    finally:
+        for leaf, before in zip(leaves, hooks, strict=True):
+            leaf._backward_hooks = before
 
 
-def _random(x: Tensor) -> list[Tensor]:
+def _random_states(device: torch.device) -> list[Tensor]:
     """The state of every generator that a layer on this device may draw from."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager
-def _as_before(ctx, number: int) -> Iterator[None]:
+def _as_before(plan: _Plan, number: int) -> Iterator[None]:
     """Random numbers as they were drawn in the forward pass of this segment."""
-    if not ctx.random:
+    if not plan.random:
         yield
         return
-    x = ctx.saved_tensors[0]
-    with _forked(x):
-        torch.set_rng_state(ctx.random[0][number].clone())  # of a view, torch would read beyond the end
-        if x.is_cuda:
-            torch.cuda.set_rng_state(ctx.random[1][number].clone(), x.device)
+    cuda = plan.device.type == "cuda"
+    with torch.random.fork_rng([plan.device] if cuda else []):
+        torch.set_rng_state(plan.random_states[0][number].clone())  # of a view, torch would read beyond the end
+        if cuda:
+            torch.cuda.set_rng_state(plan.random_states[1][number].clone(), plan.device)
         yield
-
-
-def _forked(x: Tensor) -> AbstractContextManager[None]:
-    """The context after which the generators are as they were."""
-    return torch.random.fork_rng([x.device] if x.is_cuda else [])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from legato._checks import real_number
 from legato._shapes import Tensor
 from legato.layers._base import activation_function
 from legato.layers._gated import GatedLayer
@@ -53,7 +54,7 @@ class SRU(GatedLayer):
     ):
         past = () if input_size == hidden_size else ("skip",)
         blocks = ("forget", "output", *past, "candidate")
-        biases = (forget_bias, highway_bias)
+        biases = (real_number(forget_bias, "forget_bias"), real_number(highway_bias, "highway_bias"))
         super().__init__(input_size, hidden_size, blocks=blocks, biases=biases, device=device, dtype=dtype)
         self.activation = activation
         activation_function(activation)  # raises on an unknown name

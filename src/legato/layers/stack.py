@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import dropout_rate, positive_int
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, positive_int
+from legato.layers._base import RecurrentLayer
 from legato.layers.bidirectional import Bidirectional, refuse_to_step
 
 
@@ -40,8 +41,7 @@ class Stack(RecurrentLayer):
 
     def __init__(self, *layers: RecurrentLayer, dropout: float = 0.0):
         _check_layers(layers)
-        if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
-            raise ValueError(f"expected dropout from 0 to below 1, got {dropout!r}: the share that is dropped")
+        dropout = dropout_rate(dropout)
         if dropout and len(layers) == 1:
             warnings.warn(
                 f"dropout={dropout} changes nothing in a stack of one layer: it lies between layers", stacklevel=2
@@ -90,7 +90,7 @@ class Stack(RecurrentLayer):
 
         Source: the arguments of ``torch.nn.LSTM``; docs/coming-from-other-libraries.md has them all.
         """
-        positive_int(num_layers, "num_layers")
+        num_layers = positive_int(num_layers, "num_layers")
         _check_options(layer, options)
         layers: list[RecurrentLayer] = []
         for number in range(num_layers):
@@ -151,12 +151,12 @@ class Stack(RecurrentLayer):
         if state is None:
             return (None,) * len(self.layers)
         self._check_state(state)
-        return state
+        return tuple(state)
 
     def _check_state(self, state: Any, batch: int | None = None) -> None:
-        """The tuple alone: each layer checks its own state, against its own batch."""
-        if type(state) is not tuple or len(state) != len(self.layers):
-            got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
+        """The tuple alone, or the list that a data loader makes of it: each layer checks its own state."""
+        if type(state) not in (tuple, list) or len(state) != len(self.layers):
+            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
             raise ValueError(
                 f"expected a tuple of {len(self.layers)} states, one a layer, got {got}: "
                 "use initial_state() or what this Stack returned"

@@ -2,6 +2,7 @@
 
 import torch
 
+from legato._checks import real_number
 from legato.layers._gated import GatedLayer
 
 
@@ -38,6 +39,7 @@ class StronglyTypedRNN(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        biases = (real_number(forget_bias, "forget_bias"),)
         super().__init__(
-            input_size, hidden_size, blocks=("forget", "candidate"), biases=(forget_bias,), device=device, dtype=dtype
+            input_size, hidden_size, blocks=("forget", "candidate"), biases=biases, device=device, dtype=dtype
         )

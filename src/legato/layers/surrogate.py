@@ -11,9 +11,12 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, at_length, zero_padding
+from legato.layers._fused import can_be_read
+from legato.layers._states import register_state
 from legato.ops.gated import gated_recurrence, one_step_later
 
 
+@register_state
 class LinearSurrogateState(NamedTuple):
     """The surrogate layer's own state, and its output s~_t in float32 or wider."""
 
@@ -21,6 +24,7 @@ class LinearSurrogateState(NamedTuple):
     surrogate: Float[Tensor, "B H"]
 
 
+@register_state
 class LinearSurrogateLSTMState(NamedTuple):
     """The same over an LSTM cell, whose own c_t comes last."""
 
@@ -71,6 +75,7 @@ class LinearSurrogate(RecurrentLayer):
         self.State = LinearSurrogateLSTMState if isinstance(cell, nn.LSTMCell) else LinearSurrogateState
         self.hidden_size = surrogate.output_size  # pyright: ignore[reportAttributeAccessIssue]
         self.cell = cell
+        self._input_comes_first = isinstance(cell, RNNCellBase)  # of a cell that is wrapped later, too
         self.surrogate = surrogate
 
     def forward(
@@ -82,24 +87,24 @@ class LinearSurrogate(RecurrentLayer):
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Any]:
         """s_t of all steps and the state after the last; the arguments are those of every layer."""
-        self._check_arguments(x, state, lengths, reset)
+        given, ends = (x, state), self._check_arguments(x, state, lengths, reset)
         state = self.initial_state(len(x)) if state is None else state
         memory, start = state[:2]
         s, memory = self.surrogate(x, memory, lengths=lengths, reset=reset)  # s~_t, (B, T, H)
-        if lengths is not None:
-            lengths = lengths.to(x.device)
-            x = zero_padding(x, lengths)
-        # A copy: a view would hold all of s~ for as long as the state lives.
-        last = at_length(s, start, s[:, -1].to(start.dtype, copy=True) if s.shape[1] else start, lengths)
+        if ends is not None:
+            x = zero_padding(x, ends)
+        last = at_length(s, start, s[:, -1].to(start.dtype) if s.shape[1] else start, ends)
         before = one_step_later(s, start, reset).to(x.dtype)
-        if isinstance(self.cell, nn.LSTMCell):
-            output, states, final = _lstm(self.cell, x, before, state.cell, reset)
-            state = self.State(memory, last, at_length(states, state.cell, final, lengths))
+        if self.State is LinearSurrogateLSTMState:
+            cell: Any = self.cell
+            run = _lstm if can_be_read(cell, nn.LSTMCell) else _lstm_by_steps
+            output, states, final = run(cell, x, before, state.cell, reset)
+            state = self.State(memory, last, at_length(states, state.cell, final, ends))
         else:
             output = self._rows(before.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
             state = self.State(memory, last)
         output = output.to(x.dtype)
-        return output if lengths is None else zero_padding(output, lengths), state
+        return self._own(output if ends is None else zero_padding(output, ends), state, *given)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -116,7 +121,7 @@ class LinearSurrogate(RecurrentLayer):
 
     def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
         """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
-        s = self.cell(x, before) if isinstance(self.cell, RNNCellBase) else self.cell(before, x)
+        s = self.cell(x, before) if self._input_comes_first else self.cell(before, x)
         got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
         if not isinstance(s, Tensor) or s.shape != before.shape:
             raise ValueError(
@@ -149,6 +154,21 @@ def _lstm(
     i, f, z, o = gates.unflatten(0, x.shape[:2]).chunk(4, dim=-1)
     states, final = gated_recurrence(f, z, i, c, squash=True, reset=reset)
     return o.sigmoid() * states.tanh(), states, final
+
+
+def _lstm_by_steps(cell: Any, x: Tensor, before: Tensor, c: Tensor, reset: Tensor | None):
+    """The same by calls of the cell, a step at a time, where it is hooked, replaced or parametrised."""
+    outputs, states = [], []
+    for t, (x_t, before_t) in enumerate(zip(x.unbind(1), before.unbind(1), strict=True)):
+        if reset is not None:
+            c = c.masked_fill(reset[:, t, None], 0)
+        output, c_t = cell(x_t, (before_t, c.to(before_t.dtype)))
+        c = c_t.to(c.dtype)
+        outputs.append(output)
+        states.append(c)
+    if not outputs:
+        return before, before.to(c.dtype), c.clone()
+    return torch.stack(outputs, 1), torch.stack(states, 1), c.clone()
 
 
 def _check_surrogate(surrogate: RecurrentLayer) -> None:

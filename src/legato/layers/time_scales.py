@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from legato._checks import real_number
 from legato._shapes import Float, Tensor
 
 
@@ -34,7 +35,8 @@ def spread_time_scales(
     Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?" (chrono initialisation), which draws tau
     uniformly and takes f = 1 - 1 / tau. Ours: evenly in the logarithm, so that every scale has its units.
     """
-    if not 0 < shortest <= longest < float("inf"):
+    shortest, longest = real_number(shortest, "shortest"), real_number(longest, "longest")
+    if not 0 < shortest <= longest:
         raise ValueError(f"expected time scales with 0 < shortest <= longest, got {shortest} and {longest} steps")
     if not isinstance(bias, torch.Tensor) or bias.ndim != 1 or not bias.is_floating_point():
         got = f"{tuple(bias.shape)} in {bias.dtype}" if isinstance(bias, torch.Tensor) else type(bias).__name__

@@ -1,14 +1,13 @@
 """Tokens as vectors, and the dropout that goes with them."""
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._shapes import Float, Int, Tensor
-from legato.layers._base import positive_int
+from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
+from legato._shapes import Float, Int, Shaped, Tensor
+from legato.layers._base import checked_lengths, zero_padding
 
 
 class Embedding(nn.Module):
@@ -55,10 +54,12 @@ class Embedding(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.size, self.channels = positive_int(size, "size"), positive_int(channels, "channels")
-        if padding is not None and not 0 <= padding < size:
+        self.size = size = positive_int(size, "size")
+        self.channels = channels = positive_int(channels, "channels")
+        self.padding = padding = None if padding is None else whole_number(padding, "padding")
+        if padding is not None and padding >= size:
             raise ValueError(f"expected padding as a token from 0 to {size - 1}, or None, got {padding}")
-        self.padding, self.dropout = padding, _share(dropout)
+        self.dropout = dropout_rate(dropout)
         if vectors is not None and tuple(vectors.shape) != (size, channels):
             raise ValueError(
                 f"expected vectors of shape (size, channels) = {(size, channels)}, got {tuple(vectors.shape)}: give a "
@@ -72,10 +73,11 @@ class Embedding(nn.Module):
                 weight.copy_(torch.as_tensor(vectors))
             if padding is not None:
                 weight[padding] = 0
-        self.weight = nn.Parameter(weight, requires_grad=trainable)
+        self.weight = nn.Parameter(weight, requires_grad=bool(trainable))
 
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
         """The vectors of these tokens."""
+        tokens = indices("tokens", tokens)
         try:
             output = F.embedding(tokens, self.weight, self.padding)
         except IndexError as error:
@@ -85,6 +87,7 @@ class Embedding(nn.Module):
 
     def weighted_sum(self, tokens: Int[Tensor, "B T"], weights: Float[Tensor, "B T"]) -> Float[Tensor, "B C"]:
         """sum_t weights_t E[tokens_t] of each row: a bag of words, without writing the vectors out."""
+        tokens = indices("tokens", tokens)
         factors = self._factors()
         if factors is not None:
             weights = weights * F.embedding(tokens, factors)[..., 0]
@@ -132,7 +135,7 @@ class LockedDropout(nn.Module):
 
     def __init__(self, p: float):
         super().__init__()
-        self.p = _share(p)
+        self.p = dropout_rate(p)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """x with some of its channels dropped."""
@@ -145,7 +148,23 @@ class LockedDropout(nn.Module):
         return f"p={self.p}"
 
 
-def _share(dropout: Any) -> float:
-    if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
-        raise ValueError(f"expected dropout from 0 to below 1, got {dropout!r}: the share that is dropped")
-    return float(dropout)
+def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:
+    """``tokens`` of any integer dtype in one that torch looks up by; an error where they are no integers."""
+    check_plain(name, tokens)
+    if tokens.dtype not in INTEGER_DTYPES:
+        raise ValueError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
+    return tokens if tokens.dtype == torch.int32 else tokens.to(torch.int64)
+
+
+def without_padding(
+    name: str, x: Shaped[Tensor, "B T *C"], lengths: Int[Tensor, "B"] | None
+) -> Shaped[Tensor, "B T *C"]:
+    """x with zeros from ``lengths`` on: what padding holds, such as -1 or NaN, is never looked up or computed with."""
+    check_plain(name, x)
+    if x.ndim == 2 and x.dtype in INTEGER_DTYPES:
+        x = indices(name, x)
+    if lengths is None:
+        return x
+    if x.ndim < 2:
+        raise ValueError(f"expected {name} of shape (B, T, ...) beside lengths, got {tuple(x.shape)}: add the axes")
+    return zero_padding(x, checked_lengths(lengths, x))

@@ -1,7 +1,6 @@
 """Language models: the probability of the next token, by any layer of the library; they generate a step at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from math import prod
 from typing import Any, cast
 
@@ -9,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._checks import positive_int, real_number, whole_number
+from legato._modes import evaluating
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, zero_padding
 from legato.layers.highway import Highway
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
 
-from .embedding import Embedding, LockedDropout
+from .embedding import Embedding, LockedDropout, indices, without_padding
 
 
 class LanguageModel(nn.Module):
@@ -80,16 +81,17 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         width = embedding.channels
-        self.channels = size = channels or width
+        self.channels = size = width if channels is None else positive_int(channels, "channels")
         if not isinstance(layers, Sequence):
-            layers = [layers(size) for _ in range(blocks)]
+            layers = [layers(size) for _ in range(positive_int(blocks, "blocks"))]
         _check_layers(layers, size, dense)
         self.embedding = embedding
         self.into = nn.Linear(width, size) if width != size else nn.Identity()
+        highways = whole_number(highways, "highways")
         rows = {"highways": highways, "activation": activation, "gate_bias": gate_bias}
         self.blocks = nn.ModuleList(_Block(layer, size, dense, **rows) for layer in layers)
         self.depths = nn.Parameter(torch.full((len(layers) + 1,), 1 / (len(layers) + 1)))  # w
-        top = highways if top_highways is None else top_highways
+        top = highways if top_highways is None else whole_number(top_highways, "top_highways")
         self.top = nn.Sequential(*(Highway(size, activation=activation, gate_bias=gate_bias) for _ in range(top)))
         self.dropout = LockedDropout(dropout)
         self.output = _output(embedding, size, tied, cutoffs)
@@ -100,7 +102,7 @@ class LanguageModel(nn.Module):
         """log p of every token at the step after each, and the state after the last step that counts.
 
         Args:
-            tokens: (B, T), from 0 to below the vocabulary's size.
+            tokens: (B, T), from 0 to below the vocabulary's size; from ``lengths`` on anything, such as -1.
             state: what an earlier call or ``initial_state`` returned; None starts a text.
             lengths: how many steps of each row count; log p is zero from there on.
 
@@ -115,7 +117,7 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], tuple[Any, ...]]:
         """y, what the softmax reads, and the state: for a classifier on top of a trained model."""
-        self._check_tokens(tokens, 2)
+        tokens = without_padding("tokens", self._checked_tokens("tokens", tokens, 2), lengths)
         h = self.dropout(self.into(self.embedding(tokens)))
         total, states = self.depths[0] * h, []
         for weight, block, old in zip(self.depths[1:], self.blocks, self._states(state), strict=True):
@@ -136,9 +138,11 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "B T"], tuple[Any, ...]]:
         """log p of ``targets`` alone, the tokens one step on, and the state; zero from ``lengths`` on.
 
-        Adaptive softmax needs a small part of the vocabulary for that, and steps past ``lengths`` need none.
+        Adaptive softmax needs a small part of the vocabulary for that, and steps past ``lengths`` need none: what
+        ``tokens`` and ``targets`` hold there, such as -1 and -100, does not count.
         """
-        self._check_tokens(targets, 2)
+        tokens = self._checked_tokens("tokens", tokens, 2)
+        targets = without_padding("targets", self._checked_tokens("targets", targets, 2), lengths)
         # On a device a look at the values would wait for all work before it; torch stops there.
         if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in torch.aminmax(targets))
@@ -150,7 +154,7 @@ class LanguageModel(nn.Module):
         features, state = self.features(tokens, state, lengths=lengths)
         if lengths is None:
             return self.output(features.flatten(0, 1), targets.flatten()).view(targets.shape), state
-        counts = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
+        counts = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device, torch.int64)[:, None]
         picked = self.output(features[counts], targets[counts])
         return torch.zeros(tokens.shape, dtype=picked.dtype, device=picked.device).masked_scatter(counts, picked), state
 
@@ -164,12 +168,12 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, ""], tuple[Any, ...]]:
         """Mean of -log p(target) in nats over all steps that count, and the state. Arguments as for ``score``."""
         log_p, state = self.score(tokens, targets, state, lengths=lengths)
-        steps = log_p.numel() if lengths is None else lengths.sum().clamp(min=1)
+        steps = log_p.numel() if lengths is None else lengths.to(torch.int64).sum().clamp(min=1)
         return -log_p.sum() / steps, state
 
     def step(self, token: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
         """log p of every token after this one, and the state to be given to the next step; call it in ``eval`` mode."""
-        self._check_tokens(token, 1)
+        token = self._checked_tokens("token", token, 1)
         h = self.into(self.embedding(token))
         total, states = self.depths[0] * h, []
         for weight, block, old in zip(self.depths[1:], self.blocks, self._states(state), strict=True):
@@ -204,8 +208,14 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: an empty prompt, a temperature below 0, a top_k below 1.
         """
-        _check_generation(prompt, steps, temperature, top_k)
-        with _evaluating(self):
+        prompt = self._checked_tokens("prompt", prompt, 2).to(torch.int64)
+        if prompt.shape[1] == 0:
+            raise ValueError(f"expected a prompt of T at least 1, got {tuple(prompt.shape)}: start with a token")
+        steps, temperature = whole_number(steps, "steps"), real_number(temperature, "temperature")
+        top_k = None if top_k is None else positive_int(top_k, "top_k")
+        if temperature < 0:
+            raise ValueError(f"expected temperature of at least 0, got {temperature}: 0 takes the most probable token")
+        with evaluating(self):
             features, state = self.features(prompt)
             log_p, drawn = self.output.log_prob(features[:, -1]), []
             for number in range(steps):
@@ -225,7 +235,7 @@ class LanguageModel(nn.Module):
 
         Call it before training; other layers stay as they are.
         """
-        with _evaluating(self):
+        with evaluating(self):
             h = self.into(self.embedding(tokens))
             for layer, block in zip(self.layers, self.blocks, strict=True):
                 if isinstance(layer, LMU | LegendreMemory):
@@ -235,19 +245,20 @@ class LanguageModel(nn.Module):
     def _states(self, state: Any) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
-        if type(state) is not tuple or len(state) != len(self.blocks):
-            got = f"{len(state)} states" if type(state) is tuple else type(state).__name__
+        if type(state) not in (tuple, list) or len(state) != len(self.blocks):  # a data loader makes lists
+            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
             raise ValueError(
                 f"expected a tuple of {len(self.blocks)} states, one a block, got {got}: "
                 "use initial_state() or what this model returned"
             )
-        return state
+        return tuple(state)
 
-    def _check_tokens(self, tokens: Tensor, ndim: int) -> None:
-        axes = "(B, T)" if ndim == 2 else "(B,)"
-        if not isinstance(tokens, Tensor) or tokens.ndim != ndim or tokens.dtype not in (torch.int64, torch.int32):
-            got = f"{tuple(tokens.shape)} in {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"expected tokens of shape {axes} in int64, got {got}: encode the text first")
+    def _checked_tokens(self, name: str, tokens: Tensor, ndim: int) -> Tensor:
+        tokens = indices(name, tokens)
+        if tokens.ndim != ndim:
+            axes = "(B, T)" if ndim == 2 else "(B,)"
+            raise ValueError(f"expected {name} of shape {axes}, got {tuple(tokens.shape)}: encode the text first")
+        return tokens
 
 
 class _Block(nn.Module):
@@ -290,7 +301,9 @@ class _Softmax(nn.Module):
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
         """log p of the targets."""
-        return -F.cross_entropy(self._scores(features).to(_wide(features)), targets, reduction="none")
+        # No target is ignored: torch's own -100 would count as one of probability 1.
+        options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
+        return -F.cross_entropy(self._scores(features).to(_wide(features)), targets.to(torch.int64), **options)
 
     def log_prob(self, features: Tensor) -> Tensor:
         return F.log_softmax(self._scores(features), dim=-1, dtype=_wide(features))
@@ -305,6 +318,7 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """log p of the targets."""
+        targets = targets.to(torch.int64)
         head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
         # What is no token is left for gather to refuse, on a GPU too.
         rare = (targets >= self.shortlist_size) & (targets < self.n_classes)
@@ -327,31 +341,21 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         return zip(self.tail, self.cutoffs[:-1], self.cutoffs[1:], strict=True)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """``eval`` mode, and the mode before again afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
     vocabulary = embedding.size
-    if not cutoffs:
+    if len(cutoffs) == 0:
         return _Softmax(vocabulary, size, embedding if tied else None)
     if tied:
         raise ValueError("adaptive softmax has a matrix a cluster, so it cannot be tied: leave tied or cutoffs out")
+    cutoffs = [positive_int(cutoff, "each of cutoffs") for cutoff in cutoffs]
     if any(a >= b for a, b in zip([0, *cutoffs], [*cutoffs, vocabulary], strict=True)):
         raise ValueError(
-            f"expected cutoffs that rise between 0 and the vocabulary's {vocabulary}, got {list(cutoffs)}: "
+            f"expected cutoffs that rise between 0 and the vocabulary's {vocabulary}, got {cutoffs}: "
             "each is where a cluster of rarer tokens begins"
         )
     # Each cluster is read from a quarter of the channels of the one before, as in the paper, but never from none.
     narrower = next(n for n in (4.0, 2.0, 1.0) if size >= n ** len(cutoffs))
-    return _AdaptiveSoftmax(size, vocabulary, list(cutoffs), div_value=narrower, head_bias=True)
+    return _AdaptiveSoftmax(size, vocabulary, cutoffs, div_value=narrower, head_bias=True)
 
 
 def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> None:
@@ -369,18 +373,6 @@ def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> N
                 + ("" if dense else f" and to give {size}, as there is no dense layer above it")
                 + f", got {layer.input_size} and {_width(layer)}: make them equal"
             )
-
-
-def _check_generation(prompt: Tensor, steps: int, temperature: float | int, top_k: int | None) -> None:
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(
-            f"expected a prompt of shape (B, T) with T at least 1, got {tuple(prompt.shape)}: start with a token"
-        )
-    if steps < 0 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            "expected steps and temperature of at least 0 and top_k of at least 1, "
-            f"got {steps}, {temperature} and {top_k}"
-        )
 
 
 def _draw(log_p: Tensor, temperature: float | int, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from legato._shapes import Bool, Int, Shaped, Tensor
-from legato.layers._base import RecurrentLayer, check_lengths
+from legato.layers._base import RecurrentLayer
+from legato.layers._fused import can_be_read
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState
 
-from .embedding import Embedding
+from .embedding import Embedding, without_padding
 
 
 class SequenceRegressor(nn.Module):
@@ -44,7 +45,9 @@ class SequenceRegressor(nn.Module):
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Any]:
         """(y, state) of a chunk of inputs (B, T, C), or of tokens (B, T); the options are the layer's."""
-        output, state = self.layer(self._embed(x), state, lengths=lengths, reset=reset)
+        if self.embedding is not None:
+            x = self.embedding(without_padding("x", x, lengths))
+        output, state = self.layer(x, state, lengths=lengths, reset=reset)
         return self.head(output), state
 
     def step(self, x_t: Shaped[Tensor, "B *C"], state: Any) -> tuple[Tensor, Any]:
@@ -110,9 +113,10 @@ def last_output(
 
     ``x`` are inputs, or tokens where there is an embedding.
     """
-    if state is None and reset is None and x.shape[1] and _is_a_bag(layer, embedding):
-        return _bag(layer, embedding, x, lengths)
     if embedding is not None:
+        x = without_padding("x", x, lengths)
+        if state is None and reset is None and x.ndim == 2 and x.shape[1] and _is_a_bag(layer, embedding):
+            return _bag(layer, embedding, x, lengths)
         x = embedding(x)
     output, state = layer(x, state, lengths=lengths, reset=reset)
     if layer.return_sequences:
@@ -121,7 +125,8 @@ def last_output(
         elif lengths is None:
             output = output[:, -1]
         else:  # outputs from a length on are zero, hence those of a row without steps
-            output = output[torch.arange(len(x), device=x.device), (lengths.to(x.device) - 1).clamp(min=0)]
+            last = (lengths.to(x.device, torch.int64) - 1).clamp(min=0)
+            output = output[torch.arange(len(x), device=x.device), last]
     return output.flatten(1), state
 
 
@@ -129,10 +134,12 @@ def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
     """Whether the last memory is one weighted sum of word vectors."""
     return (
         isinstance(layer, LegendreMemory)
+        and can_be_read(layer, LegendreMemory)
         and not layer.return_sequences
         and layer.order == 1
         and layer.window().ndim == 0
         and isinstance(embedding, Embedding)
+        and can_be_read(embedding, Embedding)
         and embedding.weight.dtype == layer.scale.dtype == layer._carry_dtype()
     )
 
@@ -141,11 +148,10 @@ def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> 
     """The same in a fifth of the time: the vectors of all tokens are never written out."""
     steps = tokens.shape[1]
     if lengths is None:
-        lengths = torch.full((len(tokens),), steps)
-    check_lengths(lengths, tokens)
-    weights = layer.response(lengths.to(tokens.device), steps)[..., 0]
+        lengths = torch.full((len(tokens),), steps, device=tokens.device)
+    weights = layer.response(lengths.to(tokens.device, torch.int64), steps)[..., 0]
     memory = embedding.weighted_sum(tokens, weights)
-    return memory * layer.scale[:, 0], LegendreMemoryState(memory[..., None])
+    return layer._own(memory * layer.scale[:, 0], LegendreMemoryState(memory[..., None]), tokens, None)
 
 
 def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:

@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from legato._checks import dropout_rate, positive_int, real_number, whole_number
+from legato._modes import evaluating
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, check_lengths, positive_int
+from legato.layers._base import RecurrentLayer
+from legato.layers._states import register_state
 
+from .embedding import indices, without_padding
 from .sequence import check_embedding
 
 
+@register_state
 class Encoded(NamedTuple):
     """A batch of source sentences as the decoder sees them; ``summary`` is W_s mean(h)."""
 
@@ -25,6 +30,7 @@ class Encoded(NamedTuple):
     summary: Float[Tensor, "B D"]
 
 
+@register_state
 class Decoded(NamedTuple):
     """Translations: words without start and end, padded; how many; log P(words, end | source)."""
 
@@ -90,11 +96,12 @@ class Translator(nn.Module):
         _check_layers(encoder, decoder)
         check_embedding(source, encoder)
         check_embedding(target, decoder)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"expected dropout from 0 to below 1, got {dropout}: the share that is dropped")
+        dropout = dropout_rate(dropout)
+        padding, start = whole_number(padding, "padding"), whole_number(start, "start")
+        end = whole_number(end, "end")
         self.words = len(cast(Tensor, target.weight))
         marks = {padding, start, end}
-        if len(marks) < 3 or min(marks) < 0 or max(marks) >= self.words:
+        if len(marks) < 3 or max(marks) >= self.words:
             raise ValueError(
                 f"expected padding, start and end as three of the target's {self.words} words, got {padding}, {start} "
                 f"and {end}"
@@ -128,6 +135,7 @@ class Translator(nn.Module):
             source_lengths, target_lengths: how many words of each row count, padded on the right; None: all.
         """
         encoded = self.encode(source, source_lengths)
+        target = without_padding("target", indices("target", target), target_lengths)
         return self._scores(self._read(target, target_lengths, encoded)).log_softmax(dim=-1)
 
     def loss(
@@ -146,11 +154,11 @@ class Translator(nn.Module):
             target, target_lengths: whole translations, without start and end; either may be of no words.
             label_smoothing: probability taken from the true word and spread over all.
         """
+        target = without_padding("target", indices("target", target), target_lengths).to(torch.int64)
         rows, steps = target.shape
         if target_lengths is None:
-            target_lengths = torch.full((rows,), steps)
-        check_lengths(target_lengths, target)
-        target_lengths = target_lengths.to(target.device)
+            target_lengths = torch.full((rows,), steps, device=target.device)
+        target_lengths = target_lengths.to(target.device, torch.int64)
         given = torch.cat([target.new_full((rows, 1), self.start), target], dim=1)
         wanted = torch.cat([target, target.new_full((rows, 1), self.padding)], dim=1)
         wanted = wanted.scatter(1, target_lengths[:, None], self.end)
@@ -160,9 +168,10 @@ class Translator(nn.Module):
 
     def encode(self, source: Int[Tensor, "B S"], lengths: Int[Tensor, "B"] | None = None) -> Encoded:
         """What the decoder needs of the source: h, which of it counts, and W_s mean(h)."""
+        source = without_padding("source", indices("source", source), lengths)
         if lengths is None:
-            lengths = torch.full((len(source),), source.shape[1])
-        lengths = lengths.to(source.device)
+            lengths = torch.full((len(source),), source.shape[1], device=source.device)
+        lengths = lengths.to(source.device, torch.int64)
         if source.shape[1] == 0:
             source = F.pad(source, (0, 1))
         x = F.dropout(self.source(source) * self.scales[0], self.dropout, self.training)
@@ -197,9 +206,13 @@ class Translator(nn.Module):
     ) -> Decoded:
         """y_t = argmax p(. | y_<t, source) until the end, which comes after ``longest`` words at the latest.
 
-        Call it in ``eval`` mode. Padding and start are never given as words.
+        Nothing is dropped, whatever the mode. Padding and start are never given as words.
         """
-        positive_int(longest, "longest")
+        longest = positive_int(longest, "longest")
+        with evaluating(self):
+            return self._greedy(indices("source", source).to(torch.int64), lengths, longest)
+
+    def _greedy(self, source: Tensor, lengths: Tensor | None, longest: int) -> Decoded:
         encoded = self.encode(source, lengths)
         state, word = self.initial_state(len(source)), source.new_full((len(source),), self.start)
         going = torch.ones_like(word, dtype=torch.bool)
@@ -231,17 +244,21 @@ class Translator(nn.Module):
         done when ``width`` sentences have ended, or when no unfinished one can become better. Width 1 is ``greedy``.
 
         Args:
-            source, lengths: as in ``forward``. Call it in ``eval`` mode.
+            source, lengths: as in ``forward``. Nothing is dropped, whatever the mode.
             width: sentences kept.
             length_penalty: 0 prefers short sentences, 1 compares by the mean over words, nearly.
             longest: words in a translation at most.
 
         Source: Wu et al. 2016, (14), without its coverage penalty.
         """
-        for name, value in (("width", width), ("longest", longest)):
-            positive_int(value, name)
-        if not length_penalty >= 0:
+        width, longest = positive_int(width, "width"), positive_int(longest, "longest")
+        length_penalty = real_number(length_penalty, "length_penalty")
+        if length_penalty < 0:
             raise ValueError(f"expected length_penalty of at least 0, got {length_penalty}")
+        with evaluating(self):
+            return self._beam(indices("source", source).to(torch.int64), lengths, width, length_penalty, longest)
+
+    def _beam(self, source: Tensor, lengths: Tensor | None, width: int, length_penalty: float, longest: int) -> Decoded:
         encoded, rows = self.encode(source, lengths), len(source)
         device = source.device
         zeros = torch.zeros(rows, device=device, dtype=_wide(encoded.summary))

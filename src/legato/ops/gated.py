@@ -201,8 +201,8 @@ def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None) ->
     elif torch._C._are_functorch_transforms_active():
         why = "torch.func"
     elif not compiling:
-        if kernels.gated(given[0].device) is None:
-            why = "numba is not installed"
+        if kernels.gated(given[0].device, torch.float32) is None:
+            why = kernels.why_not_gated(given[0].device)
         elif forward_ad._current_level >= 0:
             why = "a forward-mode derivative"
         elif any(type(x) not in (Tensor, torch.nn.Parameter) for x in given):
@@ -335,12 +335,14 @@ def _run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_
     """The products that are kept (of size 0: none), h_t (likewise, without an output gate), c_t and the last c."""
     *form, keep = form_and_keep
     like = (*inputs, products)[0]
-    kernel = kernels.gated(like.device)
+    kernel = kernels.gated(like.device, like.dtype)
     _choices.record("gated_unit", *_choice(kernel, like))
     if kernel is None:
         activation, skip = torch.tanh if form[2] else None, inputs[0] if form[-1] else skip
-        found = _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
-        return like.new_empty(0), *(x.clone() for x in found)
+        z = _products(inputs, weights, bias, products)
+        shown, *rest = _definition((), (), None, z, initial_state, skip, reset, activation, form)
+        found = z if keep else z.new_empty(0), shown if "output" in form[0] else z.new_empty(0), *rest
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
     products, initial_state, skip = map(_plain, (products, initial_state, skip))
     form = (tuple(form[0].split("/")), *form[1:])
     tensors = (inputs, weights, bias, products, initial_state, skip, reset)
@@ -351,7 +353,8 @@ def _run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_
 def _run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *arguments):
     """The gradients of inputs, weights, bias, products, initial state and skip (of size 0: not wanted or not given)."""
     (inputs, weights, bias, products, initial_state, skip, reset), form = arguments[:7], arguments[7:]
-    kernel = kernels.gated(states.device)
+    kernel = kernels.gated(states.device, states.dtype, True)
+    _choices.record("gated_unit", *_choice(kernel, states))
     if kernel is None:
         bias, products, initial_state, skip = map(_leaf, (bias, products, initial_state, skip))
         inputs, weights = [_leaf(x) for x in inputs], [_leaf(x) for x in weights]
@@ -374,7 +377,7 @@ def _run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *ar
 
 def _choice(kernel, like: Tensor) -> tuple[str, str]:
     if kernel is None:
-        return "definition", f"no kernel for {like.device.type} is installed"
+        return "definition", kernels.why_not_gated(like.device)
     return "numba", "cpu tensors in float32 and numba is installed"
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from legato import _choices
 from legato._autocast import without_autocast
+from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Float, Inexact, Tensor
 from legato._values import all_finite, examinable, in_range, is_mapped
 
@@ -553,7 +554,7 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
 def _nothing(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """No step, sequence or channel: an empty memory and the state as it was."""
     order = kernels.powers.shape[-1]
-    empty = u.unsqueeze(-1).expand(*u.shape, order)
+    empty = u.unsqueeze(-1).expand(*u.shape, order).clone()
     return empty, empty.sum(2) if state is None else state.clone()
 
 
@@ -579,7 +580,7 @@ def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_tensors(**given: Any) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
 
 
 def _check_input(u: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from legato._autocast import without_autocast
+from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Inexact, Tensor
 from legato._values import examinable, in_range
 
@@ -69,7 +70,7 @@ def matrix_recurrence(
         reset = None if reset is None else reset.flip(1)
     with without_autocast(impulse):
         states = _scan(A, x, h, reset)
-    final_state = states[:, -1].reshape(state_shape)
+    final_state = states[:, -1].reshape(state_shape).clone()
     states = states.flip(1) if reverse else states
     return states.reshape(impulse.shape).to(dtype), final_state
 
@@ -78,7 +79,7 @@ def _check(transition: Tensor, impulse: Tensor, initial_state: Tensor | None, re
     given = {"transition": transition, "impulse": impulse, "initial_state": initial_state, "reset": reset}
     for name, x in given.items():
         if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
     for name, x in {"transition": transition, "impulse": impulse, "initial_state": initial_state}.items():
         if x is not None and not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")

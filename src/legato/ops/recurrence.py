@@ -11,6 +11,7 @@ import torch
 from torch.autograd import Function
 
 from legato import _choices
+from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Inexact, Tensor
 from legato.ops import kernels
 
@@ -48,7 +49,7 @@ def linear_recurrence(
     Raises:
         TypeError: an argument is not a tensor, or not of a floating, complex or (reset) boolean dtype.
         ValueError: shapes or devices do not fit together, or no backend has that name or runs on that device.
-        RuntimeError: the named backend needs a package that is not installed.
+        RuntimeError: the named backend needs a package that is not installed, or that fails.
 
     Example:
         >>> import torch, legato
@@ -79,7 +80,7 @@ def _check(
         given["initial_state"] = initial_state
     for name, x in given.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: wrap it with torch.as_tensor()")
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
         if not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
         if x.device != impulse.device:
@@ -234,13 +235,14 @@ _library.define(
 
 
 def _run(decay, impulse, initial_state, reset, reverse, backend):
-    kernel, name, why = kernels.choose(impulse.device, backend)
+    kernel, name, why = kernels.choose(impulse.device, backend, impulse.dtype)
     _choices.record("linear_recurrence", name, why)
     return kernel.forward(*map(_contiguous, (decay, impulse, initial_state, reset)), reverse)
 
 
 def _run_backward(grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
-    kernel, _, _ = kernels.choose(states.device, backend)
+    kernel, name, why = kernels.choose(states.device, backend, states.dtype, True)
+    _choices.record("linear_recurrence", name, why)
     grad_states, grad_final, decay, states, initial_state, reset = map(
         _contiguous, (grad_states, grad_final, decay, states, initial_state, reset)
     )

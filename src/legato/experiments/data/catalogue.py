@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..task import ExperimentError
 from . import imdb, mnist, qqp, snli, text8, translation
-from .files import File, check, find, named_folder
+from .files import UNREADABLE, File, check, find, named_folder
 from .vectors import FILES as VECTORS
 
 Form = list[tuple[str, File]]  # files with their folders, all of which it takes
@@ -216,7 +216,7 @@ def _problems(path: Path, file: File, thorough: bool) -> Iterator[str]:
                 yield f"{path} is not whole or another file: expected {file.size:,} bytes of content, got {size:,}"
     except ExperimentError as error:
         yield str(error)
-    except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, StopIteration) as error:
         yield f"{path} is not whole: {error}"
 
 
@@ -253,5 +253,5 @@ def _number(index: Iterator[int]) -> int:
         value |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
-            break
-    return value
+            return value
+    raise ValueError("the index of an .xz file is cut short")

@@ -1,8 +1,10 @@
 """Official files of a data set made into our compact form, which the loaders read as well: ``legato data convert``."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+from ..locks import locked
 from ..task import ExperimentError
 from . import imdb, qqp, snli, text8, translation
 from .files import as_lines, need, read, write
@@ -39,9 +41,13 @@ def convert(name: str, source: Path, target: Path) -> list[Path]:
     if not source.exists():
         raise ExperimentError(f"there is no {source}: name the folder of the official files or one of them")
     written = []
-    for path, content in CONVERTERS[name](source if source.is_dir() else source.parent):
-        write(target / path, [content])
-        written.append(target / path)
+    with ExitStack() as held:
+        for path, content in CONVERTERS[name](source if source.is_dir() else source.parent):
+            if not written:  # not before there is something to write
+                target.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(target / f".{name}.lock", f"converts {name} to {target}"))
+            write(target / path, [content])
+            written.append(target / path)
     return written
 
 

@@ -7,24 +7,32 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import lzma
 import os
+import struct
 import tarfile
+import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..locks import locked
 from ..task import ExperimentError
 
 _SHARED = Path("../shared/data")
 _BLOCK = 1 << 20  # bytes read at a time
 _RECEIVED = 1 << 16  # bytes of a download at a time: what a broken connection may lose
-_log = logging.getLogger(__name__)
-_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)
+#: What the readers of the standard library and of numpy raise for files that are damaged or hostile: an encrypted
+#: member of a zip file is a RuntimeError, a size of terabytes a MemoryError, headers inside headers a RecursionError.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, OverflowError, MemoryError, RuntimeError, RecursionError, SyntaxError),
+    *(struct.error, tokenize.TokenError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def read(path: Path, file: File) -> bytes:
     try:
         with _unpacked(path, path.name != file.name) as stream:
             content = stream.read()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
     compare(content, file, path)
     return content
@@ -142,7 +150,7 @@ def check(path: Path, file: File) -> None:
     try:
         size = sum(map(len, _blocks(path, packed))) if packed else path.stat().st_size
         found = _digest(file, size, _blocks(path, packed)) if file.size in (None, size) else ""
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
     _compare(path, file, size, found)
 
@@ -180,7 +188,7 @@ def read_lines(path: Path, file: File) -> Iterator[str]:
     try:
         with _unpacked(path, path.name != file.name) as stream:
             yield from _decoded(stream, path)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
@@ -218,12 +226,19 @@ def records(rows: Iterable[str], texts: Sequence[str], classes: int, path: Path 
     for number, row in enumerate(rows, 1):
         try:
             record = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in texts):
             raise line_error(path, number, f"a JSON object with the texts {', '.join(texts)}", repr(row[:60]))
-        if classes and record.get("label") not in range(classes):
-            raise line_error(path, number, f"a label from 0 to {classes - 1}", repr(record.get("label")))
+        for key in texts:
+            try:
+                record[key].encode()
+            except UnicodeEncodeError as error:
+                surrogate = f"half of one ({record[key][error.start]!r})"
+                raise line_error(path, number, f"characters in {key}", surrogate) from error
+        label = record.get("label")
+        if classes and (type(label) is not int or label not in range(classes)):
+            raise line_error(path, number, f"a label from 0 to {classes - 1}", repr(label)[:60])
         yield record
 
 
@@ -245,10 +260,10 @@ def zip_member(path: Path, name: str) -> bytes:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if name not in archive.namelist():
+                raise _no_member(path, name)
             return archive.read(name)
-    except KeyError as error:
-        raise _no_member(path, name) from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
@@ -259,11 +274,12 @@ def zip_lines(path: Path, name: str) -> Iterator[str]:
         ExperimentError: the archive is damaged or has no such member, or a line has a character that is not UTF-8.
     """
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(name) as stream:
-            yield from _decoded(stream, path / name)
-    except KeyError as error:
-        raise _no_member(path, name) from error
-    except _UNREADABLE as error:
+        with zipfile.ZipFile(path) as archive:
+            if name not in archive.namelist():
+                raise _no_member(path, name)
+            with archive.open(name) as stream:
+                yield from _decoded(stream, path / name)
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
@@ -281,21 +297,25 @@ def tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if content is not None:
                     yield member.name.removeprefix("./"), content.read()
                 archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - else it keeps all it has seen
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
 def write(path: Path, blocks: Iterable[bytes]) -> None:
     """Write a file that is there whole or not at all; packed if it is called .xz or .gz, always to the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "wb") as raw, _packing(raw, path.suffix) as stream:
-            for block in blocks:
-                stream.write(block)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as raw:
+        part = Path(raw.name)
+        try:
+            with _packing(raw, path.suffix) as stream:
+                for block in blocks:
+                    stream.write(block)
+            raw.flush()
+            os.fsync(raw.fileno())
+            os.chmod(part, 0o644)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def download(file: File, folder: Path) -> Path:
@@ -313,26 +333,6 @@ def download(file: File, folder: Path) -> Path:
     except OSError as error:
         raise ExperimentError(f"cannot write to {folder}: {error}: name another folder with LEGATO_CACHE") from error
     return path
-
-
-def locked(path: Path, work: str) -> Any:
-    """Lock this file until the ``with`` that takes the result ends, or the process does.
-
-    Args:
-        path: of the lock.
-        work: what another process does that holds it, for the warning that this one waits.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        _log.warning("waiting for another process that %s", work)
-        return lock.acquire()
 
 
 def _download(file: File, path: Path) -> None:
@@ -435,10 +435,10 @@ def _decoded(stream: Iterable[bytes], path: Path) -> Iterator[str]:
             raise _broken(path, number, line[error.start]) from error
 
 
-def _packing(raw: io.BufferedWriter, suffix: str) -> io.BufferedIOBase:
+def _packing(raw: Any, suffix: str) -> AbstractContextManager[Any]:
     if suffix == ".gz":
         return gzip.GzipFile("", "wb", fileobj=raw, mtime=0)
-    return lzma.open(raw, "wb") if suffix == ".xz" else raw
+    return lzma.open(raw, "wb") if suffix == ".xz" else nullcontext(raw)
 
 
 def _digest(file: File, size: int, blocks: Iterable[bytes]) -> str:
@@ -477,4 +477,5 @@ def _no_member(path: Path, name: str) -> ExperimentError:
 
 
 def _damaged(path: Path, error: BaseException) -> ExperimentError:
-    return ExperimentError(f"{path} cannot be read or unpacked: {error}: put an intact copy there")
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    return ExperimentError(f"{path} cannot be read or unpacked: {why}: put an intact copy there")

@@ -1,5 +1,6 @@
 """MNIST from its four original files, whose content is checked. ``recipes/psmnist.py`` reads it pixel by pixel."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ def read_idx(path: Path, sha256: str | None = None) -> Shaped[Tensor, "..."]:
     content = read(path, File(name, checksum=f"sha256:{sha256}" if sha256 else ""))
     axes = content[3] if len(content) > 3 and content[:3] == bytes([0, 0, _UNSIGNED_BYTE]) else 0
     shape = np.frombuffer(content, ">u4", axes, offset=4).tolist() if len(content) >= 4 + 4 * axes else []
-    if not shape or len(content) != 4 + 4 * axes + int(np.prod(shape)):
+    if not shape or 0 in shape or len(content) != 4 + 4 * axes + math.prod(shape):
         raise ExperimentError(
             f"{path} is not a whole idx file: expected a head 00 00 08 and axes, then a byte an element, "
             f"got {content[:4].hex(' ')} and {len(content):,} bytes"

@@ -12,17 +12,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import cache, locked
+from ..locks import locked
+from .files import UNREADABLE, cache, write
 
 Content = Mapping[str, np.ndarray | str]
 
-_FORMAT = "legato-prepared-1"
+_FORMAT = "legato-prepared-2"
 _MANIFEST = "manifest.json"
 _LARGE = 256 * 2**20  # bytes; a file from here on is not read again for its checksum while its date stays
 _log = logging.getLogger(__name__)
@@ -88,11 +89,8 @@ def _sum(path: Path) -> str:
     except OSError:
         pass
     digest = _digest(path)
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(digest)
-    except OSError:
-        pass  # it is computed again at the next start
+    with suppress(OSError):  # it is computed again at the next start
+        write(note, [digest.encode()])
     return digest
 
 
@@ -101,13 +99,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _checksum(files: Any) -> str:
+    """SHA-256 of the list of files in the manifest, which names arrays as well as their checksums."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def _read(entry: Path) -> dict[str, Any] | None:
     """The content of an entry; None if there is none, or not a whole one."""
     try:
         manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        if not manifest["files"] or manifest["checksum"] != _checksum(manifest["files"]):
+            raise ValueError(f"{_MANIFEST} was changed")
         content: dict[str, Any] = {}
         for name, (file, size, digest) in manifest["files"].items():
-            path = entry / file
+            path = entry / Path(file).name
             if path.stat().st_size != size or _digest(path) != digest:
                 raise ValueError(f"{file} was cut short or changed")
             whole = path.suffix == ".npy"
@@ -116,7 +121,7 @@ def _read(entry: Path) -> dict[str, Any] | None:
     except FileNotFoundError as error:
         if error.filename != str(entry / _MANIFEST):
             _log.warning("%s is not whole (%s): it is prepared again", entry, error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, TypeError, AttributeError) as error:
         _log.warning("%s is not whole (%s): it is prepared again", entry, error)
     return None
 
@@ -139,7 +144,7 @@ def _write(entry: Path, content: Content) -> bool:
                 _to_disk(file)
             files[name] = (path.name, path.stat().st_size, _digest(path))
         with open(temporary / _MANIFEST, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "files": files}, file, indent=1)
+            json.dump({"format": _FORMAT, "checksum": _checksum(files), "files": files}, file, indent=1)
             _to_disk(file)
         os.chmod(temporary, 0o755)
         if entry.exists():

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ def _official(content: bytes, path: Path) -> list[Row]:
 def _row(row: list[str], line: int, path: Path) -> Row:
     if len(row) != len(_HEAD):
         raise line_error(path, line, f"{len(_HEAD)} columns", str(len(row)))
-    if not row[0].isdecimal() or row[5] not in ("0", "1"):
+    if not re.fullmatch("[0-9]{1,9}", row[0]) or row[5] not in ("0", "1"):
         raise line_error(path, line, "an id and is_duplicate 0 or 1", f"{row[0]!r} and {row[5]!r}")
     return {"id": int(row[0]), "label": int(row[5]), "first": row[3], "second": row[4]}
 

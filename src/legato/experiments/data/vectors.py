@@ -3,7 +3,6 @@
 import gzip
 import lzma
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedIOBase
@@ -15,7 +14,7 @@ import numpy as np
 from legato._shapes import Bool, Float
 
 from ..task import ExperimentError
-from .files import File, check, find, need
+from .files import UNREADABLE, File, check, find, need
 
 #: Folder and files of the vectors of a name, first choice first; the last is downloaded if none is there.
 FILES = {
@@ -55,7 +54,6 @@ FILES = {
         ),
     ),
 }
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 class WordVectors(NamedTuple):
@@ -94,11 +92,14 @@ def word_vectors(
         with _opened(path, name) as stream:
             arrays = file.name.endswith(".npz")
             for word, vector in (_in_arrays if arrays else _in_lines)(stream, rows, width, path):
+                if not np.isfinite(vector).all():
+                    raise ValueError(f"expected finite numbers, got NaN or infinity in the vector of {word!r}")
                 if not found[row := rows[word]]:  # GloVe has a few words twice: the first is the more frequent
                     matrix[row], found[row] = vector, True
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ExperimentError(
-            f"{path} cannot be read as the vectors {name}: {error}: put an intact copy there"
+            f"{path} cannot be read as the vectors {name}: {why}: put an intact copy there"
         ) from error
     return WordVectors(matrix, found, name)
 
@@ -139,10 +140,15 @@ def _in_arrays(
     stream: BufferedIOBase, rows: dict[bytes, int], width: int, path: Path
 ) -> Iterator[tuple[bytes, np.ndarray]]:
     """Arrays ``words`` (bytes) and ``vectors`` of one length."""
-    with np.load(stream, allow_pickle=False) as arrays:
+    arrays = np.load(stream, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("expected an archive of two arrays, got one array")
+    with arrays:
         words, vectors = arrays["words"], arrays["vectors"]
-    if vectors.ndim != 2 or words.shape != vectors.shape[:1]:
-        raise ValueError(f"expected a vector for each word, got {words.shape} words and vectors {vectors.shape}")
+    if vectors.ndim != 2 or words.shape != vectors.shape[:1] or words.dtype.kind != "S" or vectors.dtype.kind != "f":
+        raise ValueError(
+            f"expected a vector for each word, got {words.dtype} {words.shape} and {vectors.dtype} {vectors.shape}"
+        )
     _expect(width, vectors.shape[1], path)
     for index, word in enumerate(words.tolist()):
         if word in rows:
@@ -164,7 +170,9 @@ def _in_lines(
         if len(numbers) != width:
             raise ValueError(f"expected a word and {width} numbers in line {number:,}, got {len(numbers)} numbers")
         if word in rows:
-            yield word, np.array(numbers, np.float32)
+            with np.errstate(over="ignore"):  # an infinity is told by the caller
+                vector = np.array(numbers, np.float32)
+            yield word, vector
     if not number:
         raise ValueError("expected lines of a word and its numbers, got an empty file")
 

@@ -27,6 +27,7 @@ from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded, encoded
 from ..data.words import Texts, Vocabulary
 from ..kinds import Kind, layer_of
+from ..ranges import Count, Depth, Factor, Fraction, FractionBelowOne, Width, Window
 from ..task import Batch, ExperimentError, Task, Training
 
 SPLITS = ("train", "validation", "test")
@@ -53,11 +54,11 @@ class Data:
             from disk; null draws them.
     """
 
-    examples: int | None = None
-    longest: int = 1024
+    examples: Count | None = None
+    longest: Count = 1024
     truncate: Literal["front", "back"] = "front"
     words_of: Literal["train", "all"] = "train"
-    least_count: int = 3
+    least_count: Count = 3
     train_on_validation: bool = False
     vectors: str | None = "vectors300"
 
@@ -80,14 +81,14 @@ class Model:
     """
 
     kind: Kind = "lmu"
-    channels: int = 300
-    theta: float | None = None
+    channels: Width = 300
+    theta: Window | None = None
     train_vectors: bool = True
-    word_dropout: float = 0.0
-    units: int = 36
-    layers: int = 1
-    heads: int = 4
-    dropout: float = 0.0
+    word_dropout: FractionBelowOne = 0.0
+    units: Width = 36
+    layers: Depth = 1
+    heads: Width = 4
+    dropout: FractionBelowOne = 0.0
 
 
 @dataclass
@@ -99,8 +100,8 @@ class FineTuning(Training):
         label_smoothing: probability taken from the true class and spread over all.
     """
 
-    vector_rate: float = 1.0
-    label_smoothing: float = 0.0
+    vector_rate: Factor = 1.0
+    label_smoothing: Fraction = 0.0
 
 
 @dataclass

@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from legato.layers.stack import Stack
 from legato.layers.time_scales import spread_time_scales
 
 from ..baselines import LSTM
-from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least, refuse_what_does_not_fit
+from ..curriculum import GrowingByValidation, ValidatedCurriculum, refuse_what_does_not_fit
 from ..data.drawn import drawn
+from ..ranges import Depth, Factor, Range, Width, check
 from ..task import Batch, Paper
 from .long_dependency import segment_steps
 
@@ -51,10 +52,10 @@ class Model:
     """
 
     kind: Literal["gilr-lstm", "lstm"] = "gilr-lstm"
-    units: int = 32
-    layers: int = 1
-    longest: float | None = None
-    marker_scale: float = 30.0
+    units: Width = 32
+    layers: Depth = 1
+    longest: Annotated[float, Range(100, 10**9)] | None = None
+    marker_scale: Factor = 30.0
 
 
 @dataclass
@@ -74,9 +75,9 @@ class Adding(ValidatedCurriculum):
     max_norm: float | None = 1.0
     average: float = 0.9
     batch_size: int = 8
-    first_length: int | None = 300
-    good: float = 1e-3
-    solved: float = 5e-4
+    first_length: Annotated[int, Range(2, 10**9)] | None = 300
+    good: Factor = 1e-3
+    solved: Factor = 5e-4
 
 
 @dataclass
@@ -87,13 +88,14 @@ class Config:
         length: steps of the sequences.
     """
 
-    length: int = 10_000
+    length: Annotated[int, Range(2, 10**9)] = 10_000
     model: Model = field(default_factory=Model)
     training: Adding = field(default_factory=Adding)
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "AddingTask":
     """The task of this configuration, its weights drawn by ``seed``; sequences are generated, not read."""
+    check(config)
     torch.manual_seed(seed)
     return AddingTask(config, seed)
 
@@ -102,16 +104,6 @@ class AddingTask(GrowingByValidation):
     metric, higher_is_better = "mse", False
 
     def __init__(self, config: Config, seed: int) -> None:
-        model = config.model
-        at_least(
-            {
-                "length": (config.length, 2),
-                "model.units": (model.units, 1),
-                "model.layers": (model.layers, 1),
-                "model.longest": (model.longest or 100, 100),
-                "training.first_length": (config.training.first_length or 2, 2),
-            }
-        )
         super().__init__(config.length, config.training)
         self.config = config
         refuse_what_does_not_fit(config.length, partial(needed_bytes, config))

@@ -12,7 +12,7 @@ no order holds. ``mse_settled`` is the worst of the delays once the start is out
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from legato.layers.lmu import LMU
 
 from ..data.drawn import drawn
 from ..plots import draw_recall
+from ..ranges import Count, Order, Positive, Range, Width, check
 from ..task import Batch, ExperimentError, Paper, Task, Training
 
 PAPER = Paper(
@@ -49,10 +50,10 @@ class Data:
         test_signals: signals for the final figures; 100 are the authors'.
     """
 
-    cutoff: float = 10.0
-    windows: float = 2.5
-    validation_signals: int = 2
-    test_signals: int = 100
+    cutoff: Positive = 10.0
+    windows: Annotated[float, Range(0, 10**4, above=True)] = 2.5
+    validation_signals: Count = 2
+    test_signals: Count = 100
 
 
 @dataclass
@@ -66,9 +67,9 @@ class Model:
         half_step: read each input in the middle of the step for which it is held, half a step before its end.
     """
 
-    order: int = 100
-    theta: int = 100_000
-    delays: int = 5
+    order: Order = 100
+    theta: Annotated[int, Range(2, 10**9)] = 100_000
+    delays: Width = 5
     half_step: bool = True
 
 
@@ -82,8 +83,8 @@ class Untrained(Training):
     epochs: int = 1
     updates_per_epoch: int | None = 1
     batch_size: int = 1
-    learning_rate: float = 0.0
-    schedule: str = "constant"  # type: ignore[assignment]
+    learning_rate: Annotated[float, Range(0, 1000)] = 0.0
+    schedule: Literal["one-cycle", "linear", "constant"] = "constant"
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Config:
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "Capacity":
     """The task of this configuration; ``seed`` is that of the signals in training, if there is any."""
+    check(config)
     return Capacity(config, seed)
 
 
@@ -206,11 +208,6 @@ def recall_errors(layer: LMU, theta: int, delays: np.ndarray, cutoff: float) -> 
 
 def _check(config: Config) -> None:
     data, model = config.data, config.model
-    if model.delays < 1 or model.theta < 2 or model.order < 1:
-        raise ExperimentError(
-            f"expected --model.delays and --model.order of at least 1 and --model.theta of at least 2, got "
-            f"{model.delays}, {model.order} and {model.theta}"
-        )
     if data.windows * model.theta < _SETTLED * model.theta + 1:
         raise ExperimentError(
             f"expected --data.windows above {_SETTLED}, after which errors are counted, got {data.windows}"
@@ -220,9 +217,4 @@ def _check(config: Config) -> None:
         raise ExperimentError(
             f"expected --data.cutoff from {least:g}, one cycle in a signal, to below {most:g}, two steps a cycle, got "
             f"{data.cutoff}"
-        )
-    if min(data.validation_signals, data.test_signals) < 1:
-        raise ExperimentError(
-            f"expected --data.validation_signals and --data.test_signals of at least 1, got "
-            f"{data.validation_signals} and {data.test_signals}"
         )

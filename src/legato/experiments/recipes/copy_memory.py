@@ -8,7 +8,7 @@ and guesses one symbol in eight.
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from legato.layers.segments import in_segments
 from legato.layers.time_scales import spread_time_scales
 
 from ..baselines import LSTM
-from ..curriculum import GrowingByValidation, ValidatedCurriculum, at_least, refuse_what_does_not_fit
+from ..curriculum import GrowingByValidation, ValidatedCurriculum, refuse_what_does_not_fit
 from ..data.drawn import drawn
+from ..ranges import Count, Factor, Fraction, Range, Width, Window, check
 from ..task import Batch, Paper
 from .long_dependency import segment_steps
 
@@ -53,11 +54,11 @@ class Model:
     """
 
     kind: Literal["gilr-lstm", "lstm"] = "gilr-lstm"
-    clock_units: int = 64
-    units: int = 128
-    head_units: int = 128
-    clock: float = 100.0
-    longest: float | None = None
+    clock_units: Width = 64
+    units: Width = 128
+    head_units: Width = 128
+    clock: Window = 100.0
+    longest: Annotated[float, Range(10, 10**9)] | None = None
 
 
 @dataclass
@@ -81,9 +82,9 @@ class Copying(ValidatedCurriculum):
     average: float = 0.9
     first_length: int | None = 10
     growth: float = 4.0
-    blank_weight: float = 0.1
-    good: float = 0.98
-    solved: float = 1.0
+    blank_weight: Factor = 0.1
+    good: Fraction = 0.98
+    solved: Fraction = 1.0
 
 
 @dataclass
@@ -94,13 +95,14 @@ class Config:
         length: T, steps from the last symbol to the delimiter.
     """
 
-    length: int = 10_000
+    length: Count = 10_000
     model: Model = field(default_factory=Model)
     training: Copying = field(default_factory=Copying)
 
 
 def build(config: Config, seed: int, data_dir: Path | None = None) -> "CopyMemory":
     """The task of this configuration, its weights drawn by ``seed``; sequences are generated, not read."""
+    check(config)
     torch.manual_seed(seed)
     return CopyMemory(config, seed)
 
@@ -109,17 +111,6 @@ class CopyMemory(GrowingByValidation):
     metric, higher_is_better = "accuracy", True
 
     def __init__(self, config: Config, seed: int) -> None:
-        model = config.model
-        at_least(
-            {
-                "model.clock_units": (model.clock_units, 1),
-                "model.units": (model.units, 1),
-                "model.head_units": (model.head_units, 1),
-                "model.clock": (model.clock, 1),
-                "model.longest": (model.longest or 10, 10),
-                "training.blank_weight": (config.training.blank_weight, 0),
-            }
-        )
         super().__init__(config.length, config.training)
         self.config = config
         refuse_what_does_not_fit(config.length, partial(needed_bytes, config))

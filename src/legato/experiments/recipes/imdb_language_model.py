@@ -7,7 +7,7 @@ test figure: no test text and no label is ever read. ``imdb_language_model_large
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..data.imdb import imdb, imdb_files
 from ..data.words import END, Texts
 from ..kinds import Kind, layer_of
 from ..language import LanguageTask, Reading, Streams, Windows
+from ..ranges import Count, CountOrZero, Depth, DepthOrZero, FractionBelowOne, Order, Positive, Range, Width, Window
 from ..task import ExperimentError, Paper
 from ._classification import Fingerprint
 
@@ -62,13 +63,13 @@ class Data:
         warm_up: words before each part that are read first and do not count.
     """
 
-    examples: int | None = None
-    vocabulary: int = 20_000
-    validation_words: int = 100_000
-    held_out: int = 2_500
+    examples: Count | None = None
+    vocabulary: Annotated[int, Range(5, 10**7)] = 20_000
+    validation_words: Count = 100_000
+    held_out: Count = 2_500
     vectors: str | None = None
-    streams: int = 64
-    warm_up: int = 100
+    streams: Count = 64
+    warm_up: CountOrZero = 100
 
 
 @dataclass
@@ -92,17 +93,17 @@ class Model:
     """
 
     kind: Kind = "gilr-lstm"
-    width: int = 128
-    channels: int = 256
-    blocks: int = 1
-    highways: int = 1
-    order: int = 4
-    theta: float = 5.0
-    growth: float = 3.0
-    cutoffs: list[int] = field(default_factory=lambda: [2000, 8000])
+    width: Width = 128
+    channels: Width = 256
+    blocks: Depth = 1
+    highways: DepthOrZero = 1
+    order: Order = 4
+    theta: Window = 5.0
+    growth: Positive = 3.0
+    cutoffs: Annotated[list[int], Range(1, 10**7)] = field(default_factory=lambda: [2000, 8000])
     tied: bool = False
-    dropout: float = 0.0
-    word_dropout: float = 0.0
+    dropout: FractionBelowOne = 0.0
+    word_dropout: FractionBelowOne = 0.0
 
 
 @dataclass

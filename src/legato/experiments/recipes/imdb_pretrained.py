@@ -21,6 +21,7 @@ from .. import checkpoint as checkpoints
 from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded
 from ..language import Windows
+from ..ranges import Count, Factor, FractionBelowOne
 from ..task import Batch, ExperimentError, Paper, Training
 from . import imdb_language_model
 from ._classification import Classes, check_labels
@@ -56,7 +57,7 @@ class Data(imdb_language_model.Data):
         longest: words kept of a review; of a longer one its first words are dropped.
     """
 
-    longest: int = 200
+    longest: Count = 200
 
 
 @dataclass
@@ -75,9 +76,9 @@ class FineTuning(Training):
     warmup: float = 0.1
     weight_decay: float = 0.01
     max_norm: float | None = 1.0
-    body_rate: float = 1.0
-    vector_rate: float = 8.0
-    dropout: float = 0.2
+    body_rate: Factor = 1.0
+    vector_rate: Factor = 8.0
+    dropout: FractionBelowOne = 0.2
 
 
 @dataclass
@@ -91,6 +92,8 @@ class Config:
 
     #: The recipe whose newest run is taken.
     source: ClassVar[str] = "imdb-language-model"
+    #: Fields whose null a run fills in when it begins.
+    chosen: ClassVar[tuple[str, ...]] = ("language_model",)
 
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -224,10 +227,10 @@ def read_language_model(body: LanguageModel, path: Path, config: Config) -> None
         ExperimentError: the file is missing, of another recipe, of another network or another vocabulary.
     """
     content = checkpoints.load(path)
-    about = content["about"]
-    if not about["recipe"].startswith("imdb-language-model") or "model" not in content:
+    about = content.get("about") or {}
+    if not str(about.get("recipe")).startswith("imdb-language-model") or "model" not in content:
         raise ExperimentError(
-            f"{path} is of recipe {about['recipe']}: expected the best.ckpt of a run of {config.source}: "
+            f"{path} is of recipe {about.get('recipe')}: expected the best.ckpt of a run of {config.source}: "
             "name one with --language_model"
         )
     theirs, ours = about["config"], {"data": vars(config.data), "model": vars(config.model)}

@@ -12,7 +12,7 @@ en-vi both are the older papers' BLEU, of the tokenised text as it is (sacrebleu
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ from ..data.translation import (
 from ..data.translation import vocabulary as official_words
 from ..data.words import SPACED, UNKNOWN
 from ..kinds import Kind, layer_of
+from ..modes import evaluating
+from ..ranges import Count, Depth, Fraction, FractionBelowOne, Order, Range, Width, Window
 from ..task import Batch, Paper, Task, Training
 
 PAPER = Paper(
@@ -93,9 +95,9 @@ class Data:
     """
 
     pair: Pair = "multi30k-en-de"
-    examples: int | None = None
-    pieces: int = 4000
-    longest: int = 100
+    examples: Count | None = None
+    pieces: Annotated[int, Range(260, 10**6)] = 4000
+    longest: Count = 100
 
 
 @dataclass
@@ -119,17 +121,17 @@ class Model:
     """
 
     kind: Kind = "gilr-lstm"
-    channels: int = 128
-    units: int | None = None
-    layers: int = 1
-    order: int = 5
-    theta: float = 15.0
-    heads: int = 4
-    dropout: float = 0.3
+    channels: Width = 128
+    units: Annotated[int, Range(2, 2**16)] | None = None
+    layers: Depth = 1
+    order: Order = 5
+    theta: Window = 15.0
+    heads: Width = 4
+    dropout: FractionBelowOne = 0.3
     tied: bool = True
     scaled: bool = True
-    width: int = 10
-    length_penalty: float = 1.0
+    width: Annotated[int, Range(1, 1000)] = 10
+    length_penalty: Annotated[float, Range(0, 10)] = 1.0
 
 
 @dataclass
@@ -146,7 +148,7 @@ class Smoothed(Training):
     warmup: float = 0.1
     max_norm: float | None = 1.0
     average: float = 0.998
-    label_smoothing: float = 0.1
+    label_smoothing: Fraction = 0.1
 
 
 @dataclass
@@ -336,8 +338,8 @@ def calibrate(model: Translator, train: Bucketed) -> None:
     if not hooks:
         return
     source, source_lengths, target, target_lengths, _ = train.take(torch.arange(min(CALIBRATED_ON, train.size)))
-    model.eval().loss(source, target, source_lengths, target_lengths)
-    model.train()
+    with evaluating(model):
+        model.loss(source, target, source_lengths, target_lengths)
     for hook in hooks:
         hook.remove()
     for layer, (x, lengths) in inputs.items():

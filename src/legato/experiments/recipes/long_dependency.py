@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ from legato.layers.segments import in_segments
 from legato.layers.time_scales import spread_time_scales
 
 from .. import curriculum
-from ..curriculum import Growing, at_least, refuse_what_does_not_fit
+from ..curriculum import Growing, refuse_what_does_not_fit
 from ..data.drawn import Drawn
 from ..data.long_dependency import long_dependency
+from ..ranges import Count, CountOrZero, Depth, Range, Width, Window, check
 from ..task import Batch, Paper
 
 PAPER = Paper(
@@ -60,12 +61,12 @@ class Model:
     """
 
     kind: Literal["gilr-lstm", "lstm"] = "gilr-lstm"
-    units: int | None = None
-    layers: int = 2
+    units: Width | None = None
+    layers: Depth = 2
     activation: Literal["tanh", "identity"] = "tanh"
-    symbols: int = 128
-    forget_bias: float | None = None
-    longest: float | None = None
+    symbols: Annotated[int, Range(2, 10**6)] = 128
+    forget_bias: Annotated[float, Range(-1000, 1000)] | None = None
+    longest: Window | None = None
 
 
 @dataclass
@@ -86,8 +87,8 @@ class Curriculum(curriculum.Curriculum):
     max_norm: float | None = 1.0
     first_length: int | None = 128
     growth: float = 8.0
-    streak: int = 5
-    practice: int = 300
+    streak: Count = 5
+    practice: CountOrZero = 300
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Config:
         length: N, steps of the sequences.
     """
 
-    length: int = 1024
+    length: Count = 1024
     model: Model = field(default_factory=Model)
     training: Curriculum = field(default_factory=Curriculum)
 
@@ -109,6 +110,7 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "LongDepen
     Raises:
         ExperimentError: a number is out of its range, or sequences so long would not fit in memory.
     """
+    check(config)
     torch.manual_seed(seed)
     return LongDependency(config, seed)
 
@@ -117,7 +119,6 @@ class LongDependency(Growing):
     metric, higher_is_better = "accuracy", True
 
     def __init__(self, config: Config, seed: int):
-        _check(config)
         super().__init__(config.length, config.training)
         self.config = config
         self.right_in_a_row = self.updates = 0
@@ -236,7 +237,7 @@ class SignLSTM(nn.Module):
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B"]:
         """The score of each sequence, above zero for +e_0."""
         size = self.lstm.input_size
-        vectors = torch.eye(size, device=tokens.device)
+        vectors = torch.eye(size, device=tokens.device, dtype=self.head.weight.dtype)
         x = F.embedding(tokens, torch.cat([vectors, -vectors[:1]]))  # (B, T, p)
         return self.head(self.lstm(x)[0][:, -1])[:, 0]
 
@@ -256,20 +257,6 @@ def _start(bias: Tensor, forget_bias: float | None, longest: float) -> None:
 
 def _units(config: Config) -> int:
     return config.model.units or (512 if config.length < 65_536 else 64)
-
-
-def _check(config: Config) -> None:
-    model, training = config.model, config.training
-    at_least(
-        {
-            "model.units": (1 if model.units is None else model.units, 1),
-            "model.layers": (model.layers, 1),
-            "model.symbols": (model.symbols, 2),
-            "model.longest": (model.longest or 1, 1),
-            "training.streak": (training.streak, 1),
-            "training.practice": (training.practice, 0),
-        }
-    )
 
 
 def needed_bytes(config: Config, length: int) -> int:

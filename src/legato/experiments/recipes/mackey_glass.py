@@ -8,7 +8,7 @@ an error of 1 in one step of 5,000.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,8 @@ from legato.models import SequenceRegressor
 from ..baselines import LSTM
 from ..data.mackey_glass import Series, mackey_glass
 from ..plots import draw_prediction
-from ..task import Batch, Examples, Paper, Task, Training
+from ..ranges import Count, CountOrZero, Depth, Factor, Order, Range, Width, WidthOrZero, Window
+from ..task import Batch, Examples, ExperimentError, Paper, Task, Training
 
 PAPER = Paper(
     source="Chilkuri & Eliasmith 2021, table 2",
@@ -49,12 +50,12 @@ class Data:
         tau: delay of the equation; chaotic from about 17.
     """
 
-    train_series: int = 32
-    validation_series: int = 32
-    test_series: int = 64
-    steps: int = 5000
-    ahead: int = 15
-    tau: int = 17
+    train_series: Width = 32
+    validation_series: Width = 32
+    test_series: Width = 64
+    steps: Annotated[int, Range(1, 10**6)] = 5000
+    ahead: Annotated[int, Range(0, 10**6)] = 15
+    tau: Annotated[int, Range(1, 10**4)] = 17
 
 
 @dataclass
@@ -72,11 +73,11 @@ class Model:
     """
 
     kind: Literal["lmu", "recurrent-lmu", "lstm", "hybrid"] = "lmu"
-    units: int | None = None
-    order: int | None = None
-    theta: float | None = None
-    layers: int | None = None
-    head_units: int | None = None
+    units: Width | None = None
+    order: Order | None = None
+    theta: Window | None = None
+    layers: Depth | None = None
+    head_units: WidthOrZero | None = None
     calibrate: bool = True
 
 
@@ -94,9 +95,9 @@ class Crops(Training):
     updates_per_epoch: int | None = 250
     batch_size: int = 16
     learning_rate: float = 0.01
-    crop: int = 256
-    lead_in: int = 50
-    lead_in_weight: float = 0.3
+    crop: Count = 256
+    lead_in: CountOrZero = 50
+    lead_in_weight: Factor = 0.3
 
 
 @dataclass
@@ -126,6 +127,11 @@ class MackeyGlass(Task):
         train, validation, test = (
             Series(*waves) for waves in zip(*(wave.split(sizes) for wave in series), strict=True)
         )
+        if config.training.lead_in + config.training.crop > config.data.steps:
+            raise ExperimentError(
+                f"expected --training.lead_in and --training.crop to be {config.data.steps} steps or less together, as "
+                f"--data.steps, got {config.training.lead_in} and {config.training.crop}"
+            )
         self.model = network(config.model)
         if config.model.calibrate and config.model.kind == "lmu":
             cast(LMU, self.model.layer).calibrate(train.inputs)

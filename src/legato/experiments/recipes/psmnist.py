@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from legato.layers.lmu import LMU
 from legato.models import SequenceClassifier
 
 from ..data.mnist import MNIST, mnist
+from ..ranges import Factor, Fraction, FractionBelowOne, Order, Range, Seed, Width, WidthOrZero, Window
 from ..task import Batch, Examples, Paper, Task, Training
 
 PAPER = Paper(
@@ -37,8 +38,8 @@ class Data:
         validation_images: the last of the 60,000, which choose the best weights.
     """
 
-    permutation_seed: int = 0
-    validation_images: int = 10_000
+    permutation_seed: Seed = 0
+    validation_images: Annotated[int, Range(1, 59_999)] = 10_000
 
 
 @dataclass
@@ -54,12 +55,12 @@ class Model:
         dropout: share of the units dropped in training.
     """
 
-    order: int = 468
-    theta: float = 784.0
-    units: int = 346
-    head_units: int = 0
-    memory_dropout: float = 0.0
-    dropout: float = 0.0
+    order: Order = 468
+    theta: Window = 784.0
+    units: Width = 346
+    head_units: WidthOrZero = 0
+    memory_dropout: FractionBelowOne = 0.0
+    dropout: FractionBelowOne = 0.0
 
 
 @dataclass
@@ -76,9 +77,9 @@ class Adversarial(Training):
     learning_rate: float = 2e-3
     warmup: float = 0.05
     weight_decay: float = 0.01
-    shift: float = 0.6
-    shift_weight: float = 0.5
-    label_smoothing: float = 0.0
+    shift: Factor = 0.6
+    shift_weight: Fraction = 0.5
+    label_smoothing: Fraction = 0.0
 
 
 @dataclass

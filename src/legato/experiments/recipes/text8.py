@@ -20,6 +20,7 @@ from legato.models import Embedding, LanguageModel
 from ..data.text8 import Text8, text8
 from ..kinds import Kind, layer_of
 from ..language import LanguageTask, Reading, Streams, Windows
+from ..ranges import Count, CountOrZero, Depth, DepthOrZero, FractionBelowOne, Order, Positive, Width, Window
 from ..task import Paper
 
 PAPER = Paper(
@@ -57,10 +58,10 @@ class Data:
         warm_up: characters before each part that are read first and do not count.
     """
 
-    examples: int | None = None
-    validation_characters: int = 100_000
-    streams: int = 128
-    warm_up: int = 500
+    examples: Count | None = None
+    validation_characters: Count = 100_000
+    streams: Count = 128
+    warm_up: CountOrZero = 500
 
 
 @dataclass
@@ -82,15 +83,15 @@ class Model:
     """
 
     kind: Kind = "gilr-lstm"
-    channels: int | None = None
-    units: int | None = None
-    blocks: int | None = None
-    highways: int | None = None
-    order: int = 4
-    theta: float = 4.0
-    growth: float = 2.0
+    channels: Width | None = None
+    units: Width | None = None
+    blocks: Depth | None = None
+    highways: DepthOrZero | None = None
+    order: Order = 4
+    theta: Window = 4.0
+    growth: Positive = 2.0
     activation: Literal["relu", "tanh", "gelu"] = "relu"
-    dropout: float = 0.0
+    dropout: FractionBelowOne = 0.0
 
 
 class Size(NamedTuple):

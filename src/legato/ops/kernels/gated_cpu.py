@@ -17,12 +17,11 @@ from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import types
 
 from legato._shapes import Bool, Float, Tensor
+from legato.ops.kernels.numba_cache import c_function, compiled
 from legato.ops.kernels.numba_threads import (
     HEADER,
     PREFETCH_BYTES,
     block_width,
-    c_function,
-    compiled,
     empty,
     intrinsic,
     launch,
@@ -109,6 +108,11 @@ def backward(
         if grad_bias is not None:
             grad_bias += flat.sum(0)
     return grad_inputs, grad_weights, grad_bias, grad_addend, carry, grad_skip
+
+
+def prepare(dtype: torch.dtype, adjoint: bool) -> None:
+    """Compile what ``forward`` or (``adjoint``) ``backward`` launches; ``dtype`` is float32."""
+    (_backward if adjoint else _forward)()
 
 
 def _parts(B: int, T: int, K: int) -> list[tuple[slice, slice]]:

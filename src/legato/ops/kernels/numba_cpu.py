@@ -16,14 +16,12 @@ import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from legato._shapes import Bool, Inexact, Tensor
+from legato.ops.kernels.numba_cache import c_function, compiled, contracted
 from legato.ops.kernels.numba_threads import (
     HEADER,
     NARROWEST_BYTES,
     PREFETCH_BYTES,
     block_width,
-    c_function,
-    compiled,
-    contracted,
     cores,
     empty,
     launch,
@@ -91,6 +89,11 @@ def backward(
     arrays = (states, grad_states, h0, grad_decay, grad_impulse, grad_initial)
     _launch(_backward, decay, arrays, reset, reverse, plan)
     return grad_decay.sum_to_size(decay_shape).to(decay_dtype), grad_impulse.to(dtype), grad_initial
+
+
+def prepare(dtype: torch.dtype, adjoint: bool) -> None:
+    """Compile what ``forward`` or (``adjoint``) ``backward`` launches for a carry of that dtype."""
+    (_backward if adjoint else _forward)(_numpy_dtype(dtype))
 
 
 def _carry(state: Tensor | None, like: Tensor) -> Tensor:

@@ -9,14 +9,11 @@ half the speed on 2 cores).
 import ctypes
 import os
 import re
-import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -24,6 +21,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic as _numba_intrinsic
 
 from legato._shapes import Shaped, Tensor
+from legato.ops.kernels.numba_cache import compiled
 
 intrinsic: Any = _numba_intrinsic  # it changes the signature of what it decorates
 
@@ -102,42 +100,6 @@ def empty(like: Shaped[Tensor, "..."], *shape: int) -> Shaped[Tensor, "..."]:
 # --- inside kernels ---
 
 _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
-
-
-def compiled(kernel: Callable, *, fastmath: Any = False) -> Any:
-    """``kernel`` compiled when first called and kept in Numba's cache on disk; callable from other kernels."""
-    return _kept(lambda cache: numba.njit(nogil=True, cache=cache, error_model="numpy", fastmath=fastmath)(kernel))
-
-
-def contracted(kernel: Callable) -> Any:
-    """The same, where a * b + c may be rounded once."""
-    return compiled(kernel, fastmath={"contract"})
-
-
-def c_function(run: Callable) -> Any:
-    """``run(words)`` compiled to a C function; ``.address`` is what ``launch`` calls."""
-    signature = types.void(types.CPointer(types.int64))
-    return _kept(lambda cache: numba.cfunc(signature, cache=cache, error_model="numpy")(run))
-
-
-def _kept(compile: Callable[[bool], Any]) -> Any:
-    """compile(True), which keeps the code on disk; compile(False) where no folder for it can be written."""
-    try:
-        return compile(True)
-    except RuntimeError as error:
-        if "no locator" not in str(error):
-            raise
-        _warn_of_no_cache()
-        return compile(False)
-
-
-@cache
-def _warn_of_no_cache() -> None:
-    warnings.warn(
-        "no folder to keep compiled kernels in: every process compiles them again, for some seconds. Set "
-        "NUMBA_CACHE_DIR to one that can be written",
-        stacklevel=4,
-    )
 
 
 @intrinsic

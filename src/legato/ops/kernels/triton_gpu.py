@@ -14,6 +14,7 @@ before this module is imported, all of it runs on CPU tensors.
 # ruff: noqa: RUF005, SIM108
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
+from functools import cache
 from typing import Any, NamedTuple, no_type_check
 
 import torch
@@ -124,6 +125,20 @@ def backward(
             DOWN=not reverse, **_options(plan, decay, states),
         )  # fmt: skip
     return grad_decay.sum_to_size(decay.shape).to(decay.dtype), grad_impulse, grad_initial
+
+
+def prepare(dtype: torch.dtype, adjoint: bool) -> None:
+    """Raise if Triton cannot compile and launch a kernel here: no C compiler, or a GPU that is too old.
+
+    The kernels themselves are compiled when they are launched, for each shape that needs its own code.
+    """
+    if not INTERPRETED:
+        _launch_one()
+
+
+@cache
+def _launch_one() -> None:
+    _one_kernel[(1,)](torch.empty(1, device="cuda"))
 
 
 class Plan(NamedTuple):
@@ -246,6 +261,11 @@ def _options(plan: Plan, decay: Tensor, x: Tensor) -> dict[str, Any]:
         "num_warps": plan.warps,
         "enable_fp_fusion": True,
     }
+
+
+@triton.jit
+def _one_kernel(x):
+    tl.store(x, 1.0)
 
 
 # --- the kernels. A number is a tuple of PARTS tensors, (real,) or (real, imaginary); a row is all that one step reads:

@@ -1,0 +1,55 @@
+"""Every layer under FSDP2's mixed precision, where parameters and inputs have 16 bits and buffers stay wide."""
+
+import copy
+
+import bounds
+import pytest
+import torch
+import torch.distributed as dist
+from test_contract import build, every_layer
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils import _pytree as pytree
+
+from legato import GILR, LegendreMemory, Stack
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def trained(layer, x):
+    output, state = layer(x)
+    sum(value.float().square().sum() for value in (output, *pytree.tree_leaves(state))).backward()
+    return output, state
+
+
+@every_layer
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_sharded_layer_trains_in_mixed_precision(case, one_process):
+    layer = build(case, torch.float32)
+    x, wide = torch.randn(2, 9, layer.input_size), copy.deepcopy(layer).double()
+    if not list(layer.parameters()):
+        return  # nothing to shard
+    fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    output, state = trained(layer, x)
+
+    def run(x, parameters):
+        return torch.func.functional_call(wide, parameters, (x,))[0]
+
+    # Weights, input and the results of matrix products are rounded to 16 bits, and theta is.
+    given = dict(wide.named_parameters())
+    bounds.assert_agrees(output, run, x, given, terms=2, dtype=torch.bfloat16)
+    assert all(part.dtype == torch.float32 for part in pytree.tree_leaves(state))
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_memory_behind_a_narrow_layer_takes_its_output(one_process):
+    stack = Stack(GILR(3, 4), LegendreMemory(4, 4, 6.0))
+    fully_shard(stack, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    output, _ = trained(stack, torch.randn(2, 9, 3))
+    assert output.shape == (2, 9, 4, 4)
