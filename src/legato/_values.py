@@ -27,8 +27,8 @@ def examinable(x: Tensor) -> bool:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Whether x has a hidden axis that ``torch.vmap`` maps over, inside or outside other transforms."""
-    while is_functorch_wrapped_tensor(x):
+    """Whether x has a hidden axis that ``torch.vmap`` maps over, inside or outside other transforms; not compiled."""
+    while not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x):
             return True
         x = get_unwrapped(x)
