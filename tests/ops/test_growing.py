@@ -5,6 +5,7 @@ All numbers here are positive, so that a sum is as exact as its terms and errors
 
 import math
 
+import bounds
 import pytest
 import torch
 
@@ -213,3 +214,26 @@ def test_a_state_returns_from_products_of_decays_that_underflow(backend, short_c
     expected = linear_recurrence(decay, torch.zeros(1, 100, 1), state, backend="reference")
     for got, want in zip(found, expected, strict=True):
         assert_equal(got, want, 100 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("decay", [1.05, 30.0, 1e15])
+def test_time_cut_into_pieces_for_threads_is_the_loop(decay, channels, dtype):
+    """A product of growing decays over a piece of time overflows while the states, zero until the end, do not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        impulse = torch.zeros(1, 40_000, channels, dtype=dtype)
+        impulse[:, -3:] = 1
+        impulse.requires_grad_()
+        decays = torch.full((1, 40_000, channels), decay, dtype=dtype, requires_grad=True)
+        found = legato.linear_recurrence(decays, impulse, backend="numba")[0]
+        expected = legato.linear_recurrence(decays.detach(), impulse.detach(), backend="reference")[0]
+        # The chain ends in at most three products and sums, of one channel in registers or of many in memory.
+        scale = decay**2 + decay + 1
+        bounds.assert_close(found, expected.double(), magnitude=scale, roundings=12, dtype=dtype)
+        gradients = torch.autograd.grad(found[:, :3].sum(), [decays, impulse])
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    finally:
+        torch.set_num_threads(before)
