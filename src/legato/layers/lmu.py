@@ -127,7 +127,10 @@ class LMU(RecurrentLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above. The scale and theta of the memory stay."""
+        """Draw the weights anew; see Source above. The scale and theta of the memory stay.
+
+        A loop over ``modules()`` resets the linear modules inside after this layer: call this once more at its end.
+        """
         U_x = self.encoder.weight.uniform_(-1, 1)
         U_x.div_(torch.linalg.vector_norm(U_x, dim=1, keepdim=True).clamp(min=torch.finfo(U_x.dtype).tiny))
         nn.init.xavier_normal_(self.memory_to_output.weight)

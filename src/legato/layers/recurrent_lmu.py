@@ -123,7 +123,10 @@ class RecurrentLMU(RecurrentLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above. The scale and theta of the memory stay."""
+        """Draw the weights anew; see Source above. The scale and theta of the memory stay.
+
+        A loop over ``modules()`` resets the linear modules inside after this layer: call this once more at its end.
+        """
         for e in (self.input_to_memory, self.hidden_to_memory):
             if e is not None:
                 bound = math.sqrt(3 / e.in_features)
