@@ -52,7 +52,7 @@ OPTIONS_seed-1 := --seed 1
 OPTIONS_seed-2 := --seed 2
 OPTIONS_seed-3 := --seed 3
 
-test-portable: $(SETTINGS:%=test-portable-%)  ## run the numerical tests as other machines would: MINUTES_MARK
+test-portable: $(SETTINGS:%=test-portable-%)  ## run the numerical tests as other machines would, in an hour on two cores
 $(SETTINGS:%=test-portable-%): test-portable-%: .venv/.dev
 	OMP_NUM_THREADS=1 $(ENV_$*) $(BIN)/pytest -n 2 -m "not compiled and not bad_input" $(OPTIONS_$*) $(PORTABLE)
 
