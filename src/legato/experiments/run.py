@@ -275,8 +275,11 @@ def _asked_before(home: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return _flat(yaml.safe_load(path.read_text("utf-8")))
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        found = yaml.safe_load(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected fields and their values, got {type(found).__name__}")
+        return _flat(found)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ExperimentError(
             f"{path} cannot be read as the configuration of a run: {' '.join(str(error).split())}: put an intact copy "
             "there, or choose another --run-dir"
