@@ -7,7 +7,9 @@ CHECKED := legato.legendre,legato.layers,legato.models,legato.experiments,legato
 SUBJECT ?= all
 MINUTES ?= 60
 
-.PHONY: help demo test fuzz lint bench bench-peers gpu wheel clean
+SETTINGS := default avx2 libraries numba two-threads seed-1 seed-2 seed-3
+
+.PHONY: help demo test test-portable $(SETTINGS:%=test-portable-%) settings fuzz lint bench bench-peers gpu wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -35,6 +37,27 @@ demo: .venv/.experiments  ## train on Mackey-Glass, stream the network, compare 
 test: .venv/.dev  ## run all tests
 	$(BIN)/pytest -n 2 -m "not compiled and not bad_input" --jaxtyping-packages=$(CHECKED)
 	$(BIN)/pytest -n 2 -m "compiled or bad_input"
+
+# The tests of ops, layers, models and the contract as another machine would run them: with the instructions of older
+# processors in PyTorch, oneDNN, MKL and Numba (whose cache tells processors apart), with two threads for each operation
+# (one elsewhere), and with other random numbers.
+PORTABLE := tests/ops tests/layers $(patsubst %,tests/test_%.py,contract models language_model translator legendre bounds mutations fuzz)
+ENV_default := ATEN_CPU_CAPABILITY=default
+ENV_avx2 := ATEN_CPU_CAPABILITY=avx2
+ENV_libraries := ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
+ENV_numba := NUMBA_CPU_NAME=generic
+ENV_two-threads := OMP_NUM_THREADS=2
+OPTIONS_two-threads := --threads 2 -n 0
+OPTIONS_seed-1 := --seed 1
+OPTIONS_seed-2 := --seed 2
+OPTIONS_seed-3 := --seed 3
+
+test-portable: $(SETTINGS:%=test-portable-%)  ## run the numerical tests as other machines would, in an hour on two cores
+$(SETTINGS:%=test-portable-%): test-portable-%: .venv/.dev
+	OMP_NUM_THREADS=1 $(ENV_$*) $(BIN)/pytest -n 2 -m "not compiled and not bad_input" $(OPTIONS_$*) $(PORTABLE)
+
+settings:
+	@echo $(SETTINGS)
 
 # Each round draws other cases; a failing one is printed with all that it drew, and drawn first in the next run.
 fuzz: .venv/.dev  ## random cases against float64 oracles, for an hour; MINUTES=5 for less

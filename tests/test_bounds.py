@@ -40,7 +40,7 @@ def test_the_majorant_of_a_product_is_the_sum_of_absolute_values():
     torch.testing.assert_close(gradient, b.double().abs().sum(1).expand(3, 4), rtol=1e-15, atol=0)
 
 
-def test_the_sensitivity_of_a_sum_is_the_root_of_the_sum_of_squares():
+def test_the_sensitivity_of_a_sum_is_its_root_of_squares():
     x = torch.randn(1000, 200, dtype=torch.float64)
     expected = (x.square().sum(0) + x.sum(0).square()).sqrt()  # of the terms, and of the result
     found = bounds.sensitivity(lambda x: x.sum(0), x)
@@ -64,7 +64,7 @@ def test_the_sensitivity_covers_every_operation_and_the_backward(dtype):
     assert torch.equal(x, torch.ones_like(x))
 
 
-def test_an_error_of_a_few_roundings_passes_and_of_one_in_10_000_fails():
+def test_a_few_roundings_pass_and_one_in_10_000_fails():
     exact = torch.randn(100, dtype=torch.float64)
     bounds.assert_close(exact.float(), exact, magnitude=0, roundings=0)
     wrong = exact.float()

@@ -218,7 +218,7 @@ def test_idx_files_are_refused_by_their_size(tmp_path, content):
 
 
 @pytest.mark.parametrize("packed", ["a.jsonl.xz", "a.jsonl.gz"])
-def test_a_flipped_bit_of_a_packed_file_is_told_or_changes_nothing(tmp_path, packed):
+def test_a_flipped_bit_is_told_or_changes_nothing(tmp_path, packed):
     """The checksums of .xz and .gz cover the content; what is left of the head, such as a time, changes nothing."""
     path = tmp_path / packed
     files.write(path, [TEXT])

@@ -62,7 +62,7 @@ def test_numbers_out_of_range_are_refused(recipe, name):
 
 
 @pytest.mark.bad_input
-def test_the_training_options_that_never_end_or_diverge_are_refused():
+def test_options_that_never_end_or_diverge_are_refused():
     for recipe in recipes.names():
         for name, value in (("epochs", 0), ("epochs", -1), ("batch_size", 0), ("average", 1.0), ("warmup", 1.1)):
             with pytest.raises(ExperimentError, match=f"expected --training.{name} to be"):

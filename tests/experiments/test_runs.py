@@ -138,7 +138,7 @@ def test_runs_started_together_each_keep_their_result(tmp_path):
     assert sorted(result["config"]["training"]["learning_rate"] for result in results) == [0.001, 0.01]
 
 
-def test_the_newest_run_is_resumed_whatever_empty_folder_is_newer(capsys, tmp_path, monkeypatch):
+def test_the_newest_run_is_resumed_despite_empty_folders(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert legato(capsys, *TRAIN)[0] == 0
     (tmp_path / "runs/mackey-glass/2999-01-01-000000").mkdir()

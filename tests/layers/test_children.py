@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from legato.layers import GILR, LMU, LinearSurrogate, RecurrentLMU
+from legato.layers import GILR, GILRLSTM, LMU, QRNN, LinearSurrogate, MinLSTM, RecurrentLMU
 
 SIZES = {"order": 4, "theta": 6.0, "dtype": torch.float64}
 LAYERS = {
@@ -205,3 +205,21 @@ def test_global_hooks_are_called_for_children(kind, name):
     layer(data(layer)[0])
     handle.remove()
     assert any(module is child for module in names)
+
+
+@pytest.mark.parametrize("kind", [GILR, GILRLSTM, QRNN, MinLSTM])
+def test_steps_of_a_pruned_layer_follow_its_weights(kind):
+    layer = kind(3, 5, dtype=torch.float64)
+    prune.l1_unstructured(layer, "weight", amount=0.3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    for _ in range(3):  # a weight that was masked once and not again has no second backward pass
+        optimizer.zero_grad()
+        state, outputs = layer.initial_state(2), []
+        for t in range(x.shape[1]):
+            output, state = layer.step(x[:, t], state)
+            outputs.append(output)
+        torch.stack(outputs, 1).square().sum().backward()
+        optimizer.step()
+    output, _ = layer.step(x[:, 0], layer.initial_state(2))
+    assert_agrees(output, lambda x: layer(x[:, :1])[0][:, 0], x)

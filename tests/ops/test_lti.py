@@ -333,7 +333,7 @@ def test_products_of_16_bits_keep_the_error_bound_of_16_bits(order, theta, dtype
 
 
 @pytest.mark.parametrize(("order", "theta", "steps"), [(32, 50.0, 4000), (256, 784.0, 1000)])
-def test_factors_of_eleven_bits_keep_the_error_bound_of_eleven_bits(order, theta, steps, monkeypatch):
+def test_factors_of_eleven_bits_keep_their_error_bound(order, theta, steps, monkeypatch):
     """What torch's switch for TF32 does on CUDA, the carry's products included: their roundings do not pile up."""
     module = sys.modules["legato.ops.lti"]
     A, B = delay_network(order, theta)

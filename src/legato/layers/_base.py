@@ -35,6 +35,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
@@ -131,6 +134,8 @@ class RecurrentLayer(nn.Module):
             output_t: (B, channels).
             state: to be given to the next step; it shares no memory with anything else, as that of ``forward``.
         """
+        if self._forward_pre_hooks:
+            remake_weights(self, x_t)
         self._check_input(x_t, "(B, input_size)", 2)
         self._check_state(state, x_t.shape[0])
         output, new = self._step(x_t, state)
@@ -178,7 +183,7 @@ class RecurrentLayer(nn.Module):
     # The checks.
 
     def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
-        """Returns lengths in int64 on x's device: whoever computes with them needs these."""
+        """Returns lengths in int64 on x's device: these are what computations need."""
         self._check_input(x, "(B, T, input_size)", 3)
         return self._check_options(x, state, lengths, reset)
 
@@ -236,6 +241,17 @@ class RecurrentLayer(nn.Module):
             raise ValueError(
                 f"expected {name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: convert it with .to()"
             )
+
+
+# Pruning and torch's older weight and spectral norms make a weight in a hook that a call of the module runs.
+_MAKE_A_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+def remake_weights(layer: nn.Module, x: Tensor) -> None:
+    """Run the hooks that make a weight of ``layer``, which a step, as it is no call, would leave as it was."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, _MAKE_A_WEIGHT):
+            hook(layer, (x,))
 
 
 def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """When a layer may leave the plain path: read a child's weights in place of calling it, cache, recompute."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -24,6 +24,14 @@ def can_be_read(module: nn.Module | None, kind: type[nn.Module]) -> bool:
         and not _has_any_global_hook()
         and not any(is_traceable_wrapper_subclass(p) for p in module._parameters.values() if p is not None)
     )
+
+
+def floating_weight(linear: nn.Module, otherwise: Tensor) -> Tensor:
+    """The weight of ``linear``, for its dtype and device; where it was replaced, any floating parameter it has."""
+    weight = linear._parameters.get("weight")
+    if weight is not None and weight.is_floating_point():
+        return weight
+    return next((p for p in linear.parameters() if p.is_floating_point()), otherwise)
 
 
 def transforms_are_active() -> bool:

@@ -185,13 +185,11 @@ class LegendreMemory(RecurrentLayer):
 
     def kernels(self, steps: int, *, last_only: bool = False) -> Kernels:
         """What ``lti.apply`` needs for inputs of up to ``steps``; made once and kept, unless theta is being trained."""
-        if last_only:
-            return self._cached("last", steps, last_only=True)
-        return self._cached("sequence", steps, method=self.method)
+        return self._cached("last" if last_only else "sequence", steps)
 
     def transition(self) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
         """A transposed and B of one step, m_t = m_{t-1} @ A + u_t * B, in the dtype of the state."""
-        kernels = self._cached("step", 1, method="sequential")
+        kernels = self._cached("step", 1)
         return kernels.powers[..., 0, :, :], kernels.inputs[..., 0, :]
 
     def _state_shapes(self) -> LegendreMemoryState:
@@ -288,12 +286,13 @@ class LegendreMemory(RecurrentLayer):
 
     # Cached kernels. They follow from the values of theta, so they are never saved or copied, only made again.
 
-    def _cached(self, use: str, steps: int, **options) -> Kernels:
-        theta = self._readable_theta()
+    def _cached(self, use: str, steps: int) -> Kernels:
+        """The kernels for one "step", a "sequence", or the "last" memory of one."""
+        theta, scale = self._readable_theta(), self.scale
         if theta is None:
-            return self._prepare(steps, options)
-        made_of = (theta, self.order, self.discretizer, self._carry_dtype(), *options.values())
-        place = use, self.scale.device
+            return self._prepare(use, steps)
+        made_of = (theta, self.order, self.discretizer, self.method, scale.dtype)
+        place = use, scale.device
         cached = self._cache.get(place)
         if cached is not None and cached.made_of == made_of:
             if steps <= cached.kernels.steps:
@@ -301,7 +300,7 @@ class LegendreMemory(RecurrentLayer):
             steps = max(steps, 2 * cached.kernels.steps)
         # Kernels made under inference_mode could not be used for training afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            kernels = self._prepare(steps, options)
+            kernels = self._prepare(use, steps)
         if type(kernels.inputs) is Tensor:  # not fake, not meta
             self._cache[place] = _Cached(made_of, kernels)
         return kernels
@@ -324,9 +323,10 @@ class LegendreMemory(RecurrentLayer):
             return None
         return theta.tolist()
 
-    def _prepare(self, steps: int, options: dict[str, Any]) -> Kernels:
+    def _prepare(self, use: str, steps: int) -> Kernels:
         A, B = delay_network(self.order, self.window(), discretizer=self.discretizer)
-        return prepare(A, B, steps, dtype=self._carry_dtype(), **options)
+        method = {"step": "sequential", "sequence": self.method, "last": None}[use]
+        return prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
 
     def _apply(self, fn, recurse=True):
         self._cache = {}

@@ -15,7 +15,7 @@ from legato._autocast import without_autocast
 from legato._checks import dropout_rate, positive_int
 from legato._shapes import Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length
-from legato.layers._fused import can_be_read, transforms_are_active
+from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
 from legato.layers.legendre_memory import (
     LegendreMemory,
     LegendreMemoryState,
@@ -127,7 +127,10 @@ class LMU(RecurrentLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above. The scale and theta of the memory stay."""
+        """Draw the weights anew; see Source above. The scale and theta of the memory stay.
+
+        A loop over ``modules()`` resets the linear modules inside after this layer: call this once more at its end.
+        """
         U_x = self.encoder.weight.uniform_(-1, 1)
         U_x.div_(torch.linalg.vector_norm(U_x, dim=1, keepdim=True).clamp(min=torch.finfo(U_x.dtype).tiny))
         nn.init.xavier_normal_(self.memory_to_output.weight)
@@ -287,8 +290,7 @@ class LMU(RecurrentLayer):
         return -(-length // 32) * 32  # whole chunks of the chunked method
 
     def _weight(self) -> Tensor:
-        weight = getattr(self.encoder, "weight", None)  # an encoder that was replaced may have none, or one in int8
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else self.memory.scale
+        return floating_weight(self.encoder, self.memory.scale)
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

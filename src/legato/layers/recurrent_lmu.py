@@ -15,7 +15,7 @@ from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer, whole
-from legato.layers._fused import can_be_read
+from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
@@ -123,7 +123,10 @@ class RecurrentLMU(RecurrentLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above. The scale and theta of the memory stay."""
+        """Draw the weights anew; see Source above. The scale and theta of the memory stay.
+
+        A loop over ``modules()`` resets the linear modules inside after this layer: call this once more at its end.
+        """
         for e in (self.input_to_memory, self.hidden_to_memory):
             if e is not None:
                 bound = math.sqrt(3 / e.in_features)
@@ -240,8 +243,7 @@ class RecurrentLMU(RecurrentLayer):
         return [torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]
 
     def _weight(self) -> Tensor:
-        weight = getattr(self.hidden_to_hidden, "weight", None)  # a child that was replaced may have none of floats
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else self.memory.scale
+        return floating_weight(self.hidden_to_hidden, self.memory.scale)
 
 
 def _remember(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from legato import _choices
 from legato._autocast import without_autocast
 from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Float, Inexact, Tensor
+from legato._values import all_finite, examinable, in_range, is_mapped
 
 METHODS = ("sequential", "toeplitz", "fft", "chunked")
 
@@ -36,7 +37,8 @@ class Kernels(NamedTuple):
     "last"         as for "toeplitz"          (steps, N)     A, A^2, A^4, ...           (levels, N, N)
     =============  ========================================  =======================================
 
-    Each has a leading C axis when A and B have one.
+    Each has a leading C axis when A and B have one. With ``last_only``, ``apply`` returns the last state alone: "last"
+    always does, "chunked" and "sequential" do where they replace it because its powers overflow.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Kernels(NamedTuple):
     steps: int
     inputs: Tensor
     powers: Tensor
+    last_only: bool = False
 
 
 def lti(
@@ -137,11 +140,15 @@ def prepare(
     elif method is None:
         method = choose_method(steps)
         why = "one step" if method == "sequential" else "the fastest measured for sequences"
+    carry = _carry_dtype(dtype)
     with without_autocast(A):
-        inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1))
-        carry = _carry_dtype(dtype)
-        spectrum = torch.complex64 if carry == torch.float32 else torch.complex128
-        return Kernels(method, why, steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
+        kernels = _kernels_of(method, A, B, steps, carry)
+        if not _usable(kernels, A, B):
+            why = f"the powers of A overflow in {method!r}"
+            kernels = _kernels_of("chunked", A, B, steps, carry)
+            if not _usable(kernels, A, B):
+                kernels = _kernels_of("sequential", A, B, steps, carry)
+        return kernels._replace(why=why, last_only=last_only)
 
 
 def apply(
@@ -164,6 +171,9 @@ def apply(
         narrow = kernels.method == "chunked" and reset is None and _multiplied_in_16_bits(u)
         rows = (u if narrow else u.to(carry)).permute(2, 0, 1)
         state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
+        if state is not None and reset is not None and reset.shape[1] > 0:
+            # Before any product: its gradient by A would be 0 times a state that is not finite.
+            state = torch.where(reset[:, :1], 0, state)
         if u.numel() == 0:
             memory, final_state = _nothing(rows, kernels, state)
         elif _channels_last(u, kernels, reset):
@@ -172,7 +182,7 @@ def apply(
         else:
             memory, final_state = _APPLY[kernels.method](rows, kernels, state, reset)
         final_state = final_state.transpose(0, 1)
-        if kernels.method == "last":
+        if kernels.last_only:
             return final_state.to(u.dtype, copy=True), final_state
         return memory.to(u.dtype).permute(1, 2, 0, 3), final_state
 
@@ -195,14 +205,30 @@ def chunk_length(steps: int) -> int:
     return best
 
 
+def _kernels_of(method: str, A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> Kernels:
+    inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1), carry)
+    spectrum = torch.complex64 if carry == torch.float32 else torch.complex128
+    return Kernels(method, "", steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
+
+
+def _usable(kernels: Kernels, A: Tensor, B: Tensor) -> bool:
+    """Whether products with the kernels are finite where those of the loop are, as far as values may be examined."""
+    if kernels.method == "sequential" or not examinable(kernels.inputs):
+        return True
+    # The inputs of "chunked" hold A^L too, and its further powers are formed as far as they do not overflow.
+    fits = in_range(kernels.inputs) and (kernels.method == "chunked" or in_range(kernels.powers))
+    # Where A or B is not finite, the loop is not either.
+    return fits or not (all_finite(A) and all_finite(B))
+
+
 # What each method needs of A and B. They get A transposed, (..., N, N), and B, (..., N), in float64.
 
 
-def _prepare_sequential(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _prepare_sequential(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tuple[Tensor, Tensor]:
     return B.unsqueeze(-2), A.unsqueeze(-3)
 
 
-def _prepare_response(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _prepare_response(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tuple[Tensor, Tensor]:
     """H reversed in time, (..., steps, N), by doubling [H, A^k H]; and A^(2^j) up to the power that is ``steps``."""
     H, powers = B.unsqueeze(-2), [A]
     while H.shape[-2] < steps:
@@ -211,12 +237,12 @@ def _prepare_response(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]
     return H.flip(-2), torch.stack(powers, dim=-3)
 
 
-def _prepare_fft(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    H, powers = _prepare_response(A, B, steps)
+def _prepare_fft(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tuple[Tensor, Tensor]:
+    H, powers = _prepare_response(A, B, steps, carry)
     return torch.fft.rfft(H.flip(-2).mT, n=2 * steps), powers
 
 
-def _prepare_chunked(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _prepare_chunked(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tuple[Tensor, Tensor]:
     length = chunk_length(steps)
     powers = A.unsqueeze(-3)
     while powers.shape[-3] < length:
@@ -225,6 +251,9 @@ def _prepare_chunked(A: Tensor, B: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     carries = [powers[..., -1, :, :]]
     while length * 2 ** len(carries) < steps:
         carries.append(carries[-1] @ carries[-1])
+    # Dropped before they enter the graph: the gradient of a product that overflowed is NaN even where none arrives.
+    while len(carries) > 1 and examinable(A) and not in_range(torch.stack(carries).to(carry)):
+        carries.pop()
     return _chunk_weights(powers, B), torch.stack(carries, dim=-3)
 
 
@@ -285,13 +314,20 @@ def _toeplitz(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor |
 
 def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(26): m_{1:T} = irfft(rfft(H) rfft(u)), padded with zeros to twice the length so that nothing wraps around."""
-    steps, padded = u.shape[-1], 2 * max(kernels.steps, 1)
+    memory = _convolved(u, kernels)
+    bad = _not_finite(u, memory[:, :, -1])
+    if bad is not None:
+        memory = _spoiled(_convolved(_zeroed(u, bad), kernels), bad)
+    if state is not None:
+        memory = memory + _free_response(state, kernels, u.shape[-1], None)
+    return memory, memory[:, :, -1].clone()
+
+
+def _convolved(u: Tensor, kernels: Kernels) -> Tensor:
+    padded = 2 * max(kernels.steps, 1)
     # Time is kept innermost, where the transforms are fastest, and only seen as (C, B, T, N).
     spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-2) * kernels.inputs.unsqueeze(-3)
-    memory = torch.fft.irfft(spectrum, n=padded)[..., :steps].mT
-    if state is not None:
-        memory = memory + _free_response(state, kernels, steps, None)
-    return memory, memory[:, :, -1].clone()
+    return torch.fft.irfft(spectrum, n=padded)[..., : u.shape[-1]].mT
 
 
 def _multiplied_in_16_bits(u: Tensor) -> bool:
@@ -299,7 +335,7 @@ def _multiplied_in_16_bits(u: Tensor) -> bool:
     return u.is_cuda and u.dtype in (torch.float16, torch.bfloat16)
 
 
-def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """[u of the chunk, m before it] @ W for all chunks at once, after the m before each chunk is known.
 
     That product has the dtype of u; what is carried from chunk to chunk, and the final state, that of the kernels.
@@ -310,25 +346,32 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     if steps <= length and reset is None:
         # A short input, such as a piece of a stream, takes the part of W that it needs.
         W, u = W[..., : steps * order], u.to(carry)
-        memory = _times(u, W[..., :steps, :])
         final_state = _times(u, W[..., :steps, -order:])
         if state is not None:
-            memory = memory + _times(state, W[..., length:, :])
             final_state = final_state + _times(state, W[..., length:, -order:])
-        return memory.unflatten(-1, (steps, order)), final_state
+        bad = _not_finite(u, final_state)
+        memory = _times(_zeroed(u, bad), W[..., :steps, :])
+        if state is not None:
+            memory = memory + _times(state, W[..., length:, :])
+        return _spoiled(memory.unflatten(-1, (steps, order)), bad), final_state
     chunks = -(-steps // length)
-    u = F.pad(u, (0, chunks * length - steps)).reshape(channels, batch, chunks, length)
+    missing = chunks * length - steps
+    u = F.pad(u, (0, missing)).reshape(channels, batch, chunks, length)
     if reset is not None:
-        reset = F.pad(reset, (0, chunks * length - steps)).reshape(batch, chunks, length)
+        reset = F.pad(reset, (0, missing)).reshape(batch, chunks, length)
         memory = _chunked_with_reset(u, kernels, state, reset)[:, :, :steps]
         return memory, memory[:, :, -1].clone()
     before = _before_chunks(_times(u.to(carry), W[..., :length, -order:]), kernels, state)
-    rows = torch.cat([u, before.to(u.dtype)], dim=-1)
-    memory = _times(rows, W.to(u.dtype)).reshape(channels, batch, chunks * length, order)[:, :, :steps]
-    # Computed once more, because the gradient of memory[:, :, -1] is zeros of the size of the memory.
-    end = (steps - (chunks - 1) * length) * order
+    # Not taken from the memory, because the gradient of memory[:, :, -1] is zeros of the size of the memory.
+    end = (length - missing) * order
     last = torch.cat([u[:, :, -1].to(carry), before[:, :, -1]], dim=-1)
-    return memory, _times(last, W[..., end - order : end])
+    final_state = _times(last, W[..., end - order : end])
+    if kernels.last_only:
+        return None, final_state
+    bad = _not_finite(u, final_state)
+    rows = torch.cat([_zeroed(u, bad), before.to(u.dtype)], dim=-1)
+    memory = _times(rows, W.to(u.dtype)).reshape(channels, batch, chunks, length, order)
+    return _spoiled(memory, bad).flatten(2, 3)[:, :, :steps], final_state
 
 
 def _channels_last(u: Tensor, kernels: Kernels, reset: Tensor | None) -> bool:
@@ -339,7 +382,7 @@ def _channels_last(u: Tensor, kernels: Kernels, reset: Tensor | None) -> bool:
     """
     shared = kernels.method == "chunked" and kernels.powers.ndim == 3 and not kernels.inputs.requires_grad
     many = u.shape[2] >= 16 and kernels.powers.shape[-1] > 1
-    return u.device.type == "cpu" and shared and many and reset is None
+    return u.device.type == "cpu" and shared and many and reset is None and not kernels.last_only
 
 
 def _chunked_channels_last(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -351,17 +394,21 @@ def _chunked_channels_last(u: Tensor, kernels: Kernels, state: Tensor | None) ->
         length = steps
         W = torch.cat([W[: steps * order, :steps], W[: steps * order, -order:]], dim=-1)
     chunks = -(-steps // length)
-    u = F.pad(u, (0, 0, 0, chunks * length - steps)).unflatten(1, (chunks, length))
+    missing = chunks * length - steps
+    u = F.pad(u, (0, 0, 0, missing)).unflatten(1, (chunks, length))
     if chunks > 1:
         ends = W[-order:, :length] @ u
         before = _before_chunks(ends.permute(3, 0, 1, 2), kernels, state)
     else:
         before = u.new_zeros(channels, batch, 1, order) if state is None else state.unsqueeze(2)
-    rows = torch.cat([u, before.permute(1, 2, 3, 0)], dim=2)
+    before = before.permute(1, 2, 3, 0)  # (B, chunks, N, C)
+    end = (length - missing) * order
+    final_state = (W[end - order : end] @ torch.cat([u[:, -1], before[:, -1]], dim=1)).permute(2, 0, 1)
+    bad = _not_finite(u, final_state)
+    rows = torch.cat([_zeroed(u, bad), before], dim=2)
     memory = W.expand(batch * chunks, -1, -1).bmm(rows.flatten(0, 1))
-    memory = memory.view(batch, chunks * length, order, channels)[:, :steps]
-    end = (steps - (chunks - 1) * length) * order
-    return memory, (W[end - order : end] @ rows[:, -1]).permute(2, 0, 1)
+    memory = _spoiled(memory.view(batch, chunks, length, order, channels), bad, time=2, order=3)
+    return memory.flatten(1, 2)[:, :steps], final_state
 
 
 def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
@@ -384,31 +431,47 @@ def _before_chunks(ends: Tensor, kernels: Kernels, state: Tensor | None, kept: T
     if state is None:
         state = torch.zeros_like(ends[:, :, 0])
     chunks = ends.shape[2]
-    padded = 1
+    prepared, powers = kernels.powers.unbind(-3), []
+    padded, overflows = 1, False
     while padded < chunks:
         padded *= 2
+        if len(powers) < len(prepared):
+            powers.append(prepared[len(powers)])
+        elif not overflows:
+            square = powers[-1] @ powers[-1]
+            overflows = examinable(square) and not in_range(square)
+            powers += [] if overflows else [square]
+    if overflows and kept is None:
+        # The state is dropped in the padding, which it might overflow in.
+        kept = torch.ones((), dtype=torch.bool, device=ends.device).expand(ends.shape[1], chunks, 1)
     pad = (0, 0, 0, padded - chunks)
     kept = None if kept is None else F.pad(kept, pad)
-    powers = list(kernels.powers.unbind(-3))
     return _scan(F.pad(ends, pad), kept, state, powers)[:, :, :chunks]
 
 
 def _scan(ends: Tensor, kept: Tensor | None, state: Tensor, powers: list[Tensor]) -> Tensor:
-    """s_k of s_{k+1} = A s_k + ends_k, (C, B, K, N) for K a power of 2: by pairs, so 2 K products in 2 log2 K steps."""
+    """s_k of s_{k+1} = A s_k + ends_k, (C, B, K, N) for K a power of 2: by pairs, so 2 K products in 2 log2 K steps.
+
+    Without enough powers, because they overflow, the last one is applied K times in turn.
+    """
     if ends.shape[2] == 1:
         return state.unsqueeze(2)
-    A, *squares = powers
+    A, *further = powers
+    if not further:
+        states = [state]
+        for k in range(ends.shape[2] - 1):
+            states.append(_carried(states[-1], A, kept, k) + ends[:, :, k])
+        return torch.stack(states, dim=2)
     first, second = ends[:, :, 0::2], ends[:, :, 1::2]
-    through, kept_first, kept_pair = _times(first, A), None, None
-    if kept is not None:
-        kept_first, kept_second = kept[:, 0::2], kept[:, 1::2]
-        kept_pair = kept_first & kept_second
-        through = torch.where(kept_second, through, 0)
-    even = _scan(through + second, kept_pair, state, squares or [A @ A])
-    through = _times(even, A)
-    if kept_first is not None:
-        through = torch.where(kept_first, through, 0)
-    return torch.stack([even, through + first], dim=3).flatten(2, 3)
+    kept_pair = None if kept is None else kept[:, 0::2] & kept[:, 1::2]
+    even = _scan(_carried(first, A, kept, slice(1, None, 2)) + second, kept_pair, state, further)
+    odd = _carried(even, A, kept, slice(0, None, 2)) + first
+    return torch.stack([even, odd], dim=3).flatten(2, 3)
+
+
+def _carried(states: Tensor, A: Tensor, kept: Tensor | None, chunks: int | slice) -> Tensor:
+    """States across chunks, zero where a reset drops them: before the product, whose gradient may not meet a NaN."""
+    return _times(states if kept is None else torch.where(kept[:, chunks], states, 0), A)
 
 
 def _last(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[None, Tensor]:
@@ -431,6 +494,37 @@ def _last(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | Non
 
 
 _APPLY = {"sequential": _sequential, "toeplitz": _toeplitz, "fft": _fft, "chunked": _chunked, "last": _last}
+
+
+def _not_finite(u: Tensor, final_state: Tensor) -> Tensor | None:
+    """Where u is not finite, or None if it is finite everywhere or its values may not be examined.
+
+    The final state is small and tells it: after a step that is not finite, no state is. Where u is mapped, it is
+    taken for not finite.
+    """
+    if examinable(final_state):
+        if all_finite(final_state):
+            return None
+    elif not (u.is_cpu and is_mapped(final_state)):
+        return None
+    return ~u.isfinite()
+
+
+def _zeroed(u: Tensor, bad: Tensor | None) -> Tensor:
+    """u with zeros where it is not finite, whose gradient is that of u everywhere, as in the loop."""
+    if bad is None:
+        return u
+    u = u.clone()
+    u.detach().masked_fill_(bad, 0)
+    return u
+
+
+def _spoiled(memory: Tensor, bad: Tensor | None, time: int = -1, order: int = -1) -> Tensor:
+    """memory, but NaN from the first bad step on: NaN is added, because the gradient is not to be cut there."""
+    if bad is None:
+        return memory
+    after = (bad.cumsum(time) > 0).unsqueeze(order)
+    return memory + torch.where(after, torch.nan, memory.new_zeros(()))
 
 
 def _free_response(state: Tensor, kernels: Kernels, steps: int, resets_so_far: Tensor | None) -> Tensor:

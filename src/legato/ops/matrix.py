@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from legato._autocast import without_autocast
 from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Inexact, Tensor
+from legato._values import examinable, in_range
 
 # Steps in a chunk. About 2 * 16 * log16(T) matrix products follow one another, and T / 16 of them run side by side.
 _CHUNK = 16
@@ -118,6 +119,7 @@ def _scan(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:
         missing = _CHUNK - T if torch.compiler.is_compiling() else 0
         A = _pad(A, missing) if A.ndim == 4 else A
         return _steps(A, _pad(x, missing), h, None if reset is None else _pad(reset, missing))[:, :T]
+    whole = A, x, h, reset
     x, reset = _chunks(x), None if reset is None else _chunks(reset)  # (B, K, L, M, N), (B, K, L)
     zeros = torch.zeros_like(x[:, :, 0])
     if A.ndim == 4:
@@ -126,18 +128,25 @@ def _scan(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:
         start = torch.cat([zeros, identity], 2)  # (B, K, M + N, N)
         local, products = _steps(_chunks(A), F.pad(x, (0, 0, 0, N)), start, reset).split([M, N], -2)
         across = products[:, :-1, -1].mT
+        # A product that overflows stays so to the end of its chunk, unless a reset hides it there.
+        decisive = products[:, :, -1] if reset is None else products
     else:
         local, products = _steps(A, x, zeros, reset), _powers(A.mT)  # (B, K, L, M, N), (L, N, N)
         across = products[-1].mT
+        decisive = products
+    if examinable(decisive) and not in_range(decisive):
+        return _steps(*whole)
     # The last chunk hands its state to nobody, and the others are full: padding never meets a state.
     dropped = None if reset is None else reset[:, :-1].any(-1)
     entering = torch.cat([h.unsqueeze(1), _scan(across, local[:, :-1, -1], h, dropped)], 1)  # (B, K, M, N)
     seen = None if reset is None else (reset.cumsum(-1) > 0)[..., None, None]  # (B, K, L, 1, 1)
+    # Dropped before the product, or a NaN that a reset stops would come back through the product's gradient.
     if A.ndim == 4:
-        # Dropped before the product, or a NaN that a reset stops would come back through the product's gradient.
         entering = entering.unsqueeze(2)
         arriving = (entering if seen is None else entering.masked_fill(seen, 0)) @ products
     else:
+        # A state that is dropped later in the chunk meets A in the loop too.
+        entering = entering if seen is None else entering.masked_fill(seen[:, :, 0], 0)
         arriving = torch.einsum("bkmi,lij->bklmj", entering, products)
         arriving = arriving if seen is None else arriving.masked_fill(seen, 0)
     return (local + arriving).flatten(1, 2)[:, :T]

@@ -204,8 +204,9 @@ def _adjoint(recurrence, grad_states, grad_final, decay, states, initial_state, 
     first, last = (-1, 0) if reverse else (0, -1)  # in the order in which the steps were run
 
     def next_step(x: Tensor) -> Tensor:
-        """x_{t+1} in the place of x_t; what stands at the last step is multiplied by a carry of zero."""
-        return torch.cat([x[:, -1:], x[:, :-1]] if reverse else [x[:, 1:], x[:, :1]], 1)
+        """x_{t+1} in the place of x_t, and zero at the last step."""
+        none = torch.zeros_like(x[:, :1])
+        return torch.cat([none, x[:, :-1]] if reverse else [x[:, 1:], none], 1)
 
     arriving = grad_states.select(1, last) + grad_final.to(grad_states.dtype)
     rest = grad_states[:, 1:] if reverse else grad_states[:, :-1]

@@ -420,7 +420,11 @@ def _span(words, piece, adjoint):
 
 @compiled
 def _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, adjoint):
-    """The state that a piece begins with, as its predecessor passed it on; the state it leaves is passed on at once."""
+    """The state that a piece begins with, and whether the state that it leaves is passed on already.
+
+    It is, at once, where the effect of the piece is known in numbers: a product of growing decays may overflow where
+    the states do not, and the successor then waits until the piece is done.
+    """
     first, way, steps, _ = _span(words, piece, adjoint)
     inner = 0 < piece < words[_PIECES] - 1
     heads = impulse.shape[2] if inner else 0
@@ -433,6 +437,10 @@ def _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, adjoint):
             forgets = _effect_on_one_channel(b, head, d0, first, way, steps, decay, reset, impulse, adjoint, p, n, e)
         else:
             forgets = _effect(b, head, d0, d1, first, way, steps, decay, reset, impulse, adjoint, p, n, e)
+        if not forgets:
+            for i in range(d1 - d0):
+                if not np.isfinite(p[i]):
+                    inner = False
     wait_for(words, b, d0, piece)
     h = np.empty((impulse.shape[2], d1 - d0), impulse.dtype)
     for head in range(len(h)):
@@ -445,7 +453,7 @@ def _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, adjoint):
                 carry[b, head, d0 + i] = after
     if inner:
         pass_on(words, b, d0)
-    return h
+    return h, inner
 
 
 @compiled
@@ -458,9 +466,9 @@ def _scaled(x, power):
 
 
 @compiled
-def _finish(words, b, d0, d1, piece, carry, h):
-    """The first piece passes its state on when it has walked, and so does the last."""
-    if piece == 0 or piece == words[_PIECES] - 1:
+def _finish(words, b, d0, d1, carry, h, passed):
+    """Pass the last state on, where that is not done: of the first piece, the last, and one of growing decays."""
+    if not passed:
         for head in range(len(h)):
             for i in range(d1 - d0):
                 carry[b, head, d0 + i] = h[head, i]
@@ -479,9 +487,9 @@ def _forward(dtype: np.dtype) -> Any:
             if b < 0:
                 return
             first, way, steps, _ = _span(words, piece, False)
-            h = _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, False)
+            h, passed = _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, False)
             _forward_steps(b, d0, d1, first, way, steps, decay, reset, impulse, states, h)
-            _finish(words, b, d0, d1, piece, carry, h)
+            _finish(words, b, d0, d1, carry, h, passed)
 
     return c_function(run)
 
@@ -502,11 +510,11 @@ def _backward(dtype: np.dtype) -> Any:
             if b < 0:
                 return
             first, way, steps, end = _span(words, piece, True)
-            g = _begin(words, b, d0, d1, piece, decay, reset, grads, carry, True)
+            g, passed = _begin(words, b, d0, d1, piece, decay, reset, grads, carry, True)
             _backward_steps(
                 b, d0, d1, first, way, steps, end, piece, decay, reset, states, grads, h0, grad_decay, grad_impulse, g
             )
-            _finish(words, b, d0, d1, piece, carry, g)
+            _finish(words, b, d0, d1, carry, g, passed)
 
     return c_function(run)
 

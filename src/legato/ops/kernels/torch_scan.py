@@ -16,14 +16,18 @@ def forward(
     initial_state: Inexact[Tensor, "B H D"] | None,
     reset: Bool[Tensor, "B T"] | None,
     reverse: bool,
+    length: int | None = None,
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
-    """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``."""
+    """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``.
+
+    ``length`` is that of a chunk. It is 1, which is the loop, where products of decays overflow or underflow.
+    """
     B, T, H, D = impulse.shape
     carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
     carry = impulse.new_zeros((B, H, D), dtype=carry_dtype) if initial_state is None else initial_state
     if T == 0:
         return impulse.clone(), carry.clone()
-    length = math.isqrt(T - 1) + 1
+    length = length or math.isqrt(T - 1) + 1
     time_varies = decay.shape[1] > 1
 
     def chunked(x: Tensor) -> Tensor:
@@ -49,16 +53,30 @@ def forward(
         product = product * a_t
         states[:, :, t] = h
         products.append(product)
+    products = torch.stack(products, 2)  # (Bd, K, L, Hd, Dd)
+    if length > 1 and _overflow(decay, products.flatten(1, 2)[:, : T if time_varies else length]):
+        return forward(decay, impulse, initial_state, reset, reverse, length=1)
     carries = []  # the state before each chunk; a constant decay has one product, the same for every chunk
     for k in range(x.shape[1]):
         carries.append(carry)
-        arriving = products[-1][:, k if time_varies else 0] * carry
+        arriving = products[:, k if time_varies else 0, -1] * carry
         if dropped is not None:
             arriving = arriving.masked_fill(seen[-1][:, k], 0)
         carry = states[:, k, -1] + arriving
-    arriving = torch.stack(products, 2) * torch.stack(carries, 1).unsqueeze(2)
+    arriving = products * torch.stack(carries, 1).unsqueeze(2)
     if dropped is not None:
         arriving = arriving.masked_fill(torch.stack(seen, 2), 0)
     states = (states + arriving).flatten(1, 2)[:, :T]
     final_state = states[:, -1].clone()
     return (states.flip(1) if reverse else states).to(impulse.dtype).contiguous(), final_state
+
+
+def _overflow(decay: Tensor, products: Tensor) -> bool:
+    """Whether a state could be lost in these products: some decay is above 1, and some product is out of range."""
+    if decay.numel() == 0 or (decay.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    low, high = (decay.abs() if decay.is_complex() else decay).aminmax()
+    if low.item() >= -1 and high.item() <= 1:
+        return False
+    smallest, largest = products.abs().aminmax()
+    return not (smallest.item() >= 2**-60 and largest.item() <= 2**60)

@@ -70,10 +70,11 @@ def forward(
     plan = _plan(impulse, tuning, deep=True)
     entering = initial_state
     if plan.chunks > 1:
-        products, ends = _summarise(plan, decay, impulse, reset, down=reverse, adjoint=False)
+        products, ends, overflows = _summarise(plan, decay, impulse, reset, down=reverse, adjoint=False)
         within = (tuning or TUNING)._replace(shortest_cut=0)  # the device is busy: calls cost nothing
         scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse, within)
         entering = _entering(scanned, initial_state, down=reverse)
+        _run_through(plan, overflows, decay, impulse, initial_state, reset, entering, down=reverse, adjoint=False)
     final_state = torch.empty((B, H, D), dtype=carry_dtype, device=impulse.device)
     with torch.cuda.device_of(impulse):
         _forward_kernel[plan.grid](
@@ -104,12 +105,13 @@ def backward(
     if states.numel() == 0:
         return torch.zeros_like(decay), grad_impulse, grad_final.clone()
     plan = _plan(states, tuning)
-    entering = grad_final.contiguous()
+    entering = last = grad_final.contiguous()
     if plan.chunks > 1:
-        products, ends = _summarise(plan, decay, grad_states, reset, down=not reverse, adjoint=True)
+        products, ends, overflows = _summarise(plan, decay, grad_states, reset, down=not reverse, adjoint=True)
         within = (tuning or TUNING)._replace(shortest_cut=0)
-        scanned, _ = forward(products, ends, entering, _dropped(reset, plan), not reverse, within)
-        entering = _entering(scanned, entering, down=not reverse)
+        scanned, _ = forward(products, ends, last, _dropped(reset, plan), not reverse, within)
+        entering = _entering(scanned, last, down=not reverse)
+        _run_through(plan, overflows, decay, grad_states, last, reset, entering, down=not reverse, adjoint=True)
     grad_initial = torch.empty((B, H, D), dtype=carry_dtype, device=states.device)
     # One partial sum a chunk where the decay is constant in time; other broadcast axes are summed below.
     rows = T if decay.shape[1] > 1 else plan.chunks
@@ -174,19 +176,38 @@ def _plan(x: Tensor, tuning: Tuning | None = None, *, deep: bool = False) -> Pla
 
 def _summarise(
     plan: Plan, decay: Tensor, x: Tensor, reset: Tensor | None, *, down: bool, adjoint: bool
-) -> tuple[Tensor, Tensor]:
-    """Product of decays and state from zero at the end of every chunk, (B, chunks, H, D) each, in the carry's dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Product of decays and state from zero at the end of every chunk, (B, chunks, H, D) each, in the carry's dtype;
+    and for every row and block of channels whether a product overflows, or underflows and may grow again."""
     B, T, H, D = x.shape
     carry_dtype = torch.promote_types(x.dtype, torch.float32)
     products = torch.empty((B, plan.chunks, H, D), dtype=carry_dtype, device=x.device)
     ends = torch.empty_like(products)
+    overflows = torch.zeros(plan.grid[0] // plan.chunks, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x):
         _summary_kernel[plan.grid](
-            *map(_numbers, (decay, x, reset, products, ends)),
+            *map(_numbers, (decay, x, reset, products, ends, overflows)),
             T, H * D, D, plan.length, plan.chunks, *_decay_strides(decay),
             DOWN=down, ADJOINT=adjoint, **_options(plan, decay, x),
         )  # fmt: skip
-    return products, ends
+    return products, ends, overflows
+
+
+def _run_through(
+    plan: Plan, overflows: Tensor, decay: Tensor, x: Tensor, first: Tensor | None, reset: Tensor | None,
+    entering: Tensor, *, down: bool, adjoint: bool,
+) -> None:  # fmt: skip
+    """Write the states that enter the chunks anew, by running through all steps, where a product overflows.
+
+    The device decides, so that nothing waits for it. Elsewhere the launch ends at once.
+    """
+    _, T, H, D = x.shape
+    with torch.cuda.device_of(x):
+        _run_through_kernel[(len(overflows),)](
+            *map(_numbers, (decay, x, first, reset, overflows, entering)),
+            T, H * D, D, plan.length, plan.chunks, *_decay_strides(decay),
+            DOWN=down, ADJOINT=adjoint, **_options(plan, decay, x) | {"STEPS": 1},
+        )  # fmt: skip
 
 
 def _dropped(reset: Tensor | None, plan: Plan) -> Tensor | None:
@@ -453,14 +474,14 @@ def _backward_step(
 @triton.jit(do_not_specialize=_LENGTHS)
 @no_type_check
 def _summary_kernel(
-    decay, x, reset, products, ends,
+    decay, x, reset, products, ends, overflows,
     T, channels, D, length, chunks, decay_b, decay_t, decay_h, decay_d,
     DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr,
     PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a walk as leaving = product * entering + end: of the forward, or of the backward where ADJOINT.
 
-    A chunk with a reset is marked as dropped when the summaries are scanned, so its product is never used.
+    A chunk with a reset is marked as dropped when the summaries are scanned; its product is zero from the reset on.
     """
     b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
     inside = lane < lanes
@@ -470,23 +491,64 @@ def _summary_kernel(
     a = _read(decay, inside, PARTS)
     if reset is not None:
         reset += b * T + start
-    product, end = _number(1, PARTS, CARRY, BLOCK), _number(0, PARTS, CARRY, BLOCK)
+    summary = _summary_of_none(PARTS, CARRY, BLOCK)
     whole = steps // (2 * STEPS) * (2 * STEPS)
-    product, end = _summary_span(product, end, a, 0, whole, x, decay, reset, stride, decay_t, lane, lanes, True,
-                                 DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-    product, end = _summary_span(product, end, a, whole, steps, x, decay, reset, stride, decay_t, lane, lanes, False,
-                                 DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK)  # fmt: skip
+    summary = _summary_span(summary, a, 0, whole, x, decay, reset, stride, decay_t, lane, lanes, True,
+                            DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+    summary = _summary_span(summary, a, whole, steps, x, decay, reset, stride, decay_t, lane, lanes, False,
+                            DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK)  # fmt: skip
+    end, product, smallest, largest_decay = summary
     if ADJOINT:
         product = _conj(product, PARTS)
     at = ((b * chunks + chunk) * channels + c) * PARTS
     _write(products + at, product, inside, PARTS)
     _write(ends + at, end, inside, PARTS)
+    # A product that overflows stays so, and one that underflows may be forgotten unless a later decay is above 1:
+    # clearly above, because complex ones of size 1 are rounded.
+    fits = (_square(product, PARTS) <= 2.0**120) & ((smallest >= 2.0**-120) | (largest_decay <= 1 + 2.0**-9))
+    blocks = (channels + BLOCK - 1) // BLOCK
+    tl.store(overflows + b * blocks + c // BLOCK, tl.where(fits, 0, 1).to(tl.uint8), mask=inside & ~fits)
+
+
+@triton.jit
+@no_type_check
+def _summary_of_none(PARTS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr):
+    """The state from zero, the product of decays, and the squares of its smallest value and of the largest decay."""
+    one, zero = _number(1, PARTS, CARRY, BLOCK), _number(0, PARTS, CARRY, BLOCK)
+    return zero, one, one[0], zero[0]
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+@no_type_check
+def _run_through_kernel(
+    decay, x, first, reset, overflows, entering,
+    T, channels, D, length, chunks, decay_b, decay_t, decay_h, decay_d,
+    DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr,
+    PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state that enters each chunk, running through all steps, if a product of any chunk overflows."""
+    b, _, c, lane, lanes = _place(channels, 1, BLOCK)
+    inside = lane < lanes
+    if tl.load(overflows + tl.program_id(0)) != 0:
+        decays = decay + _decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) * PARTS
+        a = _read(decays, inside, PARTS)
+        h = _read_or_zero(first, (b * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
+        none = _summary_of_none(PARTS, CARRY, BLOCK)
+        for k in range(chunks):
+            chunk = tl.cast(chunks - 1 - k if DOWN else k, tl.int64)
+            _write(entering + ((b * chunks + chunk) * channels + c) * PARTS, h, inside, PARTS)
+            start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+            h = _summary_span(
+                (h, none[1], none[2], none[3]), a, 0, steps, x + ((b * T + start) * channels + c) * PARTS,
+                decays + start * decay_t * PARTS, reset if reset is None else reset + b * T + start, stride, decay_t,
+                lane, lanes, False, DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
+            )[0]  # fmt: skip
 
 
 @triton.jit
 @no_type_check
 def _summary_span(
-    product, end, a, first, last, x, decay, reset, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
+    summary, a, first, last, x, decay, reset, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
     DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -496,30 +558,40 @@ def _summary_span(
     for i in range(first, last, 2 * STEPS):
         odd = _rows(i + STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        product, end = _summary_group(product, end, a, even, i, last, reset is not None, WHOLE, ADJOINT,
-                                      DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+        summary = _summary_group(summary, a, even, i, last, reset is not None, WHOLE, ADJOINT,
+                                 DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
         even = _rows(i + 2 * STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        product, end = _summary_group(product, end, a, odd, i + STEPS, last, reset is not None, WHOLE, ADJOINT,
-                                      DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-    return product, end
+        summary = _summary_group(summary, a, odd, i + STEPS, last, reset is not None, WHOLE, ADJOINT,
+                                 DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
+    return summary
 
 
 @triton.jit
 @no_type_check
 def _summary_group(
-    product, end, a, rows, i, last, RESETS: tl.constexpr, WHOLE: tl.constexpr, ADJOINT: tl.constexpr,
+    summary, a, rows, i, last, RESETS: tl.constexpr, WHOLE: tl.constexpr, ADJOINT: tl.constexpr,
     DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    end, product, smallest, largest_decay = summary
     for s in tl.static_range(STEPS):
         if ADJOINT:
             _, new, _ = _backward_step(end, a, end, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
         else:
             new = _forward_step(end, a, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
-        through = _multiply(_cast(rows[s][1] if DECAY_VARIES else a, PARTS, CARRY), product, PARTS)
-        end = new if WHOLE else _select(i + s < last, new, end, PARTS)
-        product = through if WHOLE else _select(i + s < last, through, product, PARTS)
-    return product, end
+        factor = _cast(rows[s][1] if DECAY_VARIES else a, PARTS, CARRY)
+        if RESETS and not ADJOINT:  # what enters a step is dropped before it is multiplied
+            product = _select(rows[s][-1], _number(0, PARTS, CARRY, BLOCK), product, PARTS)
+        through = _multiply(factor, product, PARTS)
+        if RESETS and ADJOINT:  # and in the walk back what leaves it
+            through = _select(rows[s][-1], _number(0, PARTS, CARRY, BLOCK), through, PARTS)
+        if not WHOLE:
+            new = _select(i + s < last, new, end, PARTS)
+            through = _select(i + s < last, through, product, PARTS)
+        end, product = new, through
+        smallest = tl.minimum(smallest, _square(product, PARTS))
+        largest_decay = tl.maximum(largest_decay, _square(factor, PARTS))
+    return end, product, smallest, largest_decay
 
 
 # --- where a program stands ---
@@ -660,6 +732,17 @@ def _conj(z, PARTS: tl.constexpr):
     else:
         w = z
     return w
+
+
+@triton.jit
+@no_type_check
+def _square(z, PARTS: tl.constexpr):
+    """abs(z) ** 2"""
+    if PARTS == 2:
+        square = z[0] * z[0] + z[1] * z[1]
+    else:
+        square = z[0] * z[0]
+    return square
 
 
 @triton.jit
