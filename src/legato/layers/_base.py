@@ -68,10 +68,14 @@ class RecurrentLayer(nn.Module):
     bidirectional: bool = False
     #: Channels of the output, unless the layer says otherwise.
     hidden_size: int
+    #: True where ``_step`` is known to return no tensor that it was given: set for each class, not inherited.
+    _steps_are_new: bool = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         register_state(cls.__dict__.get("State"))
+        if "_steps_are_new" not in cls.__dict__:
+            cls._steps_are_new = cls.__module__.startswith("legato.layers.")
 
     def __init__(self, input_size: int):
         super().__init__()
@@ -134,7 +138,8 @@ class RecurrentLayer(nn.Module):
             remake_weights(self, x_t)
         self._check_input(x_t, "(B, input_size)", 2)
         self._check_state(state, x_t.shape[0])
-        return self._own(*self._step(x_t, state), x_t, state)
+        output, new = self._step(x_t, state)
+        return own_storage(output, new, ()) if self._steps_are_new else self._own(output, new, x_t, state)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -170,7 +175,7 @@ class RecurrentLayer(nn.Module):
 
     def _own(self, output: Tensor, state: Any, x: Tensor, before: Any) -> tuple[Tensor, Any]:
         """Both, without storage in common with each other, with what was given, or with the layer's own tensors."""
-        return own_storage(output, state, (x, before), self._parameters.values(), self._buffers.values())
+        return own_storage(output, state, (x, before, *self._parameters.values(), *self._buffers.values()))
 
     def _carry_dtype(self) -> torch.dtype:
         return torch.promote_types(self._weight().dtype, torch.float32)

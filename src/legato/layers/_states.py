@@ -8,6 +8,8 @@ from torch.utils import _pytree as pytree
 
 from legato._shapes import Tensor
 
+_is_alias_of = torch._C._is_alias_of  # pyright: ignore[reportAttributeAccessIssue]
+
 StateClass = TypeVar("StateClass")
 
 
@@ -25,7 +27,7 @@ def register_state(state_class: StateClass) -> StateClass:
     return state_class
 
 
-def own_storage(output: Tensor, state: Any, *given: Iterable[Any]) -> tuple[Tensor, Any]:
+def own_storage(output: Tensor, state: Any, given: Iterable[Any]) -> tuple[Tensor, Any]:
     """``output`` and ``state`` without storage in common: not with each other, nor among the tensors of the state, nor
     with the tensors, states of them and None in ``given``.
 
@@ -34,47 +36,56 @@ def own_storage(output: Tensor, state: Any, *given: Iterable[Any]) -> tuple[Tens
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # there, storage cannot be read
         return output, _copied(state)
-    taken: set[int] = set()
-    for parts in given:
-        _add_storages(parts, taken)
-    storage = output.untyped_storage()._cdata
-    if storage in taken:
-        output = output.clone()
-    taken.add(storage)
-    return output, _owned(state, taken)
+    others: list[Tensor] = []
+    _add_tensors(given, others)
+    for other in others:
+        if _is_alias_of(output, other):
+            output = output.clone()
+            break
+    others.append(output)
+    return output, _owned(state, others)
 
 
-# A tensor's isinstance is slow, a tuple's is not. A data loader makes lists of tuples.
-_TREES = (tuple, list)
+# Every step of a stream passes here. Of a tensor isinstance is slow, of a tuple it is not, and any() of a generator is.
+_TREES = (tuple, list)  # a data loader makes lists of tuples
 
 
-def _add_storages(parts: Iterable[Any], taken: set[int]) -> None:
-    for part in parts:
+def _add_tensors(given: Iterable[Any], others: list[Tensor]) -> None:
+    for part in given:
         if isinstance(part, _TREES):
-            _add_storages(part, taken)
+            _add_tensors(part, others)
         elif part is not None:
-            taken.add(part.untyped_storage()._cdata)
+            others.append(part)
 
 
-def _owned(state: Any, taken: set[int]) -> Any:
+def _owned(state: Any, others: list[Tensor]) -> Any:
     parts, copied = list(state), False
     for i, part in enumerate(parts):
-        if isinstance(part, tuple):
-            parts[i] = _owned(part, taken)
-        elif part.requires_grad:
+        if isinstance(part, _TREES):
+            parts[i] = _owned(part, others)
+        elif part.requires_grad or _is_alias_of(part, others[-1]) or _is_part(part):
             parts[i] = part.clone()
         else:
-            storage = part.untyped_storage()
-            if storage._cdata not in taken and storage.nbytes() == part.nbytes:
-                taken.add(storage._cdata)
+            for other in others:
+                if _is_alias_of(part, other):
+                    parts[i] = part.clone()
+                    break
+            else:
+                others.append(part)
                 continue
-            parts[i] = part.clone()
         copied = True
     return _rebuilt(state, parts) if copied else state
 
 
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it lies in an array of another size."""
+    if tensor._is_view() or tensor.storage_offset() or not tensor.is_contiguous():
+        return tensor.untyped_storage().nbytes() != tensor.nbytes
+    return False
+
+
 def _copied(state: Any) -> Any:
-    return _rebuilt(state, [_copied(part) if isinstance(part, tuple) else part.clone() for part in state])
+    return _rebuilt(state, [_copied(part) if isinstance(part, _TREES) else part.clone() for part in state])
 
 
 def _rebuilt(state: Any, parts: list[Any]) -> Any:

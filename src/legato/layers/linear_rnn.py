@@ -64,6 +64,7 @@ class LinearRNN(RecurrentLayer):
     """
 
     State = LinearRNNState
+    _steps_are_new = False  # gates and read may return what they are given
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ class QRNN(GatedLayer):
     def _step(self, x_t, state):
         row = torch.cat([state.inputs.to(x_t.dtype), x_t[:, None]], dim=1)  # (B, k, C)
         output, memory = self._step_from_input(row.flatten(1), x_t, state.memory)
-        return output, QRNNState(memory, row[:, 1:].to(self._carry_dtype()))
+        return output, QRNNState(memory, row[:, 1:].to(self._carry_dtype(), copy=True))
 
     def _windows(self, x, inputs, lengths, reset):
         """The inputs that each step sees, (B, T, k C), and the last k - 1 that count, (B, k - 1, C)."""
