@@ -1,5 +1,6 @@
 """A NaN or an infinity at one step is seen where the recurrence, run step by step, brings it, and nowhere else."""
 
+import draws
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ every_value = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf
 
 
 def system(order, per_channel=0):
-    generator = torch.Generator().manual_seed(order)
+    generator = draws.generator(order)
     shape = (per_channel, order, order) if per_channel else (order, order)
     Q, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))
     return 0.95 * Q, torch.randn(shape[:-1], generator=generator, dtype=torch.float64)
@@ -60,7 +61,7 @@ CASES = {
 
 def arguments(case, steps, dtype=torch.float32):
     run, channels, state = CASES[case]
-    generator = torch.Generator().manual_seed(steps)
+    generator = draws.generator(steps)
     x = torch.randn(BATCH, steps, *channels, generator=generator, dtype=dtype)
     return run, x, torch.randn(BATCH, *state, generator=generator, dtype=dtype), case.endswith("True")
 
