@@ -158,20 +158,25 @@ def _plan(x: Tensor, tuning: Tuning | None = None, *, deep: bool = False) -> Pla
     item, lanes = x.element_size(), 32 * tuning.warps
 
     def programs(block: int) -> int:
-        return B * triton.cdiv(H * D, block)
+        return B * _ceil_divide(H * D, block)
 
     # A lane a channel: a step's load is 128 bytes a warp. Two of 16 bits, unless that leaves too few programs.
     block = 2 * lanes if item == 2 and programs(2 * lanes) >= tuning.many_programs else lanes
     chunks = 1
     if programs(block) < tuning.few_programs and tuning.shortest_cut <= T:
-        chunks = max(1, min(triton.cdiv(tuning.many_programs, programs(block)), T // tuning.shortest_chunk))
-    length = triton.cdiv(T, chunks)
-    chunks = triton.cdiv(T, length)
+        chunks = max(1, min(_ceil_divide(tuning.many_programs, programs(block)), T // tuning.shortest_chunk))
+    length = _ceil_divide(T, chunks)
+    chunks = _ceil_divide(T, length)
     deep = deep and programs(block) * chunks < tuning.deep_programs
     steps = max(1, tuning.group_bytes * lanes // (item * block)) * (2 if deep else 1)
     # Two groups that hold a short walk whole are enough for it.
-    steps = min(steps, triton.next_power_of_2(triton.cdiv(length, 2)))
+    steps = min(steps, triton.next_power_of_2(_ceil_divide(length, 2)))
     return Plan((programs(block) * chunks,), block, chunks, length, steps, tuning.warps)
+
+
+def _ceil_divide(a: int, b: int) -> int:
+    """a / b, rounded up; some releases of triton declare that theirs returns a ``constexpr``."""
+    return -(-a // b)
 
 
 def _summarise(
