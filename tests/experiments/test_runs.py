@@ -15,12 +15,12 @@ import torch
 import yaml
 from torch import nn
 
+from legato._modes import evaluating
 from legato.cli import main
 from legato.experiments import benchmark, checkpoint, recipes, run
 from legato.experiments.data.convert import CONVERTERS, convert
 from legato.experiments.demo import demo
 from legato.experiments.locks import LOCK, owned
-from legato.experiments.modes import evaluating
 from legato.experiments.report import read_result
 from legato.experiments.task import ExperimentError
 

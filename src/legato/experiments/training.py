@@ -23,11 +23,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import nn
 
+from legato._modes import evaluating
 from legato._shapes import Tensor
 
 from . import checkpoint as checkpoints
 from .errors import ExperimentError
-from .modes import evaluating
 from .progress import Progress
 from .task import Batch, Examples, Task, Training
 

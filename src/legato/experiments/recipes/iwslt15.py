@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from legato._modes import evaluating
 from legato._shapes import Int, Tensor
 from legato.layers import LMU, Bidirectional, Stack
 from legato.models import Embedding
@@ -41,7 +42,6 @@ from ..data.translation import (
 from ..data.translation import vocabulary as official_words
 from ..data.words import SPACED, UNKNOWN
 from ..kinds import Kind, layer_of
-from ..modes import evaluating
 from ..ranges import Count, Depth, Fraction, FractionBelowOne, Order, Range, Width, Window
 from ..task import Batch, Paper, Task, Training
 
