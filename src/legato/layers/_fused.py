@@ -26,12 +26,12 @@ def can_be_read(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     )
 
 
-def floating_weight(linear: nn.Module, otherwise: Tensor) -> Tensor:
+def floating_weight(linear: nn.Module) -> Tensor | None:
     """The weight of ``linear``, for its dtype and device; where it was replaced, any floating parameter it has."""
     weight = linear._parameters.get("weight")
     if weight is not None and weight.is_floating_point():
         return weight
-    return next((p for p in linear.parameters() if p.is_floating_point()), otherwise)
+    return next((p for p in linear.parameters() if p.is_floating_point()), None)
 
 
 def transforms_are_active() -> bool:

@@ -83,8 +83,8 @@ class LegendreMemory(RecurrentLayer):
         self.channels = channels
         self.order = positive_int(order, "order")
         self.discretizer = discretizer
-        self.trainable_theta = trainable_theta
-        self.return_sequences = return_sequences
+        self.trainable_theta = bool(trainable_theta)
+        self.return_sequences = bool(return_sequences)
         refuse_method_without_sequences(method, return_sequences)
         if method is not None and method not in METHODS:
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
@@ -189,8 +189,8 @@ class LegendreMemory(RecurrentLayer):
 
     def transition(self) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
         """A transposed and B of one step, m_t = m_{t-1} @ A + u_t * B, in the dtype of the state."""
-        kernels = self._cached("step", 1)
-        return kernels.powers[..., 0, :, :], kernels.inputs[..., 0, :]
+        step = self._cached("step", 1)
+        return step.powers, step.inputs
 
     def _state_shapes(self) -> LegendreMemoryState:
         return LegendreMemoryState((self.channels, self.order))  # pyright: ignore[reportArgumentType]
@@ -326,7 +326,10 @@ class LegendreMemory(RecurrentLayer):
     def _prepare(self, use: str, steps: int) -> Kernels:
         A, B = delay_network(self.order, self.window(), discretizer=self.discretizer)
         method = {"step": "sequential", "sequence": self.method, "last": None}[use]
-        return prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
+        kernels = prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
+        if use == "step":  # without the axis of levels: every step of a stream would take it off again
+            return kernels._replace(powers=kernels.powers[..., 0, :, :], inputs=kernels.inputs[..., 0, :])
+        return kernels
 
     def _apply(self, fn, recurse=True):
         self._cache = {}

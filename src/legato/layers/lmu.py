@@ -112,8 +112,8 @@ class LMU(RecurrentLayer):
         for function in (encoder_activation, activation):
             activation_function(function)  # raises on an unknown name
         self.memory_dropout = dropout_rate(memory_dropout, "memory_dropout")
-        self.return_sequences = return_sequences
-        self.recompute = recompute
+        self.return_sequences = bool(return_sequences)
+        self.recompute = bool(recompute)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
             memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, method=method, **where
@@ -221,7 +221,7 @@ class LMU(RecurrentLayer):
         batch, steps, _ = x.shape
         initial = None if state is None else state.memory
         if steps == 0:
-            m = self.initial_state(batch).memory if state is None else state.memory.clone()
+            m = self.initial_state(batch).memory if state is None else state.memory
             return x.new_zeros(batch, self.hidden_size), LMUState(m)
         if state is None and lengths is None and reset is None and self._input_first(x):
             m = self._last_input_first(x)
@@ -290,7 +290,8 @@ class LMU(RecurrentLayer):
         return -(-length // 32) * 32  # whole chunks of the chunked method
 
     def _weight(self) -> Tensor:
-        return floating_weight(self.encoder, self.memory.scale)
+        weight = floating_weight(self.encoder)
+        return self.memory.scale if weight is None else weight
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:

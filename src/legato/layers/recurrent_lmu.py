@@ -101,7 +101,7 @@ class RecurrentLMU(RecurrentLayer):
         if hidden_cell not in GATES:
             raise ValueError(f"expected hidden_cell to be one of {', '.join(GATES)}, got {hidden_cell!r}")
         self.hidden_cell = hidden_cell
-        self.return_sequences = return_sequences
+        self.return_sequences = bool(return_sequences)
         self.State = RecurrentLMUCellState if hidden_cell == "lstm" else RecurrentLMUState
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
@@ -151,7 +151,7 @@ class RecurrentLMU(RecurrentLayer):
         m, *hidden = self.initial_state(batch) if state is None else state
         if steps == 0:
             empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
-            return x.new_zeros(empty), self.State(m.clone(), *(part.clone() for part in hidden))
+            return x.new_zeros(empty), self.State(m, *hidden)
         now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
         outputs = []
         fused = all(can_be_read(child, nn.Linear) for child in self._linear_children())
@@ -169,7 +169,7 @@ class RecurrentLMU(RecurrentLayer):
                 now = new
                 outputs.append(now[1])
         output = torch.stack(outputs, dim=1) if self.return_sequences else now[1]
-        m, *hidden = (part.clone() for part in now)  # the graph holds those of the last step
+        m, *hidden = now
         return output.to(x.dtype), self.State(m.view(shape), *hidden)
 
     def _linear_children(self) -> list[nn.Module | None]:
@@ -243,7 +243,8 @@ class RecurrentLMU(RecurrentLayer):
         return [torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]
 
     def _weight(self) -> Tensor:
-        return floating_weight(self.hidden_to_hidden, self.memory.scale)
+        weight = floating_weight(self.hidden_to_hidden)
+        return self.memory.scale if weight is None else weight
 
 
 def _remember(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:

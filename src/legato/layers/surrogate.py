@@ -168,8 +168,8 @@ def _lstm_by_steps(cell: Any, x: Tensor, before: Tensor, c: Tensor, reset: Tenso
         outputs.append(output)
         states.append(c)
     if not outputs:
-        return before, before.to(c.dtype), c.clone()
-    return torch.stack(outputs, 1), torch.stack(states, 1), c.clone()
+        return before, before.to(c.dtype), c
+    return torch.stack(outputs, 1), torch.stack(states, 1), c
 
 
 def _check_surrogate(surrogate: RecurrentLayer) -> None:
