@@ -6,11 +6,11 @@ Both run our code, the second with the kernel taken away, in turns. ``torch.nn.L
 from unittest.mock import patch
 
 import torch
-from measure import Target, interleave
 from torch import nn
 
 from legato.layers import GILR, GILRLSTM, SRU, Stack
 from legato.ops import kernels
+from measure import Target, interleave
 
 SHAPES = [(1, 65536), (8, 2048)]
 INPUTS, UNITS = 4, 256

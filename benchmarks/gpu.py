@@ -157,6 +157,7 @@ def _time_is_up(*_: Any) -> None:
 def _facts() -> Row:
     """What figures depend on, as the other benchmarks write it."""
     import triton
+
     from measure import copy_bandwidth, machine
 
     about = torch.cuda.get_device_properties(0)
@@ -489,7 +490,7 @@ def table(report: Report) -> Iterator[Row]:
 def _cells() -> Iterator[tuple[int, int, Callable[[], None], Callable[[], None]]]:
     """Length and features of each cell of the paper's table, our recurrence, and the same in one pass over time."""
     from legato import linear_recurrence
-    from legato.experiments.serial import swept
+    from serial_recurrence import swept
 
     for length in LENGTHS:
         for features in FEATURES:

@@ -86,7 +86,7 @@ def million_steps(dtype: torch.dtype) -> list[Row]:
 
 def more_than_32_bits_count() -> list[Row]:
     """More than 2^31 numbers: the last row of the batch, and its gradients, as if it were alone."""
-    from legato.experiments.environment import free_memory
+    from legato._environment import free_memory
     from legato.ops.recurrence import linear_recurrence
 
     free = free_memory(torch.device(DEVICE)) or 0

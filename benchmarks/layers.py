@@ -8,13 +8,13 @@ psMNIST: outputs and the gradients of all weights are checked first (``peers.py`
 from collections.abc import Callable
 from pathlib import Path
 
-import expected
-import peers
 import torch
-from measure import Target, interleave
 from torch import nn
 
+import expected
+import peers
 from legato.layers import GILR, GILRLSTM, LMU, SRU, MinGRU
+from measure import Target, interleave
 
 TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_gilr.py", "tests/layers/test_sru.py",
          "tests/layers/test_min_rnn.py", "tests/benchmarks/test_peers.py")  # fmt: skip

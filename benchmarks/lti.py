@@ -12,10 +12,10 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from measure import Target, interleave
 
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, apply, prepare
+from measure import Target, interleave
 
 LTI = importlib.import_module("legato.ops.lti")  # the function of that name hides the module
 SHAPES = [((16, 1024, 16), 64), ((4, 4096, 32), 32), ((32, 784, 1), 256)]

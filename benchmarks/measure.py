@@ -6,32 +6,21 @@ A subject is a module beside this one; ``run.py`` says what it consists of.
 import ctypes
 import gc
 import json
+import math
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
-from legato.experiments.measure import interleave, machine
-
-__all__ = [
-    "Target",
-    "copy_bandwidth",
-    "find",
-    "in_own_process",
-    "interleave",
-    "judge",
-    "machine",
-    "peak_memory",
-    "resident",
-    "results_file",
-    "save",
-]
+from legato._environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 _COPY_BYTES = 256 * 2**20  # an array; the three of an addition are more than any cache holds
@@ -69,6 +58,65 @@ def find(rows: list[dict], **where: Any) -> list[dict]:
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Seconds(float):
+    """What a candidate returns that runs in another process and has measured itself."""
+
+
+def interleave(
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    patience: float = math.inf,
+    settle: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Time each candidate once a round, in turn (A B C A B C ...), so that a noisy neighbour disturbs all alike.
+
+    Args:
+        candidates: what to run, by name; what one returns counts only where it is ``Seconds``, in place of its time.
+        rounds: how often each is timed.
+        warmup: runs of each before the first round.
+        patience: seconds after which a candidate takes no more turns, its warm-up counted; one whose warm-up alone
+            takes as long is timed by its first run.
+
+    Returns:
+        For each name the median, the fastest and the slowest time in milliseconds, and the number of times.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    spent = dict.fromkeys(candidates, 0.0)
+
+    def turn(name: str) -> None:
+        if spent[name] < patience:
+            seconds[name].append(_time(candidates[name]))
+            spent[name] += seconds[name][-1]
+
+    for name in candidates:
+        for _ in range(warmup):
+            turn(name)
+        if spent[name] < patience:
+            seconds[name].clear()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in candidates.items():
+                if settle and spent[name] < patience:
+                    run()
+                turn(name)
+    finally:
+        gc.enable()
+    return {
+        name: {"median_ms": 1e3 * median(s), "min_ms": 1e3 * min(s), "max_ms": 1e3 * max(s), "rounds": len(s)}
+        for name, s in seconds.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a timing depends on: processor, threads, versions, commit."""
+    facts = environment()
+    return {**facts["machine"], "legato": facts["legato"], "commit": facts["commit"]}
 
 
 def copy_bandwidth(rounds: int = 15) -> dict[str, float]:
@@ -124,10 +172,31 @@ def results_file() -> Path:
 def save(subject: str, section: dict[str, Any]) -> Path:
     """Put the section of one subject into the results of today, in place of an earlier one; all others stay."""
     path = results_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = json.loads(path.read_text()) if path.exists() else {"subjects": {}}
     report["subjects"][subject] = section
+    write_json(path, report)
+    return path
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write the file such that a reader sees the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)  # readers see the old file or the new one
-    return path
+    partial.replace(path)
+
+
+def _time(run: Callable[[], Any]) -> float:
+    """Seconds of one run, from an idle device to an idle device."""
+    _wait_for_device()
+    start = time.perf_counter()
+    result = run()
+    own = result if isinstance(result, Seconds) else None
+    del result  # giving memory back counts too
+    _wait_for_device()
+    return time.perf_counter() - start if own is None else own
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

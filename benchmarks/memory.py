@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Target, peak_memory
 
 from legato.layers import GILR, LMU, in_segments
 from legato.ops.recurrence import linear_recurrence
+from measure import Target, peak_memory
 
 ORDER, UNITS = 256, 212
 LMU_SHAPES = [

@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import expected
 import numpy as np
 import torch
-from environments import worker
-from measure import interleave
 
+import expected
 import legato
-from legato.experiments.measure import Seconds
+from environments import worker
+from measure import Seconds, interleave
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(worker.__file__)

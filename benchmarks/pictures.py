@@ -1,17 +1,43 @@
 """Pictures of candidates side by side: bars for sizes that stand alone, curves for a cost that grows."""
 
 from pathlib import Path
-
-from legato.experiments.plots import _figure, _save
+from typing import Any, cast
 
 _OURS, _PEER = "#1f5fbf", "#8a8f98"
 _CURVES = ("#c0392b", "#2e8b57", "#8e5ea2", "#d98c1f", "#6b7280", "#17a2b8", "#a05a2c", "#111827", "#c2a800")
 
 
+def new_figure(rows: int) -> tuple[Any, list[Any]]:
+    """A figure without a display and its axes, one below the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "font.size": 10,
+    }
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(rows, 1, figsize=(10, 3.1 * rows), layout="constrained", squeeze=False)
+    return figure, cast(list[Any], list(axes[:, 0]))
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the PNG and close the figure."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def bars(panels: dict[str, list[dict]], path: Path) -> None:
     """A panel each title: the median time of every timed row, fastest first, on a logarithmic axis."""
     panels = {title: sorted(_timed(rows), key=lambda row: row["median_ms"]) for title, rows in panels.items()}
-    figure, axes = _figure(len(panels))
+    figure, axes = new_figure(len(panels))
     figure.set_size_inches(10, 1 + sum(0.8 + 0.36 * len(rows) for rows in panels.values()))
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         times = [row["median_ms"] for row in rows]
@@ -31,14 +57,14 @@ def bars(panels: dict[str, list[dict]], path: Path) -> None:
         axis.xaxis.set_major_formatter("{x:,g}")
         axis.set_title(title, loc="left", fontweight="bold")
         axis.invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(panels: dict[str, list[dict]], x: dict[str, str], path: Path) -> None:
     """A panel each title: median time over the size named by ``x[title]``, a curve a candidate, logarithmic axes."""
     names = sorted({row["by"] for rows in panels.values() for row in _timed(rows) if not _is_ours(row)})
     colours = dict(zip(names, _CURVES * (1 + len(names) // len(_CURVES)), strict=False))
-    figure, axes = _figure(len(panels))
+    figure, axes = new_figure(len(panels))
     figure.set_size_inches(9, 3.8 * len(panels))
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         found: dict[str, list[dict]] = {}
@@ -63,7 +89,7 @@ def curves(panels: dict[str, list[dict]], x: dict[str, str], path: Path) -> None
         axis.minorticks_off()
         axis.set_title(title, loc="left", fontweight="bold")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _number(value: float) -> str:

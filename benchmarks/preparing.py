@@ -18,8 +18,8 @@ FIRST, AGAIN = "first start", "again, from the cache"
 RECIPES = {"imdb": 3, "text8": 3, "qqp": 1, "snli": 1}
 _BUILD = """
 import json, resource, sys, time
-from legato.experiments.recipes import recipe
-from legato.experiments.task import ExperimentError
+from legato_papers.recipes import recipe
+from legato_papers.task import ExperimentError
 which = recipe(sys.argv[1])
 start = time.perf_counter()
 try:
@@ -32,7 +32,7 @@ else:
     print(json.dumps({"data": task.source, "seconds": seconds, "peak_GiB": peak}))
 """
 
-TESTS = ("tests/experiments/test_prepared.py", "tests/experiments/test_encoded.py")
+TESTS = ("papers/tests/test_prepared.py", "papers/tests/test_encoded.py")
 TARGETS = (
     Target("IMDB, first start", "seconds", 60, "s", {"recipe": "imdb", "start": FIRST}, at_most=True),
     Target("IMDB, peak memory of the first start", "peak_GiB", 2, "GiB", {"recipe": "imdb", "start": FIRST}, True),

@@ -7,12 +7,12 @@ and gradients are checked first (``peers.py``).
 
 from pathlib import Path
 
-import peers
 import torch
-from measure import Target, interleave
 
+import peers
 from legato.ops.kernels import choose
 from legato.ops.recurrence import linear_recurrence
+from measure import Target, interleave
 
 TESTS = ("tests/ops/test_recurrence.py", "tests/ops/test_numba_cpu.py", "tests/benchmarks/test_peers.py")
 SHAPES = [(8, 4096, 256), (8, 2048, 256), (32, 1024, 512), (1, 65536, 64)]

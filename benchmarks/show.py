@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from legato.experiments.plots import _figure, _save
+from pictures import new_figure, save
 
 _MET, _SHORT = "#1f5fbf", "#c0392b"
 
@@ -45,7 +45,7 @@ def draw_targets(judged: list[dict], path: Path) -> None:
     if not known:
         return
     times = [t["bound"] / t["measured"] if t["at_most"] else t["measured"] / t["bound"] for t in known]
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = new_figure(1)
     figure.set_size_inches(10, 1 + 0.45 * len(known))
     colours = [_MET if t["met"] else _SHORT for t in known]
     bars = axis.barh([t["target"] for t in known], [ratio - 1 for ratio in times], left=1, color=colours)
@@ -56,7 +56,7 @@ def draw_targets(judged: list[dict], path: Path) -> None:
     axis.set_xlim(min(0.5, *times) / 2, max(2, *times) * 2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.invert_yaxis()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _merged(row: dict) -> dict[str, Any]:

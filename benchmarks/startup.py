@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from measure import Target
-
 import legato
+from measure import Target
 
 COLD, WARM, READ_ONLY = "empty cache", "from the cache", "read-only installation"
 ROUNDS = 3

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Target, copy_bandwidth, in_own_process, interleave, resident
 from torch import nn
 
 from legato.layers import GILR, GILRLSTM, LMU, SRU, LegendreMemory, MinGRU, Stack
+from measure import Target, copy_bandwidth, in_own_process, interleave, resident
 
 UNITS = 256
 THREADS = (1, 2)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import Target, interleave
 from torch import nn
 
 from legato.layers import LMU, RecurrentLMU
+from measure import Target, interleave
 
 ROUNDS = 5
 PARALLEL_STEPS = 10  # in each of its turns, which are short

@@ -51,10 +51,11 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-import draws
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import draws
 
 _RISK = 1e-9
 _STEP = 2.0**-20

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from test_contract import build, every_layer
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import legato
 from legato.layers import GILR
-from legato.models import Embedding, LanguageModel, PairClassifier, SequenceClassifier, SequenceRegressor, Translator
+from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
+from test_contract import build, every_layer
 
 # The shape checker of the test run would stop these by their type.
 pytestmark = pytest.mark.bad_input
@@ -47,8 +47,6 @@ def test_a_model_says_how_a_padded_tensor_is_made(make, message):
     for model in (SequenceClassifier(layer, head), SequenceRegressor(layer, head)):
         with pytest.raises(ValueError, match=message):
             model(make())
-    with pytest.raises(ValueError, match=message):
-        PairClassifier(layer, nn.Linear(16, 2))(make(), x)
 
 
 TOKENS = {
@@ -64,16 +62,12 @@ TOKENS = {
 def test_tokens_that_are_no_tensor_get_advice(make, lengths):
     layer, embedding = GILR(3, 3), Embedding(9, 3)
     language = LanguageModel(embedding, lambda size: GILR(size, size), blocks=1)
-    translator = Translator(layer, layer, embedding, embedding)
     for call in (
         lambda: embedding(make()),
         lambda: SequenceClassifier(layer, nn.Linear(3, 2), embedding)(make(), lengths=lengths),
         lambda: SequenceClassifier(layer, nn.Linear(3, 2), nn.Embedding(9, 3))(make(), lengths=lengths),
         lambda: language(make(), lengths=lengths),
         lambda: language.generate(make(), 2),
-        lambda: translator.loss(make(), torch.ones(2, 7).long(), lengths),
-        lambda: translator.loss(torch.ones(2, 7).long(), make(), None, lengths),
-        lambda: translator.beam(make(), lengths),
     ):
         with pytest.raises(ValueError, match=r"pad_packed_sequence|pad_sequence|to_padded_tensor|as_tensor"):
             call()

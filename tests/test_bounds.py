@@ -1,8 +1,9 @@
 """The bounds that the other tests use: they hold for any order of summation, and fail on a wrong result."""
 
-import bounds
 import pytest
 import torch
+
+import bounds
 
 ORDERS = {
     "serial": lambda x: x.cumsum(0)[-1],

@@ -10,13 +10,13 @@ import inspect
 import io
 import pickle
 
-import bounds
-import draws
 import jaxtyping
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+import bounds
+import draws
 import legato.layers
 from legato.layers import GILR, LMU, Bidirectional, LinearRNN, LinearSurrogate, Stack
 from legato.layers._base import RecurrentLayer
@@ -355,7 +355,8 @@ def test_a_copy_computes_the_same_and_shares_nothing(case, copied):
     x, state, _, _ = inputs(layer)
     expected = flat(layer(x, state))
     size = len(pickle.dumps(build(case)))
-    assert len(pickle.dumps(layer)) == size  # nothing prepared is saved
+    # Nothing prepared is saved. A string of which there are two objects takes some bytes more; a tensor takes over 100.
+    assert len(pickle.dumps(layer)) < size + 100
     other = copied(layer)
     for a, b in zip(flat(other(x, state)), expected, strict=True):
         assert torch.equal(a, b)

@@ -2,32 +2,27 @@
 
 import copy
 
-import draws
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
+import draws
 import legato
 from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
 from legato.layers._base import RecurrentLayer
-from legato.models import Embedding, LanguageModel, PairClassifier, SequenceClassifier, SequenceRegressor, Translator
+from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
 from legato.ops.lti import METHODS
+from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
 
 tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])
 
 
 def language_model(**options):
     return LanguageModel(Embedding(27, 8), lambda size: SRU(size, size), blocks=2, highways=1, **options)
-
-
-def translator(**options):
-    encoder = Bidirectional(SRU(8, 4), SRU(8, 4))
-    return Translator(encoder, SRU(8, 8), Embedding(27, 8), Embedding(27, 8), **options)
 
 
 def bag():
@@ -38,29 +33,17 @@ MODELS = {
     "classifier": lambda: SequenceClassifier(SRU(8, 6), nn.Linear(6, 2), Embedding(27, 8, dropout=0.1)),
     "regressor": lambda: SequenceRegressor(LMU(8, 6, order=2, theta=4.0), nn.Linear(6, 2), Embedding(27, 8)),
     "bag of words": bag,
-    "pair": lambda: PairClassifier(LRU(8, 6), nn.Linear(24, 2), Embedding(27, 8)),
     "language model": language_model,
     "tied": lambda: language_model(tied=True),
-    "adaptive softmax": lambda: language_model(cutoffs=(5, 9), channels=6),
-    "translator": translator,
-    "tied translator": lambda: translator(tied=True),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def calls(model):
     """All that a model does, each as a function."""
-    if isinstance(model, Translator):
-        yield lambda: model.loss(tokens, tokens, lengths, lengths)
-        yield lambda: model.loss(tokens, tokens)
-        yield lambda: model.greedy(tokens, lengths, longest=3)
-        yield lambda: model.beam(tokens, width=2, longest=3)
-    elif isinstance(model, PairClassifier):
-        yield lambda: model(tokens, tokens, lengths=(lengths, None))
-    else:
-        yield lambda: model(tokens)
-        yield lambda: model(tokens, lengths=lengths)
-        yield lambda: model.step(tokens[:, 0], model.initial_state(2))
+    yield lambda: model(tokens)
+    yield lambda: model(tokens, lengths=lengths)
+    yield lambda: model.step(tokens[:, 0], model.initial_state(2))
     if isinstance(model, LanguageModel):
         yield lambda: model.loss(tokens, tokens, lengths=lengths)
         yield lambda: model.generate(tokens, 2, temperature=0)
@@ -120,11 +103,9 @@ def test_a_model_is_built_where_its_embedding_is(elsewhere):
     where = {"device": "cpu", "dtype": torch.float64}
     elsewhere()
     embedding = Embedding(27, 8, **where)
-    for options in ({}, {"channels": 6}, {"tied": True, "channels": 6}, {"cutoffs": (5, 9)}):
+    for options in ({}, {"channels": 6}, {"tied": True, "channels": 6}):
         model = LanguageModel(embedding, lambda size: GILR(size, size, **where), blocks=1, **options)
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
-    model = Translator(GILR(8, 4, **where), GILR(8, 4, **where), embedding, embedding)
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
 
 
 BUILT = {
@@ -239,7 +220,6 @@ LARGE = {
     "LMU": lambda: LMU(40, 50, memory_size=30, order=5, theta=9.0),
     "Embedding": lambda: Embedding(40, 50),
     "language model": lambda: LanguageModel(Embedding(40, 50), lambda size: GILR(size, size), blocks=2),
-    "translator": lambda: Translator(GILR(50, 50), GILR(50, 50), Embedding(40, 50), Embedding(40, 50)),
 }
 
 
@@ -266,9 +246,8 @@ def test_given_vectors_survive_the_meta_device(trainable, as_array):
     assert torch.equal(built.weight, vectors)
 
 
-@pytest.mark.parametrize("make", [MODELS["tied"], MODELS["tied translator"]])
-def test_tied_weights_stay_one_parameter(make):
-    inside = nn.Sequential(make())  # as in a task
+def test_tied_weights_stay_one_parameter():
+    inside = nn.Sequential(language_model(tied=True))  # as in a task
     for model in (inside.to("meta").to_empty(device="cpu"), copy.deepcopy(inside), inside.double()):
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         assert len(names) == len(list(model.parameters())) + 1
@@ -347,17 +326,11 @@ def one_process(tmp_path_factory):
 def test_a_sharded_model_starts_and_trains(make, dtype, one_process):
     with torch.device("meta"):
         model = make().train()
-    for name in ("layer", "encoder", "decoder"):  # sharded apart from the rest, as layers of large networks are
-        if hasattr(model, name) and list(getattr(model, name).parameters()):
-            fully_shard(getattr(model, name), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    if hasattr(model, "layer") and list(model.layer.parameters()):  # sharded apart, as layers of large networks are
+        fully_shard(model.layer, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
     fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
     start(model, parents_first=True)
-    if isinstance(model, Translator):
-        output = model(tokens, tokens, lengths, lengths)  # loss() is no forward(), which FSDP waits for
-    elif isinstance(model, PairClassifier):
-        output = model(tokens, tokens)
-    else:
-        output = model(tokens, lengths=lengths)[0]
+    output = model(tokens, lengths=lengths)[0]
     output.float().sum().backward()
     assert output.isfinite().all()
 

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-import draws
 import pytest
 import torch
+
+import draws
 
 TESTS = Path(__file__).parent
 FOLLOWING = [*TESTS.glob("*.py"), *(TESTS / "ops").glob("*.py"), *(TESTS / "layers").glob("*.py")]

@@ -5,17 +5,17 @@
 
 import math
 
-import bounds
-import draws
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_contract import CASES, assert_close, build, in_one_pass, in_single_steps, magnitudes, results
 from torch.utils import _pytree as pytree
 
+import bounds
+import draws
 import legato
 from legato.ops.lti import METHODS
+from test_contract import CASES, assert_close, build, in_one_pass, in_single_steps, magnitudes, results
 
 
 def cases(number):

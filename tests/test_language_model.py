@@ -1,12 +1,11 @@
 """A language model says the same at once, in pieces and step by step, whatever layer stands in the memory's place."""
 
-import bounds
-import draws
 import pytest
 import torch
 from torch import nn
 
-from legato.experiments.baselines import LSTM
+import bounds
+import draws
 from legato.layers import GILRLSTM, LMU, SRU, LegendreMemory, Stack
 from legato.models import Embedding, LanguageModel
 
@@ -16,10 +15,23 @@ MEMORIES = {
     "lmu": lambda size: LMU(size, 7, memory_size=4, order=3, theta=6),
     "gilr-lstm": lambda size: GILRLSTM(size, 9),
     "sru": lambda size: SRU(size, size),
-    "lstm": lambda size: LSTM(size, 9),
     "stack": lambda size: Stack(SRU(size, 5), GILRLSTM(5, 6)),
 }
-OUTPUTS = {"plain": {}, "adaptive": {"cutoffs": (8, 20)}, "tied": {"tied": True, "channels": 10}}
+
+
+class Custom(nn.Linear):
+    """The least that an output of a user's own has."""
+
+    def forward(self, features, targets=None):
+        log_p = super().forward(features).log_softmax(1, dtype=torch.promote_types(features.dtype, torch.float32))
+        return log_p if targets is None else log_p.gather(1, targets[:, None])[:, 0]
+
+
+OUTPUTS = {
+    "plain": {},
+    "custom": {"output": Custom},
+    "tied": {"tied": True, "channels": 10},
+}
 
 
 def model_of(memory="lmu", output="plain", **options):
@@ -211,10 +223,10 @@ def test_the_loss_compiles_to_one_graph():
 
 
 def test_a_layer_may_be_read_as_it_is():
-    layers = [LSTM(8, 8), LSTM(8, 8)]
+    layers = [SRU(8, 8), SRU(8, 8)]
     model = LanguageModel(Embedding(VOCABULARY, 8), layers, dense=False, highways=0)
     assert model.layers == layers
-    names = [name for name, _ in model.named_parameters() if "lstm" not in name]
+    names = [name for name, _ in model.named_parameters() if "layer" not in name]
     assert names == ["depths", "embedding.weight", "output.weight", "output.bias"]
 
 
@@ -242,10 +254,8 @@ def test_parts_that_do_not_fit_get_a_clear_error():
         LanguageModel(embedding, [nn.Linear(8, 8)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="at least one block"):
         LanguageModel(embedding, [])
-    with pytest.raises(ValueError, match="cannot be tied"):
-        LanguageModel(embedding, MEMORIES["sru"], tied=True, cutoffs=(5,))
-    with pytest.raises(ValueError, match="rise between 0 and the vocabulary's 30, got \\[20, 10\\]"):
-        LanguageModel(embedding, MEMORIES["sru"], cutoffs=(20, 10))
+    with pytest.raises(ValueError, match="tied=True cannot be combined with output"):
+        LanguageModel(embedding, MEMORIES["sru"], tied=True, output=Custom)
 
 
 @pytest.mark.bad_input

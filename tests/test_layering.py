@@ -16,6 +16,7 @@ RULES = {
     "legato._choices": (),
     "legato._modes": (),
     "legato._values": ("legato._shapes",),
+    "legato._environment": ("legato",),
     "legato.legendre": ("legato._shapes", "legato._checks"),
     "legato.ops.kernels": ("legato._shapes",),
     "legato.ops": (
@@ -28,8 +29,6 @@ RULES = {
     ),
     "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes", "legato._checks", "legato._autocast"),
     "legato.models": ("legato.layers", "legato._shapes", "legato._checks", "legato._modes"),
-    "legato.experiments": ("legato",),
-    "legato.cli": ("legato.experiments", "legato"),
     "legato": ("legato._choices", "legato.layers", "legato.legendre", "legato.ops"),
 }
 FORBIDDEN = {"legato.layers": ("legato.ops.kernels",)}
@@ -67,12 +66,23 @@ def test_a_module_imports_only_what_its_layer_may(module, path):
     for name in imported(path):
         for package, homes in OWN_PACKAGE_ONLY_IN.items():
             assert not within(name, package) or module in homes, f"{module} imports {name}: only {homes} may"
+        assert not within(name, "legato_papers"), f"{module} imports {name}"
         if not within(name, "legato"):
             continue
         allowed = any(within(name, rule) for rule in (*RULES[layer], layer))
         forbidden = any(within(name, f) for f in FORBIDDEN.get(layer, ()))
         assert allowed, f"{module} imports {name}: {layer} may import {RULES[layer]}"
         assert not forbidden, f"{module} imports {name}"
+
+
+# The subjects that measure the experiments themselves.
+MEASURE_PAPERS = {"preparing"}
+
+
+def test_benchmarks_import_no_experiments():
+    for path in sorted((ROOT.parent.parent / "benchmarks").rglob("*.py")):
+        papers = [name for name in imported(path) if within(name, "legato_papers")]
+        assert not papers or path.stem in MEASURE_PAPERS, path
 
 
 def test_kernels_never_import_each_other():

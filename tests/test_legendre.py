@@ -3,11 +3,11 @@
 import inspect
 import math
 
-import bounds
 import pytest
 import torch
 from scipy.signal import cont2discrete
 
+import bounds
 from legato.legendre import delay_network, window_decoder
 
 DISCRETIZERS = ["zoh", "euler", "bilinear"]

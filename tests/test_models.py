@@ -2,13 +2,13 @@
 
 import copy
 
-import bounds
 import pytest
 import torch
 from torch import nn
 
-from legato.layers import GILR, LMU, LegendreMemory, Stack
-from legato.models import Embedding, LockedDropout, PairClassifier, SequenceClassifier, SequenceRegressor
+import bounds
+from legato.layers import LMU, LegendreMemory, Stack
+from legato.models import Embedding, LockedDropout, SequenceClassifier, SequenceRegressor
 
 
 def layers(last: bool = True):
@@ -61,22 +61,6 @@ def test_a_classifier_takes_the_last_output_of_any_layer(layer):
         score, streamed = model.step(token[None], streamed)
     agrees(score, lambda x: wide(x)[0], tokens[:1])
     agrees(model(tokens[:1, :0])[0], wide.head, nothing)
-
-
-@pytest.mark.parametrize("layer", [LegendreMemory(4, 1, 9.0, return_sequences=False), GILR(4, 4)])
-def test_a_pair_is_compared_by_its_last_outputs(layer):
-    model = PairClassifier(layer, nn.Linear(16, 3), Embedding(11, 4))
-    first, second = torch.randint(1, 11, (2, 8)), torch.randint(1, 11, (2, 5))
-    scores = model(first, second, lengths=(torch.tensor([8, 3]), None))
-    wide = copy.deepcopy(model).double()
-
-    def of_row(first, second):
-        classifier = SequenceClassifier(wide.layer, nn.Identity(), wide.embedding)
-        m1, m2 = (classifier(x)[0] for x in (first, second))
-        return wide.head(torch.cat([m1, m2, (m1 - m2).abs(), m1 * m2], 1))
-
-    bounds.assert_agrees(scores[1:], of_row, first[1:, :3], second[1:], terms=16 * 8)
-    assert sum(p.numel() for p in model.parameters()) == 51 + 44 + sum(p.numel() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([7, 0, 4])])

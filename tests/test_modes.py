@@ -1,13 +1,13 @@
 """What runs in evaluation mode leaves every part of a model in the mode in which it was."""
 
-import draws
 import pytest
 import torch
 from torch import nn
 
+import draws
 from legato._modes import evaluating
-from legato.layers import LMU, SRU, Bidirectional
-from legato.models import Embedding, LanguageModel, Translator
+from legato.layers import LMU
+from legato.models import Embedding, LanguageModel
 
 
 def modes(model):
@@ -19,17 +19,10 @@ def language_model():
     return LanguageModel(Embedding(27, 8, dropout=0.5), make, blocks=2, highways=1, dropout=0.5)
 
 
-def translator():
-    encoder = Bidirectional(SRU(8, 4), SRU(8, 4))
-    return Translator(encoder, SRU(8, 8), Embedding(27, 8, dropout=0.5), Embedding(27, 8), dropout=0.5)
-
-
 tokens = torch.randint(4, 27, (2, 12))
 RUNS = {
     "generate": (language_model, lambda model: model.generate(tokens, 3, temperature=0)),
     "calibrate": (language_model, lambda model: model.calibrate(tokens)),
-    "greedy": (translator, lambda model: model.greedy(tokens, longest=3).log_probability),
-    "beam": (translator, lambda model: model.beam(tokens, width=2, longest=3).log_probability),
 }
 every_run = pytest.mark.parametrize(("make", "run"), RUNS.values(), ids=RUNS)
 
@@ -54,7 +47,7 @@ def test_every_part_keeps_its_mode_after_an_error(make, run):
     model = make().train()
     part = next(model.children()).eval()
     before = modes(model)
-    broken = model.blocks[0] if isinstance(model, LanguageModel) else model.decoder
+    broken = model.blocks[0]
 
     def fail(*_):
         raise KeyError("broken")

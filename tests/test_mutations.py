@@ -4,16 +4,16 @@ One coefficient is wrong by 1e-4 of itself, one step at the edge of a chunk is d
 channels are swapped. The mistakes are made around the op, on what goes in and comes out, so no shipped code knows them.
 """
 
-import bounds
 import pytest
-import test_contract as contract
 import torch
+
+import bounds
+import test_contract as contract
+from legato.ops.lti import METHODS
 from ops import test_gated as gated
 from ops import test_lti as lti
 from ops import test_matrix as matrix
 from ops import test_recurrence as recurrence
-
-from legato.ops.lti import METHODS
 
 MISTAKES = ["coefficient", "step", "channels"]
 every_mistake = pytest.mark.parametrize("mistake", MISTAKES)

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+
+from legato.layers import LMU, LRU, LegendreMemory
 from test_contract import (
     BATCH,
     SPLIT,
@@ -12,9 +15,6 @@ from test_contract import (
     in_single_steps,
     inputs,
 )
-from torch.utils import _pytree as pytree
-
-from legato.layers import LMU, LRU, LegendreMemory
 
 ROW = 1
 every_value = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)

@@ -4,16 +4,16 @@ import io
 import math
 from decimal import Decimal
 
-import draws
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import draws
 import legato
 from legato import GILR, GILRLSTM, LRU, QRNN, SRU, Highway, LinearRNN, MinGRU, MinLSTM, Stack, StronglyTypedRNN
 from legato._checks import dropout_rate, positive_int, real_number, whole_number
-from legato.models import Embedding, LanguageModel, LockedDropout, Translator
+from legato.models import Embedding, LanguageModel, LockedDropout
 
 # The shape checker of the test run would stop these numbers by their type.
 pytestmark = pytest.mark.bad_input
@@ -60,12 +60,7 @@ def language_model(i, r):
     make = lambda size: GILR(size, size)  # noqa: E731
     embedding = Embedding(i(9), i(4), padding=i(0), dropout=r(0.5))
     options = {"channels": i(5), "highways": i(1), "top_highways": i(0), "gate_bias": r(-1), "dropout": r(0.25)}
-    return LanguageModel(embedding, make, blocks=i(2), cutoffs=[i(4), i(6)], **options)
-
-
-def translator(i, r):
-    source, target = Embedding(i(9), i(4)), Embedding(i(8), i(4))
-    return Translator(GILR(4, 4), GILR(4, 4), source, target, dropout=r(0.5), padding=i(0), start=i(2), end=i(3))
+    return LanguageModel(embedding, make, blocks=i(2), **options)
 
 
 BUILT = [
@@ -82,13 +77,22 @@ BUILT = [
     lambda i, r: Highway(i(3), gate_bias=r(-2)),
     lambda i, r: LockedDropout(r(0.5)),
     language_model,
-    translator,
 ]
 
 
+every_number = pytest.mark.parametrize(
+    ("i", "r"), [(np.int64, np.float32), (np.array, np.array), (torch.tensor, torch.tensor)]
+)
+
+
 @pytest.mark.parametrize("build", BUILT)
-@pytest.mark.parametrize(("i", "r"), [(np.int64, np.float32), (np.array, np.array), (torch.tensor, torch.tensor)])
+@every_number
 def test_what_is_built_of_any_numbers_is_the_same(build, i, r):
+    assert_built_the_same(build, i, r)
+
+
+def assert_built_the_same(build, i, r):
+    """``build`` of numbers made by ``i`` and ``r`` holds Python's own, and is what it is of these."""
     draws.seed(0)
     expected = build(int, float)
     draws.seed(0)
@@ -131,7 +135,3 @@ def test_functions_take_any_numbers():
     model = language_model(int, float)
     tokens = torch.randint(9, (2, 3))
     assert model.generate(tokens, np.int64(2), temperature=np.float32(0), top_k=np.int64(3)).shape == (2, 2)
-    pair = translator(int, float)
-    assert len(pair.greedy(tokens, longest=np.int64(3)).words) == 2
-    found = pair.beam(tokens, width=np.int64(2), length_penalty=np.float32(1), longest=np.int64(3))
-    assert len(found.words) == 2

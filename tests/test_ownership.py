@@ -2,19 +2,19 @@
 
 from typing import NamedTuple
 
-import draws
 import pytest
 import torch
-from test_contract import BATCH, SPLIT, STEPS, build, every_layer, every_streaming_layer, inputs
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import draws
 import legato
 from legato._shapes import Tensor
 from legato.layers import GILR, GILRLSTM, LegendreMemory, LinearRNN
 from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
 from legato.ops.lti import METHODS
+from test_contract import BATCH, SPLIT, STEPS, build, every_layer, every_streaming_layer, inputs
 
 MODES = {"training": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

@@ -1,12 +1,12 @@
 """Modules sharded over two processes on the meta device start as whole ones do."""
 
-import draws
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
+import draws
 from legato import GILR, GILRLSTM, LMU, LRU, Highway, RecurrentLMU
 from legato.layers import LegendreMemory
 from legato.models import Embedding, LanguageModel

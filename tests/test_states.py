@@ -7,18 +7,18 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-import bounds
 import pytest
 import torch
-from test_contract import BATCH, build, every_layer, every_streaming_layer, inputs
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
+import bounds
 from legato._shapes import Tensor
 from legato.layers import GILR, LMU, Stack
 from legato.layers._base import RecurrentLayer
-from legato.models import Embedding, LanguageModel, Translator
+from legato.models import Embedding, LanguageModel
+from test_contract import BATCH, build, every_layer, every_streaming_layer, inputs
 
 
 class OwnState(NamedTuple):
@@ -84,16 +84,12 @@ def test_a_state_in_a_checkpoint_comes_back(case, copied):
 
 @every_copy
 def test_states_of_models_and_own_layers_come_back(copied):
-    encoder, words = GILR(4, 4), Embedding(9, 4)
+    words = Embedding(9, 4)
     language = LanguageModel(words, lambda size: LMU(size, size, order=2, theta=4.0), blocks=2)
-    translator = Translator(encoder, GILR(4, 4), words, words)
     tokens = torch.randint(1, 9, (2, 5))
     with torch.no_grad():
         values = [
             language(tokens)[1],
-            translator.initial_state(2),
-            translator.encode(tokens),
-            translator.greedy(tokens, longest=3),
             Stack(GILR(3, 4), GILR(4, 4)).initial_state(2),
             Own()(torch.randn(2, 5, 3))[1],
         ]

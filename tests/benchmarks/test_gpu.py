@@ -4,10 +4,11 @@ import json
 import time
 from statistics import median
 
-import gpu
-import gpu_checks
 import pytest
 import torch
+
+import gpu
+import gpu_checks
 
 pytest.importorskip("triton")
 

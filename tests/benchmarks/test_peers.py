@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
-import expected
 import numpy as np
-import peers
 import pytest
+
+import expected
+import peers
 from environments import worker
 from recurrence import step
 

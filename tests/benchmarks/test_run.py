@@ -1,11 +1,12 @@
 import json
 import sys
 
-import measure
 import pytest
+import torch
+
+import measure
 import run
 import show
-import torch
 from measure import Target, judge, peak_memory, save
 
 SUBJECT = """

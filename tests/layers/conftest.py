@@ -1,7 +1,8 @@
-import bounds
-import draws
 import pytest
 import torch
+
+import bounds
+import draws
 
 
 @pytest.fixture

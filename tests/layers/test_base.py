@@ -5,10 +5,10 @@ import re
 import textwrap
 from typing import NamedTuple
 
-import bounds
 import pytest
 import torch
 
+import bounds
 import legato.layers._base as base
 from legato.layers import LMU
 from legato.ops.recurrence import linear_recurrence

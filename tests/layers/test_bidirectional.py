@@ -4,14 +4,14 @@ import copy
 import itertools
 from typing import Any, NamedTuple
 
-import bounds
-import draws
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
+import bounds
+import draws
 from legato.layers import GILR, GILRLSTM, LMU, Bidirectional, LegendreMemory, Stack
 from legato.layers._base import RecurrentLayer
 

@@ -2,11 +2,11 @@
 
 import copy
 
-import bounds
 import pytest
 import torch
 from torch import nn
 
+import bounds
 from legato.layers import LMU, LegendreMemory, RecurrentLMU
 
 

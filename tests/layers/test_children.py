@@ -3,13 +3,13 @@
 import copy
 import warnings
 
-import bounds
-import draws
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import bounds
+import draws
 from legato.layers import GILR, GILRLSTM, LMU, QRNN, LinearSurrogate, MinLSTM, RecurrentLMU
 
 SIZES = {"order": 4, "theta": 6.0, "dtype": torch.float64}

@@ -1,9 +1,9 @@
 """What a layer holds in 32 bits or more stays so, with its gradients, however the layer is converted or moved."""
 
-import draws
 import pytest
 import torch
 
+import draws
 from legato import LRU
 from legato.layers._base import never_narrowed
 

@@ -2,15 +2,15 @@
 
 import copy
 
-import bounds
 import pytest
 import torch
 import torch.distributed as dist
-from test_contract import build, every_layer
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
+import bounds
 from legato import GILR, LegendreMemory, Stack
+from test_contract import build, every_layer
 
 
 @pytest.fixture(scope="module")

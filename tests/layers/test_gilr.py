@@ -1,9 +1,9 @@
 """What is particular to GILR and GILRLSTM: the paper's equations. The contract is in tests/test_contract.py."""
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato import GILR, GILRLSTM, spread_time_scales
 
 

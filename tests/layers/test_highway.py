@@ -2,10 +2,10 @@
 
 import copy
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato.layers import Highway
 
 SIZE = 5

@@ -3,11 +3,11 @@
 import copy
 import math
 
-import bounds
 import jaxtyping
 import pytest
 import torch
 
+import bounds
 from legato.layers import LegendreMemory
 from legato.legendre import delay_network, window_decoder
 from legato.ops.lti import lti

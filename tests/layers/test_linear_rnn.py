@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
-import bounds
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import bounds
 from legato import LinearRNN, Stack
 
 GUIDE = Path(__file__).parents[2] / "docs" / "README.md"

@@ -2,14 +2,14 @@
 
 import copy
 
-import bounds
-import draws
 import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import bounds
+import draws
 from legato.layers import LMU, lmu
 from legato.layers.lmu import LMUState
 from legato.legendre import delay_network

@@ -2,11 +2,11 @@
 
 import math
 
-import bounds
-import draws
 import pytest
 import torch
 
+import bounds
+import draws
 from legato import LRU
 
 

@@ -1,9 +1,9 @@
 """What is particular to MinGRU and MinLSTM: their equations. The contract is in tests/test_contract.py."""
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato import MinGRU, MinLSTM, spread_time_scales
 
 

@@ -1,9 +1,9 @@
 """What is particular to QRNN: its convolution and the inputs in its state. The contract is in test_contract.py."""
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato import QRNN
 
 

@@ -1,9 +1,9 @@
 """What is particular to RecurrentLMU: its equations, written out. The contract is in tests/test_contract.py."""
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato.layers import RecurrentLMU
 from legato.legendre import delay_network
 

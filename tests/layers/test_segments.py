@@ -1,11 +1,11 @@
 import copy
 
-import bounds
-import draws
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import bounds
+import draws
 from legato import GILR, GILRLSTM, LMU, SRU, Bidirectional, Stack, in_segments
 
 

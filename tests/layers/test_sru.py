@@ -1,9 +1,9 @@
 """What is particular to SRU: the paper's equations, its parameters, its biases. The contract is in test_contract.py."""
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato import SRU, spread_time_scales
 
 

@@ -5,12 +5,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import draws
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import draws
 from legato.layers import GILR, GILRLSTM, LMU, Bidirectional, LegendreMemory, Stack
 from legato.layers._base import RecurrentLayer
 

@@ -1,8 +1,8 @@
 """What is particular to StronglyTypedRNN: its equations. The contract is in tests/test_contract.py."""
 
-import bounds
 import torch
 
+import bounds
 from legato import StronglyTypedRNN, spread_time_scales
 
 

@@ -1,12 +1,12 @@
 """A cell fed by a surrogate is the loop of its definition; what every layer keeps is held in tests/test_contract.py."""
 
-import bounds
-import draws
 import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import bounds
+import draws
 from legato.layers import (
     GILR,
     GILRLSTM,

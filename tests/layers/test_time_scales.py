@@ -2,10 +2,10 @@
 
 import math
 
-import bounds
 import pytest
 import torch
 
+import bounds
 from legato import spread_time_scales
 
 

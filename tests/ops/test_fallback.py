@@ -6,12 +6,12 @@ import subprocess
 import sys
 from types import ModuleType
 
-import draws
 import pytest
 import torch
 from numba.core import config
 from numba.core.errors import LoweringError
 
+import draws
 import legato
 from legato.ops import kernels
 from legato.ops.gated import gated_unit

@@ -1,11 +1,11 @@
 """The gated unit: its kernel against the definition, values and all gradients, and what goes to the definition."""
 
-import bounds
-import draws
 import pytest
 import torch
 from torch.autograd import gradcheck
 
+import bounds
+import draws
 import legato
 from legato.ops import gated, kernels
 from legato.ops.gated import gated_recurrence, gated_unit

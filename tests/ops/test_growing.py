@@ -5,10 +5,10 @@ All numbers here are positive, so that a sum is as exact as its terms and errors
 
 import math
 
-import bounds
 import pytest
 import torch
 
+import bounds
 import legato
 from legato.ops.lti import METHODS, apply, lti, prepare
 from legato.ops.matrix import matrix_recurrence

@@ -3,13 +3,13 @@
 import functools
 import sys
 
-import bounds
-import draws
 import jaxtyping
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+import bounds
+import draws
 import legato
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, apply, chunk_length, lti, prepare

@@ -2,12 +2,12 @@
 
 import functools
 
-import bounds
-import draws
 import pytest
 import torch
 from torch.func import jvp, vmap
 
+import bounds
+import draws
 from legato.ops.matrix import matrix_recurrence
 
 N = 3

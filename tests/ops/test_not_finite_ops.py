@@ -1,9 +1,9 @@
 """A NaN or an infinity at one step is seen where the recurrence, run step by step, brings it, and nowhere else."""
 
-import draws
 import pytest
 import torch
 
+import draws
 from legato.ops.lti import apply, lti, prepare
 from legato.ops.matrix import matrix_recurrence
 from legato.ops.recurrence import linear_recurrence

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import bounds
-import draws
 import pytest
 import torch
 
+import bounds
+import draws
 from legato.ops.recurrence import linear_recurrence
 
 

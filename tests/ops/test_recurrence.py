@@ -2,11 +2,11 @@
 
 import itertools
 
-import bounds
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import bounds
 import legato
 from legato.ops import kernels
 from legato.ops.recurrence import linear_recurrence

@@ -1,9 +1,10 @@
 """The Triton kernels against a loop: compiled on a GPU, else in Triton's interpreter on CPU tensors."""
 
-import bounds
-import draws
 import pytest
 import torch
+
+import bounds
+import draws
 
 pytest.importorskip("triton")
 

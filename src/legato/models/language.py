@@ -1,6 +1,6 @@
 """Language models: the probability of the next token, by any layer of the library; they generate a step at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -39,8 +39,9 @@ class LanguageModel(nn.Module):
         top_highways: highway layers above the sum; None is as many as in a block.
         gate_bias: of the highways at first.
         tied: V is E, of plain softmax; where the embedding is of another width, a matrix maps y to it.
-        cutoffs: for adaptive softmax: where the clusters of rarer tokens begin, the vocabulary being sorted by falling
-            frequency. Empty is plain softmax.
+        output: None for a plain softmax; else a function (channels, vocabulary size) -> module, where
+            ``module(features)`` of (R, channels) gives log p of all tokens, (R, vocabulary), and
+            ``module(features, targets)`` log p of the targets, (R,): such as a hierarchical or sampled softmax.
         dropout: share of the channels of every h_k and of y dropped in training, the same ones at every step.
 
     Shapes: tokens (B, T) of int64; log-probabilities (B, T, vocabulary); state a tuple of the layers' states.
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
         top_highways: int | None = None,
         gate_bias: float = -1.0,
         tied: bool = False,
-        cutoffs: Sequence[int] = (),
+        output: Callable[[int, int], nn.Module] | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -97,7 +98,9 @@ class LanguageModel(nn.Module):
         self.top = nn.Sequential(*(Highway(size, **options) for _ in range(top)))
         self.dropout = LockedDropout(dropout)
         self.tied = bool(tied)
-        self.output = _output(embedding, size, self.tied, cutoffs)
+        if output is not None and self.tied:
+            raise ValueError("tied=True cannot be combined with output: the weight of a custom output is its own")
+        self.output = _Softmax(embedding, size, self.tied) if output is None else output(size, embedding.size)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -147,8 +150,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, "B T"], tuple[Any, ...]]:
         """log p of ``targets`` alone, the tokens one step on, and the state; zero from ``lengths`` on.
 
-        Adaptive softmax needs a small part of the vocabulary for that, and steps past ``lengths`` need none: what
-        ``tokens`` and ``targets`` hold there, such as -1 and -100, does not count.
+        Steps past ``lengths`` are not computed: what ``tokens`` and ``targets`` hold there, such as -1 and -100, does
+        not count. A custom ``output`` may compute the targets' part of the vocabulary alone.
         """
         tokens = self._checked_tokens("tokens", tokens, 2)
         targets = without_padding("targets", self._checked_tokens("targets", targets, 2), lengths)
@@ -345,57 +348,6 @@ class _Softmax(nn.Module):
 
     def _scores(self, features: Tensor) -> Tensor:
         return F.linear(self.into(features), self.weight, self.bias)
-
-
-class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
-    """Adaptive softmax (Grave et al. 2017): rarer clusters of tokens are read from fewer channels. The weights are
-    torch's; its passes mix dtypes under autocast, so they stand here."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, features: Tensor, targets: Tensor | None = None
-    ) -> Tensor:
-        """log p of the targets, or of all tokens."""
-        if targets is None:
-            return self.log_prob(features)
-        targets = targets.to(torch.int64)
-        head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
-        # What is no token is left for gather to refuse, on a GPU too.
-        rare = (targets >= self.shortlist_size) & (targets < self.n_classes)
-        log_p = head.gather(1, targets.masked_fill(rare, 0)[:, None])[:, 0]
-        for number, (tail, low, high) in enumerate(self._clusters(), self.shortlist_size):
-            rows = ((targets >= low) & (targets < high)).nonzero()[:, 0]
-            inside = F.log_softmax(tail(features[rows]), dim=1, dtype=_wide(features))
-            inside = inside.gather(1, targets[rows, None] - low)[:, 0]
-            log_p = log_p.index_copy(0, rows, head[rows, number] + inside)
-        return log_p
-
-    def log_prob(self, features: Tensor) -> Tensor:
-        head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
-        parts = [head[:, : self.shortlist_size]]
-        for number, (tail, _, _) in enumerate(self._clusters(), self.shortlist_size):
-            parts.append(head[:, number, None] + F.log_softmax(tail(features), dim=1, dtype=_wide(features)))
-        return torch.cat(parts, 1)
-
-    def _clusters(self) -> Iterator[tuple[nn.Module, int, int]]:
-        return zip(self.tail, self.cutoffs[:-1], self.cutoffs[1:], strict=True)
-
-
-def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
-    vocabulary = embedding.size
-    if len(cutoffs) == 0:
-        return _Softmax(embedding, size, tied)
-    if tied:
-        raise ValueError("adaptive softmax has a matrix a cluster, so it cannot be tied: leave tied or cutoffs out")
-    cutoffs = [positive_int(cutoff, "each of cutoffs") for cutoff in cutoffs]
-    if any(a >= b for a, b in zip([0, *cutoffs], [*cutoffs, vocabulary], strict=True)):
-        raise ValueError(
-            f"expected cutoffs that rise between 0 and the vocabulary's {vocabulary}, got {cutoffs}: "
-            "each is where a cluster of rarer tokens begins"
-        )
-    # Each cluster is read from a quarter of the channels of the one before, as in the paper, but never from none.
-    narrower = next(n for n in (4.0, 2.0, 1.0) if size >= n ** len(cutoffs))
-    where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
-    return _AdaptiveSoftmax(size, vocabulary, cutoffs, div_value=narrower, head_bias=True, **where)
 
 
 def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> None:

@@ -1,0 +1,99 @@
+"""imdb, qqp and snli on a few real texts, from the command to the checkpoint, and from files in the official forms."""
+
+import csv
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from legato_papers.cli import main
+from legato_papers.data import qqp, snli
+from legato_papers.data.files import File
+from legato_papers.recipes import recipe
+
+DATA = Path(os.environ.get("LEGATO_DATA") or "../shared/data")
+PARTS = {"imdb": "imdb", "qqp": "qqp-20k", "snli": "snli"}
+BESIDE = {"imdb": 301, "qqp": 1201, "snli": 3603}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_and_arithmetic(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("name", ["qqp", "snli", "imdb"])
+def test_a_few_real_texts_go_all_the_way(name, tmp_path, capsys):
+    for part in (PARTS[name], "vectors300"):
+        if not (DATA / part).is_dir():
+            pytest.skip(f"{DATA / part} is not here")
+    run = tmp_path / "run"
+    command = ["train", name, "--smoke", "--data-dir", str(DATA), "--accelerator", "cpu", "--run-dir", str(run)]
+    assert main(command) == 0
+    result = json.loads((run / "seed-0" / "result.json").read_text())
+    assert result["parameters"] - result["embedding_parameters"] == BESIDE[name]
+    assert result["vectors"] == "vectors300"
+    assert result["data"] == {"imdb": "IMDB", "qqp": "qqp-20k", "snli": "cad+sick"}[name]
+    assert 0 <= result["test"]["accuracy"] <= 1
+    assert set(result["truncated"]) == {"train", "validation", "test"}
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data-dir", str(DATA)]) == 0
+    assert f"{100 * result['test']['accuracy']:.2f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_a_smoke_size_is_small(name):
+    smoke = recipe(name).smoke
+    assert smoke["training.epochs"] == 1
+    assert smoke["data.examples"] <= 200
+
+
+def pairs(count):
+    """Invented questions; those of the same thing are duplicates."""
+    things = ["piano", "violin", "cello", "harp"]
+    for number in range(count):
+        a, b = things[number % 4], things[(number + number // 4 % 2) % 4]
+        yield f"How do I tune a {a}?", f"What is the way to tune my {b}?", int(a == b)
+
+
+def train_on_official(name, folder, tmp_path):
+    """The result of a smoke run on these files, with drawn vectors."""
+    run = tmp_path / "run"
+    options = ["--data.vectors", "null", "--data-dir", str(folder), "--accelerator", "cpu", "--run-dir", str(run)]
+    assert main(["train", name, "--smoke", *options]) == 0
+    return json.loads((run / "seed-0" / "result.json").read_text())
+
+
+def test_the_official_file_of_qqp_is_all_that_the_paper_s_experiment_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(qqp, "OFFICIAL", File("quora_duplicate_questions.tsv"))
+    monkeypatch.setattr(qqp, "COUNT", 80)
+    monkeypatch.setattr(qqp, "_PER_CLASS", 10)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with open(folder / "quora_duplicate_questions.tsv", "w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        rows.writerow(["id", "qid1", "qid2", "question1", "question2", "is_duplicate"])
+        rows.writerows([n, 2 * n, 2 * n + 1, a, b, label] for n, (a, b, label) in enumerate(pairs(80)))
+    result = train_on_official("qqp", folder, tmp_path)
+    assert (result["data"], result["updates"]) == ("qqp", 2)
+
+
+def test_the_official_archive_of_snli_is_all_that_the_paper_s_experiment_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(snli, "ARCHIVE", File("snli_1.0.zip"))
+    monkeypatch.setattr(snli, "COUNTS", {"train": 60, "dev": 12, "test": 12})
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "snli_1.0.zip", "w") as archive:
+        for part, count in snli.COUNTS.items():
+            rows = [
+                {"gold_label": snli.LABELS[n % 3], "sentence1": first, "sentence2": second}
+                for n, (first, second, _) in enumerate(pairs(count))
+            ]
+            rows.append(rows[0] | {"gold_label": "-"})
+            archive.writestr(f"snli_1.0/snli_1.0_{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    result = train_on_official("snli", folder, tmp_path)
+    assert (result["data"], result["updates"]) == ("snli", 3)

@@ -1,1 +1,0 @@
-"""The papers' experiments as commands: ``task.py`` says what one is, ``recipes/`` holds them, ``run.py`` runs them."""
