@@ -13,7 +13,6 @@ RULES = {
     "legato._shapes": (),
     "legato._autocast": ("legato._shapes",),
     "legato._checks": ("legato._shapes",),
-    "legato._choices": (),
     "legato._modes": (),
     "legato._values": ("legato._shapes",),
     "legato.legendre": ("legato._shapes", "legato._checks"),
@@ -22,7 +21,6 @@ RULES = {
         "legato.ops.kernels",
         "legato._shapes",
         "legato._checks",
-        "legato._choices",
         "legato._autocast",
         "legato._values",
     ),
@@ -30,7 +28,7 @@ RULES = {
     "legato.models": ("legato.layers", "legato._shapes", "legato._checks", "legato._modes"),
     "legato.experiments": ("legato",),
     "legato.cli": ("legato.experiments", "legato"),
-    "legato": ("legato._choices", "legato.layers", "legato.legendre", "legato.ops"),
+    "legato": ("legato.layers", "legato.legendre", "legato.ops"),
 }
 FORBIDDEN = {"legato.layers": ("legato.ops.kernels",)}
 KERNELS = "legato.ops.kernels"

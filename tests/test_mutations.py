@@ -159,7 +159,9 @@ UNITS = [(mistake, form) for form in GATED for mistake in MISTAKES if (mistake, 
 
 
 @pytest.mark.parametrize(("mistake", "form"), UNITS)
-@pytest.mark.skipif(gated.kernels.gated(torch.device("cpu")) is None, reason="the kernel needs numba")
+@pytest.mark.skipif(
+    gated.backends.choose("gated_unit", torch.device("cpu"))[0] is None, reason="the kernel needs numba"
+)
 def test_the_gated_unit(mistake, form, monkeypatch):
     sizes, more, options = GATED[form]
     tensors, right = gated.example(*sizes, **more, resets=False), gated.gated_unit

@@ -13,7 +13,7 @@ from numba.core import config
 from numba.core.errors import LoweringError
 
 import legato
-from legato.ops import kernels
+from legato.ops import backends, kernels
 from legato.ops.gated import gated_unit
 from legato.ops.kernels import gated_cpu, numba_cpu
 
@@ -23,9 +23,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def new_process(monkeypatch):
     """Nothing is known about the kernels, as in a new process."""
-    monkeypatch.setattr(kernels, "_failures", {})
-    monkeypatch.setattr(kernels, "_warned", {})
-    caches = kernels._installed, kernels._load, kernels._prepared
+    monkeypatch.setattr(backends, "_failures", {})
+    monkeypatch.setattr(backends, "_warned", {})
+    caches = backends._installed, backends._load, backends._prepared
     for function in caches:
         function.cache_clear()
     yield
@@ -72,7 +72,7 @@ def units():
 def without_numba(function, monkeypatch):
     """What ``function`` gives where Numba is not installed."""
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_installed", lambda package: package is None)
+        patch.setattr(backends, "_installed", lambda package: package is None)
         return function()
 
 
@@ -155,14 +155,14 @@ def test_a_backward_alone_that_does_not_compile(new_process, monkeypatch):
     states, (results, gradients) = (without_numba(f, monkeypatch) for f in (recurrence, units))
     for module in (numba_cpu, gated_cpu):
         monkeypatch.setattr(module, "_backward", does_not_compile)
-    assert kernels.choose(CPU, None, torch.float32)[0] is numba_cpu
-    assert kernels.gated(CPU, torch.float32) is gated_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_cpu
+    assert backends.choose("gated_unit", CPU, None, torch.float32)[0] is gated_cpu
     found, _ = with_one_warning(lambda: (recurrence(), units()[1]), "no such instruction")
     assert_equal(found[0], states)
     assert_equal(found[1], gradients)
     assert legato.explain().count("numba is installed but cannot be used: LoweringError") == 2
-    assert kernels.choose(CPU, None, torch.float64)[1] == "torch"
-    assert kernels.gated(CPU, torch.float32) is None
+    assert backends.choose("linear_recurrence", CPU, None, torch.float64)[1] == "torch"
+    assert backends.choose("gated_unit", CPU, None, torch.float32)[0] is None
     assert_equal(units()[0], results)
 
 
@@ -180,15 +180,15 @@ def test_an_interrupted_compilation_is_repeated(interrupt, new_process, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(numba_cpu, "prepare", interrupted)
         with pytest.raises(interrupt):
-            kernels.choose(CPU, None, torch.float32)
-    assert kernels.choose(CPU, None, torch.float32)[0] is numba_cpu
+            backends.choose("linear_recurrence", CPU, None, torch.float32)
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_cpu
 
 
 def test_a_failure_in_one_kernel_leaves_the_other(new_process, monkeypatch):
     monkeypatch.setattr(gated_cpu, "_forward", does_not_compile)
     with pytest.warns(UserWarning, match="no such instruction"):
         units()
-    assert kernels.choose(CPU, None, torch.float32)[0] is numba_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_cpu
 
 
 def test_what_a_kernel_raises_when_it_runs_is_raised(new_process, monkeypatch):
@@ -262,7 +262,7 @@ def in_new_process(**environment):
 def triton_gpu(new_process, monkeypatch):
     """The module as on a CUDA machine, where nothing is interpreted."""
     pytest.importorskip("triton")
-    module = kernels._load("triton")
+    module = backends._load("linear_recurrence", "triton")
     monkeypatch.setattr(module, "INTERPRETED", False)
     module._launch_one.cache_clear()
     return module
@@ -270,7 +270,7 @@ def triton_gpu(new_process, monkeypatch):
 
 def assert_falls_back_on_cuda(cause):
     both, message = with_one_warning(
-        lambda: [kernels.choose(CUDA, None, torch.float32, adjoint) for adjoint in (False, True)],
+        lambda: [backends.choose("linear_recurrence", CUDA, None, torch.float32, adjoint) for adjoint in (False, True)],
         cause,
     )
     assert "the triton kernels cannot be used" in message
@@ -279,7 +279,7 @@ def assert_falls_back_on_cuda(cause):
         assert why.startswith("triton is installed but cannot be used: ")
         assert cause in why
     with pytest.raises(RuntimeError, match=f"backend 'triton' .* cannot be used: .*{cause}"):
-        kernels.choose(CUDA, "triton", torch.float32)
+        backends.choose("linear_recurrence", CUDA, "triton", torch.float32)
 
 
 def test_triton_that_raises_when_imported(new_process, monkeypatch, tmp_path):

@@ -7,13 +7,15 @@ import torch
 from torch.autograd import gradcheck
 
 import legato
-from legato.ops import gated, kernels
+from legato.ops import backends, gated
 from legato.ops.gated import gated_recurrence, gated_unit
 
 PLAIN, CELL = ("forget", "candidate"), ("forget", "write", "output", "candidate")
 OUTPUT, SKIP = ("forget", "output", "candidate"), ("forget", "output", "skip", "candidate")
 
-pytestmark = pytest.mark.skipif(kernels.gated(torch.device("cpu")) is None, reason="the kernel needs numba")
+pytestmark = pytest.mark.skipif(
+    backends.choose("gated_unit", torch.device("cpu"))[0] is None, reason="the kernel needs numba"
+)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import nn
 
 from legato.layers import GILRLSTM, QRNN, SRU, Stack
 from legato.layers._base import RecurrentLayer
-from legato.ops import kernels
+from legato.ops import backends
 from legato.ops.recurrence import linear_recurrence
 
 from .benchmark_report import Panel, draw, show
@@ -263,7 +263,7 @@ def _device(options: Options) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExperimentError("PyTorch sees no CUDA device here: take --device cpu")
-    _, backend, why = kernels.choose(device, None, torch.float32)
+    _, backend, why = backends.choose("linear_recurrence", device, None, torch.float32)
     if backend == "torch":
         package = {"cpu": "numba", "cuda": "triton"}[device.type]
         lacking = f"there is no compiled kernel to measure on {device.type} ({why})"

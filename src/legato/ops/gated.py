@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
-from legato import _choices
 from legato._autocast import without_autocast
 from legato._shapes import Bool, Float, Tensor
-from legato.ops import kernels
+from legato.ops import backends
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -31,6 +30,7 @@ def gated_recurrence(
     *,
     squash: bool = False,
     reset: Bool[Tensor, "B T"] | None = None,
+    backend: str | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
     """h_t = f_t h_{t-1} + w_t g(candidate_t), f_t = sigmoid(forget_t), w_t = sigmoid(write_t) or, without it, 1 - f_t.
 
@@ -44,6 +44,7 @@ def gated_recurrence(
         initial_state: the state before the first step, (batch, channels); zeros by default.
         squash: g is tanh; else g is the identity.
         reset: True where the state is dropped before that step, (batch, time).
+        backend: as for ``linear_recurrence``.
 
     Returns:
         The states, and the state after the last step, both in float32 or wider.
@@ -59,7 +60,8 @@ def gated_recurrence(
     Source: Martin & Cundy 2018, section 3 (GILR); with ``write``, the cell of their GILR-LSTM.
     """
     with without_autocast(candidate):
-        return linear_recurrence(*_decay_and_impulse(forget, candidate, write, squash), initial_state, reset=reset)
+        decay, impulse = _decay_and_impulse(forget, candidate, write, squash)
+        return linear_recurrence(decay, impulse, initial_state, reset=reset, backend=backend)
 
 
 def gated_step(
@@ -96,6 +98,7 @@ def gated_unit(
     activation: Callable[[Tensor], Tensor] | None = None,
     delayed: bool = False,
     reset: Bool[Tensor, "B T"] | None = None,
+    backend: str | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
     """z_t = products_t + sum_i W_i x_i,t + b; c_t = f_t c_{t-1} + w_t g(candidate_t);
     h_t = o_t activation(c_t) + (1 - o_t) skip_t.
@@ -113,6 +116,7 @@ def gated_unit(
         activation: of c_t on its way out; None is the identity. ``torch.tanh`` is part of the kernel, others are not.
         delayed: c_{t-1} is returned in place of c_t, zero where the state was dropped; only without an output gate.
         reset: True where the state is dropped before that step, (batch, time).
+        backend: as for ``linear_recurrence``. A backend without a kernel of the unit computes the definition.
 
     Returns:
         h_t, c_t and the last c, all in float32 or wider.
@@ -128,14 +132,16 @@ def gated_unit(
     skips_input = skip is not None and len(inputs) > 0 and skip is inputs[0]
     form = ("/".join(blocks), squash, activation is not None, delayed, skips_input)
     tensors = (*inputs, *weights, bias, products, initial_state, skip)
-    if not _fusible(tensors, activation):
-        return _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
+    like: Any = (*inputs, products)[0]
+    backend = backends.resolve(backend, like.device)
+    if not _fusible(tensors, activation, backend):
+        return _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form, backend)
     skip = None if form[-1] else skip
     others = bias, products, initial_state, skip, reset
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        found = _GatedUnit.apply((*form, _keeps(inputs)), len(inputs), *others, *inputs, *weights)
+        found = _GatedUnit.apply((*form, backend, _keeps(inputs)), len(inputs), *others, *inputs, *weights)
     else:  # without gradients torch.compile gives the Function's forward its arguments one place too far
-        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *form, False)
+        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *form, backend, False)
     _, shown, states, final = found
     return (shown if "output" in blocks else states), states, final
 
@@ -183,13 +189,15 @@ def _keeps(inputs: tuple[Tensor, ...]) -> bool:
     return sum(x.shape[-1] for x in inputs) > _FORMED_AGAIN
 
 
-def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None) -> bool:
+def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None, backend: str | None) -> bool:
     """Whether the kernel computes this; kinds of derivative that it does not know go to the definition."""
     given = [x for x in tensors if x is not None]
     compiling = torch.compiler.is_compiling()
     why = None
     if given[0].device.type != "cpu":
         why = f"no kernel for {given[0].device.type}"
+    elif backend not in (None, "numba"):
+        why = f"no kernel in backend {backend!r}"
     elif activation not in (None, torch.tanh):
         why = "an activation that the kernel does not know"
     elif any(x.dtype != torch.float32 for x in given):
@@ -201,22 +209,23 @@ def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None) ->
     elif torch._C._are_functorch_transforms_active():
         why = "torch.func"
     elif not compiling:
-        if kernels.gated(given[0].device, torch.float32) is None:
-            why = kernels.why_not_gated(given[0].device)
+        kernel, _, reason = backends.choose("gated_unit", given[0].device, backend, torch.float32)
+        if kernel is None:
+            why = reason
         elif forward_ad._current_level >= 0:
             why = "a forward-mode derivative"
         elif any(type(x) not in (Tensor, torch.nn.Parameter) for x in given):
             why = "tensors of another kind"
     if why is not None and not compiling:
-        _choices.record("gated_unit", "definition", why)
+        backends.record("gated_unit", "definition", why)
     return why is None
 
 
-def _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form):
+def _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form, backend=None):
     blocks, squash, _, delayed, _ = form
     part = _parts(_products(inputs, weights, bias, products), blocks.split("/"))
     gates = part["forget"], part["candidate"], part.get("write")
-    states, final = gated_recurrence(*gates, initial_state, squash=squash, reset=reset)
+    states, final = gated_recurrence(*gates, initial_state, squash=squash, reset=reset, backend=backend)
     if delayed:
         states = one_step_later(states, initial_state, reset)
     return _shown(states, part, skip, activation), states, final
@@ -261,7 +270,7 @@ class _GatedUnit(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        (*ctx.form, _), ctx.count, *tensors = inputs
+        (*ctx.form, ctx.backend, _), ctx.count, *tensors = inputs
         kept, _, states, _ = output
         ctx.mark_non_differentiable(kept)
         ctx.set_materialize_grads(False)
@@ -282,12 +291,12 @@ class _GatedUnit(Function):
             # definition can be.
             grads = (grad_shown, grad_states, grad_final)
             found = _gradients_of_definition(
-                grads, inputs, weights, bias, products, initial_state, skip, reset, ctx.form
+                grads, inputs, weights, bias, products, initial_state, skip, reset, ctx.form, ctx.backend
             )
             return None, None, *found
         grads = torch.ops.legato.gated_unit_backward(
             grad_shown, grad_states, grad_final, kept, states, ctx.needs_input_grad[7 : 7 + ctx.count],
-            inputs, weights, bias, products, initial_state, skip, reset, *ctx.form,
+            inputs, weights, bias, products, initial_state, skip, reset, *ctx.form, ctx.backend,
         )  # fmt: skip
         matrices, others = grads[: 2 * ctx.count], grads[2 * ctx.count :]
         matrices = [grad if wanted else None for grad, wanted in zip(matrices, ctx.needs_input_grad[7:], strict=True)]
@@ -300,7 +309,7 @@ def _mapped(grad: Tensor | None) -> bool:
     return grad is not None and is_legacy_batchedtensor(grad)
 
 
-def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, skip, reset, form):
+def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, skip, reset, form, backend):
     """The gradients of bias, products, initial state, skip, resets, inputs and weights, as a graph."""
     with torch.enable_grad():
         # Aliases, so that a tensor given in two places gets the gradient of each.
@@ -309,7 +318,7 @@ def _gradients_of_definition(grads, inputs, weights, bias, products, initial_sta
         inputs, weights = matrices[: len(inputs)], matrices[len(inputs) :]
         activation = torch.tanh if form[2] else None
         skip = inputs[0] if form[-1] else skip
-        outputs = _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
+        outputs = _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form, backend)
         outputs, grads = zip(*((y, g) for y, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
         wanted = [x for x in given if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
@@ -322,7 +331,7 @@ def _gradients_of_definition(grads, inputs, weights, bias, products, initial_sta
 _library = torch.library.Library("legato", "FRAGMENT")
 _arguments = (
     "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? products, Tensor? initial_state, Tensor? skip,"
-    " Tensor? reset, str blocks, bool squash, bool show_tanh, bool delayed, bool skips_input"
+    " Tensor? reset, str blocks, bool squash, bool show_tanh, bool delayed, bool skips_input, str? backend"
 )
 _library.define(f"gated_unit({_arguments}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
@@ -333,14 +342,14 @@ _library.define(
 
 def _run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_keep):
     """The products that are kept (of size 0: none), h_t (likewise, without an output gate), c_t and the last c."""
-    *form, keep = form_and_keep
+    *form, backend, keep = form_and_keep
     like = (*inputs, products)[0]
-    kernel = kernels.gated(like.device, like.dtype)
-    _choices.record("gated_unit", *_choice(kernel, like))
+    kernel, name, why = backends.choose("gated_unit", like.device, backend, like.dtype)
+    backends.record("gated_unit", name, why)
     if kernel is None:
         activation, skip = torch.tanh if form[2] else None, inputs[0] if form[-1] else skip
         z = _products(inputs, weights, bias, products)
-        shown, *rest = _definition((), (), None, z, initial_state, skip, reset, activation, form)
+        shown, *rest = _definition((), (), None, z, initial_state, skip, reset, activation, form, backend)
         found = z if keep else z.new_empty(0), shown if "output" in form[0] else z.new_empty(0), *rest
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
     products, initial_state, skip = map(_plain, (products, initial_state, skip))
@@ -352,15 +361,15 @@ def _run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_
 
 def _run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *arguments):
     """The gradients of inputs, weights, bias, products, initial state and skip (of size 0: not wanted or not given)."""
-    (inputs, weights, bias, products, initial_state, skip, reset), form = arguments[:7], arguments[7:]
-    kernel = kernels.gated(states.device, states.dtype, True)
-    _choices.record("gated_unit", *_choice(kernel, states))
+    (inputs, weights, bias, products, initial_state, skip, reset), (*form, backend) = arguments[:7], arguments[7:]
+    kernel, name, why = backends.choose("gated_unit", states.device, backend, states.dtype, True)
+    backends.record("gated_unit", name, why)
     if kernel is None:
         bias, products, initial_state, skip = map(_leaf, (bias, products, initial_state, skip))
         inputs, weights = [_leaf(x) for x in inputs], [_leaf(x) for x in weights]
         grads = (grad_shown, grad_states, grad_final)
         bias, products, initial_state, skip, _, *matrices = _gradients_of_definition(
-            grads, inputs, weights, bias, products, initial_state, skip, reset, form
+            grads, inputs, weights, bias, products, initial_state, skip, reset, form, backend
         )
     else:
         grads = map(_plain, (grad_shown, grad_states, grad_final))
@@ -375,12 +384,6 @@ def _run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *ar
     return [states.new_empty(0) if x is None else x.detach() for x in given]
 
 
-def _choice(kernel, like: Tensor) -> tuple[str, str]:
-    if kernel is None:
-        return "definition", kernels.why_not_gated(like.device)
-    return "numba", "cpu tensors in float32 and numba is installed"
-
-
 def _leaf(x: Any) -> Any:
     return x if x is None else x.detach().requires_grad_()
 
@@ -390,7 +393,7 @@ def _plain(x: Tensor | None) -> Tensor | None:
 
 
 def _fake_run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_keep):
-    *form, keep = form_and_keep
+    *form, _, keep = form_and_keep
     like, blocks = (*inputs, products)[0], form[0].split("/")
     B, T = like.shape[:2]
     K = products.shape[-1] if products is not None else weights[0].shape[0]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from legato import _choices
 from legato._autocast import without_autocast
 from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Float, Inexact, Tensor
 from legato._values import all_finite, examinable, in_range, is_mapped
+from legato.ops import backends
 
 METHODS = ("sequential", "toeplitz", "fft", "chunked")
 
@@ -162,7 +162,7 @@ def apply(
     _check_input(u)
     _check_fit(u, kernels, initial_state, reset)
     if not torch.compiler.is_compiling():
-        _choices.record("lti", kernels.method, kernels.why)
+        backends.record("lti", kernels.method, kernels.why)
     if u.is_complex():
         return _apply_to_parts(u, kernels, initial_state, reset)
     with without_autocast(u):

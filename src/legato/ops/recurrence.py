@@ -10,10 +10,9 @@ its derivative, the registered op ``torch.ops.legato.recurrence`` is what torch.
 import torch
 from torch.autograd import Function
 
-from legato import _choices
 from legato._checks import as_tensor_advice
 from legato._shapes import Bool, Inexact, Tensor
-from legato.ops import kernels
+from legato.ops import backends
 
 
 def linear_recurrence(
@@ -39,8 +38,8 @@ def linear_recurrence(
         reset: True where the state is dropped before that step: h_t = impulse_t.
         reverse: Run from the last step to the first: h_t = decay_t * h_{t+1} + impulse_t. ``initial_state`` then enters
             at the last step, and ``reset`` drops the state that arrives from step t + 1.
-        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); it runs or raises. None chooses by device, and
-            ``legato.explain()`` says what was chosen.
+        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); it runs or raises. None takes that of
+            ``legato.use_backend`` or else chooses by device; ``legato.explain()`` says what was chosen.
 
     Returns:
         The states h_t, in the common dtype of decay and impulse, and the state after the last step that was run, in the
@@ -59,7 +58,8 @@ def linear_recurrence(
 
     Source: Martin & Cundy (2018), section 2; the adjoint is the same recurrence run backwards.
     """
-    _check(decay, impulse, initial_state, reset, backend)
+    _check(decay, impulse, initial_state, reset)
+    backend = backends.resolve(backend, impulse.device)
     dtype = torch.promote_types(decay.dtype, impulse.dtype)
     carry_dtype = torch.promote_types(dtype, torch.float32)
     channels = impulse.shape[2:]
@@ -72,9 +72,7 @@ def linear_recurrence(
     return states.reshape(*states.shape[:2], *channels), final_state.reshape(states.shape[0], *channels)
 
 
-def _check(
-    decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None, backend: str | None
-) -> None:
+def _check(decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
     given = {"impulse": impulse, "decay": decay}
     if initial_state is not None:
         given["initial_state"] = initial_state
@@ -114,8 +112,6 @@ def _check(
             raise ValueError(
                 f"reset and impulse must share a device, got {reset.device} and {impulse.device}: move one with .to()"
             )
-    if backend is not None:
-        kernels.check(backend, impulse.device)
 
 
 def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,14 +231,14 @@ _library.define(
 
 
 def _run(decay, impulse, initial_state, reset, reverse, backend):
-    kernel, name, why = kernels.choose(impulse.device, backend, impulse.dtype)
-    _choices.record("linear_recurrence", name, why)
+    kernel, name, why = backends.choose("linear_recurrence", impulse.device, backend, impulse.dtype)
+    backends.record("linear_recurrence", name, why)
     return kernel.forward(*map(_contiguous, (decay, impulse, initial_state, reset)), reverse)
 
 
 def _run_backward(grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
-    kernel, name, why = kernels.choose(states.device, backend, states.dtype, True)
-    _choices.record("linear_recurrence", name, why)
+    kernel, name, why = backends.choose("linear_recurrence", states.device, backend, states.dtype, True)
+    backends.record("linear_recurrence", name, why)
     grad_states, grad_final, decay, states, initial_state, reset = map(
         _contiguous, (grad_states, grad_final, decay, states, initial_state, reset)
     )
