@@ -14,7 +14,7 @@ from measure import Target, interleave
 from legato.ops.backends import choose
 from legato.ops.recurrence import linear_recurrence
 
-TESTS = ("tests/ops/test_recurrence.py", "tests/ops/test_numba_cpu.py", "tests/benchmarks/test_peers.py")
+TESTS = ("tests/ops/test_recurrence.py", "tests/ops/test_numba_recurrence.py", "tests/benchmarks/test_peers.py")
 SHAPES = [(8, 4096, 256), (8, 2048, 256), (32, 1024, 512), (1, 65536, 64)]
 BESIDE = [(8, 2048, 256), (8, 4096, 256)]
 ONE_CHANNEL = (1, 1_048_576, 1)

@@ -16,7 +16,7 @@ import legato
 from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
 from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, PairClassifier, SequenceClassifier, SequenceRegressor, Translator
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 
 tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])
 

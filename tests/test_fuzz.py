@@ -15,7 +15,7 @@ from test_contract import CASES, assert_close, build, in_one_pass, in_single_ste
 from torch.utils import _pytree as pytree
 
 import legato
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 
 
 def cases(number):

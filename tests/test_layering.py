@@ -36,8 +36,8 @@ KERNELS = "legato.ops.kernels"
 # cached, and how its tasks reach torch's threads.
 SHARED = (f"{KERNELS}.numba_cache", f"{KERNELS}.numba_threads")
 OWN_PACKAGE_ONLY_IN = {
-    "numba": (*SHARED, f"{KERNELS}.numba_cpu", f"{KERNELS}.gated_cpu"),
-    "triton": (f"{KERNELS}.triton_gpu",),
+    "numba": (*SHARED, f"{KERNELS}.numba_recurrence", f"{KERNELS}.numba_gated"),
+    "triton": (f"{KERNELS}.triton_recurrence",),
 }
 
 

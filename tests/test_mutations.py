@@ -9,11 +9,11 @@ import pytest
 import test_contract as contract
 import torch
 from ops import test_gated as gated
-from ops import test_lti as lti
 from ops import test_matrix as matrix
 from ops import test_recurrence as recurrence
+from ops import test_time_invariant as lti
 
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 
 MISTAKES = ["coefficient", "step", "channels"]
 every_mistake = pytest.mark.parametrize("mistake", MISTAKES)
@@ -102,12 +102,12 @@ def test_the_recurrence_in_every_dtype(mistake, backend, dtype, T):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_the_triton_kernels(mistake, chunked, monkeypatch):
     pytest.importorskip("triton")
-    from ops import test_triton_gpu as triton
+    from ops import test_triton_recurrence as triton
 
     triton.quicken(monkeypatch)
     if chunked:
-        tuning = triton.triton_gpu.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16)
-        monkeypatch.setattr(triton.triton_gpu, "TUNING", tuning)
+        tuning = triton.triton_recurrence.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16)
+        monkeypatch.setattr(triton.triton_recurrence, "TUNING", tuning)
     right = triton.kernels
 
     def kernels(decay, impulse, h_0, reset, reverse, grad_states, grad_final):

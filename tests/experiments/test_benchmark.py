@@ -99,14 +99,14 @@ def test_a_sweep_on_the_cpu_has_one_thread():
 
 def test_a_sweep_on_cuda_is_one_pass_where_time_is_otherwise_cut():
     pytest.importorskip("triton")
-    from legato.ops.kernels import triton_gpu
+    from legato.ops.kernels import triton_recurrence
 
     for features in benchmark.FEATURES:
         impulse = torch.empty(1, 65_536, 1, features, device="meta")
-        assert triton_gpu._plan(impulse).chunks > 1
+        assert triton_recurrence._plan(impulse).chunks > 1
         with serial.swept(torch.device("cuda")):
             sweep = backends.choose("linear_recurrence", impulse.device, backends.resolve(None, impulse.device))[0]
-            assert triton_gpu._plan(impulse, sweep.forward.keywords["tuning"]).chunks == 1
+            assert triton_recurrence._plan(impulse, sweep.forward.keywords["tuning"]).chunks == 1
 
 
 def test_the_table_of_the_kernel_stands_beside_the_papers(capsys, tmp_path, monkeypatch):

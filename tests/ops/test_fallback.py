@@ -15,7 +15,7 @@ from numba.core.errors import LoweringError
 import legato
 from legato.ops import backends, kernels
 from legato.ops.gated import gated_unit
-from legato.ops.kernels import gated_cpu, numba_cpu
+from legato.ops.kernels import numba_gated, numba_recurrence
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,7 +36,7 @@ def new_process(monkeypatch):
 @pytest.fixture
 def not_loaded(new_process, monkeypatch):
     """The modules that import Numba are not imported either."""
-    for name in ("numba_cache", "numba_threads", "numba_cpu", "gated_cpu"):
+    for name in ("numba_cache", "numba_threads", "numba_recurrence", "numba_gated"):
         monkeypatch.delitem(sys.modules, f"{kernels.__name__}.{name}")
         monkeypatch.delattr(kernels, name)
 
@@ -145,7 +145,7 @@ def does_not_compile(*_):
 
 
 def test_kernels_that_do_not_compile(new_process, monkeypatch):
-    for module in (numba_cpu, gated_cpu):
+    for module in (numba_recurrence, numba_gated):
         monkeypatch.setattr(module, "_forward", does_not_compile)
     assert_falls_back(monkeypatch, "LoweringError: Failed in nopython mode no such instruction")
 
@@ -153,10 +153,10 @@ def test_kernels_that_do_not_compile(new_process, monkeypatch):
 def test_a_backward_alone_that_does_not_compile(new_process, monkeypatch):
     """The forward has run by the kernel; from then on the whole module is out of use."""
     states, (results, gradients) = (without_numba(f, monkeypatch) for f in (recurrence, units))
-    for module in (numba_cpu, gated_cpu):
+    for module in (numba_recurrence, numba_gated):
         monkeypatch.setattr(module, "_backward", does_not_compile)
-    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_cpu
-    assert backends.choose("gated_unit", CPU, None, torch.float32)[0] is gated_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_recurrence
+    assert backends.choose("gated_unit", CPU, None, torch.float32)[0] is numba_gated
     found, _ = with_one_warning(lambda: (recurrence(), units()[1]), "no such instruction")
     assert_equal(found[0], states)
     assert_equal(found[1], gradients)
@@ -167,7 +167,7 @@ def test_a_backward_alone_that_does_not_compile(new_process, monkeypatch):
 
 
 def test_a_named_backend_whose_backward_fails(new_process, monkeypatch):
-    monkeypatch.setattr(numba_cpu, "_backward", does_not_compile)
+    monkeypatch.setattr(numba_recurrence, "_backward", does_not_compile)
     with pytest.raises(RuntimeError, match=r"no such instruction\. Correct that, or pass backend="):
         recurrence("numba")
 
@@ -178,24 +178,24 @@ def test_an_interrupted_compilation_is_repeated(interrupt, new_process, monkeypa
         raise interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(numba_cpu, "prepare", interrupted)
+        patch.setattr(numba_recurrence, "prepare", interrupted)
         with pytest.raises(interrupt):
             backends.choose("linear_recurrence", CPU, None, torch.float32)
-    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_recurrence
 
 
 def test_a_failure_in_one_kernel_leaves_the_other(new_process, monkeypatch):
-    monkeypatch.setattr(gated_cpu, "_forward", does_not_compile)
+    monkeypatch.setattr(numba_gated, "_forward", does_not_compile)
     with pytest.warns(UserWarning, match="no such instruction"):
         units()
-    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_recurrence
 
 
 def test_what_a_kernel_raises_when_it_runs_is_raised(new_process, monkeypatch):
     def launch(*_):
         raise ArithmeticError("in the launch")
 
-    monkeypatch.setattr(numba_cpu, "_launch", launch)
+    monkeypatch.setattr(numba_recurrence, "_launch", launch)
     with pytest.raises(ArithmeticError, match="in the launch"):
         recurrence()
 
@@ -205,7 +205,7 @@ def test_what_a_kernel_raises_when_it_runs_is_raised(new_process, monkeypatch):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_code_falls_back_too(backend, new_process, monkeypatch):
     """The registered op returns the shapes that it announces, whichever way it is computed."""
-    for module in (numba_cpu, gated_cpu):
+    for module in (numba_recurrence, numba_gated):
         monkeypatch.setattr(module, "_forward", does_not_compile)
     results = []
     for channels in (3, 40):
@@ -226,7 +226,7 @@ def _in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_falls_back(new_process, monkeypatch):
     expected = without_numba(recurrence, monkeypatch)
-    monkeypatch.setattr(numba_cpu, "prepare", does_not_compile)
+    monkeypatch.setattr(numba_recurrence, "prepare", does_not_compile)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
@@ -259,7 +259,7 @@ def in_new_process(**environment):
 
 
 @pytest.fixture
-def triton_gpu(new_process, monkeypatch):
+def triton_recurrence(new_process, monkeypatch):
     """The module as on a CUDA machine, where nothing is interpreted."""
     pytest.importorskip("triton")
     module = backends._load("linear_recurrence", "triton")
@@ -285,23 +285,23 @@ def assert_falls_back_on_cuda(cause):
 def test_triton_that_raises_when_imported(new_process, monkeypatch, tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("triton", f"{kernels.__name__}.triton_gpu"):
+    for name in ("triton", f"{kernels.__name__}.triton_recurrence"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert_falls_back_on_cuda("undefined symbol")
 
 
-def test_triton_without_a_c_compiler(triton_gpu, monkeypatch):
+def test_triton_without_a_c_compiler(triton_recurrence, monkeypatch):
     class Kernel:
         def __getitem__(self, grid):
             raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_gpu, "_one_kernel", Kernel())
+    monkeypatch.setattr(triton_recurrence, "_one_kernel", Kernel())
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     assert_falls_back_on_cuda("Failed to find C compiler")
 
 
 def test_the_trial_kernel_of_triton_runs():
-    triton_gpu = pytest.importorskip("legato.ops.kernels.triton_gpu")
+    triton_recurrence = pytest.importorskip("legato.ops.kernels.triton_recurrence")
     x = torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu")
-    triton_gpu._one_kernel[(1,)](x)
+    triton_recurrence._one_kernel[(1,)](x)
     assert x.tolist() == [1, 0]

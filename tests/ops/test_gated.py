@@ -140,9 +140,9 @@ def test_delayed_states_agree(filled, more, resets):
 @pytest.mark.parametrize(("B", "T", "C"), [(1, 700, 70), (5, 100, 70), (40, 9, 70), (1, 20, 1200)])
 def test_sequences_of_several_parts_agree(filled, two_threads, monkeypatch, B, T, C):
     """The products of a part are limited: here to 100 steps or so, or to a few batch rows."""
-    from legato.ops.kernels import gated_cpu
+    from legato.ops.kernels import numba_gated
 
-    monkeypatch.setattr(gated_cpu, "_PART_NUMBERS", 300 * 70)
+    monkeypatch.setattr(numba_gated, "_PART_NUMBERS", 300 * 70)
     agree(example(OUTPUT, B, T, C, widths=(40,), skip="input"), activation=torch.tanh)
     agree(example(PLAIN, B, T, C), squash=True, delayed=True)
 

@@ -70,7 +70,7 @@ def assert_equals_the_loop(function, decay, impulse, state, reset, reverse=False
 @pytest.mark.parametrize("decay_shape", DECAYS)
 def test_every_backend_equals_the_literal_loop(backend, reverse, resets, decay_shape):
     if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on triton's interpreter only, and test_triton_gpu.py has the GPU")
+        pytest.skip("CPU tensors run on triton's interpreter only, and test_triton_recurrence.py has the GPU")
     decay, impulse, state, reset = example(2, 5, (3,), decay_shape, resets=resets)
 
     def ours(*x):

@@ -34,10 +34,10 @@ def swept(device: torch.device) -> Iterator[None]:
     vectors, and threads share batch and features: what remains to be taken away is the threads.
     """
     if device.type == "cuda":
-        from legato.ops.kernels import triton_gpu
+        from legato.ops.kernels import triton_recurrence
 
-        uncut = triton_gpu.TUNING._replace(few_programs=0)  # no shape is cut into chunks of time
-        passes = {name: partial(getattr(triton_gpu, name), tuning=uncut) for name in ("forward", "backward")}
+        uncut = triton_recurrence.TUNING._replace(few_programs=0)  # no shape is cut into chunks of time
+        passes = {name: partial(getattr(triton_recurrence, name), tuning=uncut) for name in ("forward", "backward")}
         register("sweep", SimpleNamespace(**passes))
         with use_backend("sweep"):
             yield

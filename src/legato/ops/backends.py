@@ -40,12 +40,12 @@ BACKENDS = ("reference", "torch", "numba", "triton")
 # By op and backend. Without a named backend the first entry of the op for the device whose package works is chosen.
 TABLE = {
     "linear_recurrence": {
-        "triton": Entry("triton_gpu", "cuda", "triton"),
-        "numba": Entry("numba_cpu", "cpu", "numba"),
+        "triton": Entry("triton_recurrence", "cuda", "triton"),
+        "numba": Entry("numba_recurrence", "cpu", "numba"),
         "torch": Entry("torch_scan"),
         "reference": Entry("reference"),
     },
-    "gated_unit": {"numba": Entry("gated_cpu", "cpu", "numba")},
+    "gated_unit": {"numba": Entry("numba_gated", "cpu", "numba")},
 }
 
 

@@ -4,8 +4,8 @@
 
 The definition is ``linear_recurrence`` of decay f_t and impulse w_t g(candidate_t); see ``recurrence.py``.
 ``gated_unit`` is the same with the matrix product before it and the output gate behind it: what a layer does in all.
-On a CPU, in float32, ``kernels/gated_cpu.py`` computes that a part of the sequence at a time, so that what lies between
-the products and the output is still in the cache when it is needed; everywhere else the definition is what runs.
+On a CPU, in float32, ``kernels/numba_gated.py`` computes that a part of the sequence at a time, so that what lies
+between the products and the output is still in the cache when it is needed; everywhere else the definition runs.
 """
 
 from collections.abc import Callable
