@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import legato
+from legato._gate_spec import GateSpec
 from legato.ops import backends
 from legato.ops.gated import gated_unit
 
-BLOCKS = ("forget", "candidate")
+SPEC = GateSpec(("forget", "candidate"))
 
 
 def choices():
@@ -88,7 +89,7 @@ def test_a_backward_pass_uses_the_backend_of_its_forward(calls):
 def test_a_gated_unit_computes_its_definition_by_the_backend(calls, create_graph):
     weight = torch.randn(8, 3, requires_grad=True)
     with legato.use_backend("counted"):
-        output = gated_unit((torch.randn(2, 9, 3),), (weight,), None, BLOCKS)[0]
+        output = gated_unit((torch.randn(2, 9, 3),), (weight,), None, SPEC)[0]
     torch.autograd.grad(output.sum(), weight, create_graph=create_graph)
     assert len(calls) == 2
 
@@ -96,7 +97,7 @@ def test_a_gated_unit_computes_its_definition_by_the_backend(calls, create_graph
 def test_second_derivatives_of_the_kernel_use_its_backend(calls):
     x, weight = torch.randn(2, 9, 3), torch.randn(8, 3, requires_grad=True)
     with legato.use_backend("numba"):
-        output = gated_unit((x,), (weight,), None, BLOCKS)[0]
+        output = gated_unit((x,), (weight,), None, SPEC)[0]
     with legato.use_backend("counted"):
         torch.autograd.grad(output.sum(), weight, create_graph=True)
     assert choices()["linear_recurrence"] == "numba"
@@ -125,7 +126,7 @@ def test_an_op_on_a_device_without_the_backend_raises():
     x = torch.zeros(1, 2, 3, device="meta")
     for call in (
         lambda: legato.linear_recurrence(x, x),
-        lambda: gated_unit((), (), None, ("forget",), products=x),
+        lambda: gated_unit((), (), None, GateSpec(("forget",)), products=x),
     ):
         with legato.use_backend("numba"), pytest.raises(ValueError, match="'numba' needs cpu tensors, got meta"):
             call()

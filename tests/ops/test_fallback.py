@@ -13,6 +13,7 @@ from numba.core import config
 from numba.core.errors import LoweringError
 
 import legato
+from legato._gate_spec import GateSpec
 from legato.ops import backends, kernels
 from legato.ops.gated import gated_unit
 from legato.ops.kernels import numba_gated, numba_recurrence
@@ -51,21 +52,21 @@ def recurrence(backend=None):
     return *both, *torch.autograd.grad(both, (decay, impulse, state), weights)
 
 
-def unit(blocks, channels):
+def unit(spec, channels):
     """Results of a gated unit, and the gradients of a linear loss."""
     draws.seed()
-    x, bias = torch.randn(2, 7, channels), torch.randn(3 * len(blocks))
-    weight, state = torch.randn(3 * len(blocks), channels), torch.randn(2, 3)
+    x, bias = torch.randn(2, 7, channels), torch.randn(3 * len(spec.blocks))
+    weight, state = torch.randn(3 * len(spec.blocks), channels), torch.randn(2, 3)
     leaves = [t.requires_grad_() for t in (x, weight, bias, state)]
-    results = gated_unit((x,), (weight,), bias, blocks, state)
+    results = gated_unit((x,), (weight,), bias, spec, state)
     gradients = torch.autograd.grad(results, leaves, [torch.randn_like(y) for y in results])
     return [y.detach() for y in results], gradients
 
 
 def units():
     """Few inputs, for which the kernel keeps no products, and many; without and with output gate."""
-    few = unit(("forget", "candidate"), 2)
-    many = unit(("forget", "write", "candidate", "output"), 40)
+    few = unit(GateSpec(("forget", "candidate")), 2)
+    many = unit(GateSpec(("forget", "write", "candidate", "output")), 40)
     return few[0] + many[0], few[1] + many[1]
 
 
