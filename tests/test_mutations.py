@@ -167,11 +167,11 @@ def test_the_gated_unit(mistake, case, monkeypatch):
     tensors, right = gated.example(*sizes, **more, resets=False), gated.gated_unit
     factor = of_the_largest_effect(tensors, options) if mistake == "coefficient" else None
 
-    def gated_unit(inputs, weights, bias, spec, initial_state, *, products, reset):
+    def gated_unit(inputs, weights, bias, spec, initial_state, *, products, reset, activation):
         def run(at, state):
             cut = tuple(x[:, at] for x in inputs)
             state = initial_state if state is None else state
-            h, c, final = right(cut, weights, bias, spec, state)
+            h, c, final = right(cut, weights, bias, spec, state, activation=activation)
             return torch.stack([h, c]).movedim(0, -1), final
 
         every = slice(None)

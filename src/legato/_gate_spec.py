@@ -1,9 +1,8 @@
 """What a gated unit computes, apart from its tensors: read by layers, by ``ops/gated.py`` and by its kernel."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from legato._shapes import Tensor
+import torch
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,6 @@ class GateSpec:
     blocks: tuple[str, ...]
     #: Whether g is tanh; else g is the identity.
     candidate_tanh: bool = False
-    #: Of c_t before the output gate; None is the identity. The kernel computes ``torch.tanh`` and None.
-    activation: Callable[[Tensor], Tensor] | None = None
     #: Whether c_{t-1} is returned in place of c_t, zero where the state was reset.
     delayed: bool = False
     #: Whether skip_t is the first input, which then has C channels.
@@ -30,7 +27,9 @@ class GateSpec:
     def __post_init__(self):
         if self.delayed and "output" in self.blocks:
             raise ValueError("delayed=True cannot be combined with an 'output' block: drop one of them")
-        if self.activation is not None and "output" not in self.blocks:
-            raise ValueError("activation needs an 'output' block: add the block or drop the activation")
         if self.skips_input and "skip" in self.blocks:
             raise ValueError("skips_input=True cannot be combined with a 'skip' block: drop one of them")
+
+
+# A layer holds one: torch.load(weights_only=True) then needs no more than the class of the layer.
+torch.serialization.add_safe_globals([GateSpec])

@@ -57,7 +57,7 @@ def example(spec, B, T, C, *, widths=(7,), products=False, resets=True, seed=0):
     }
 
 
-def evaluate(function, tensors, dtype=torch.float32, **fields):
+def evaluate(function, tensors, dtype=torch.float32, activation=None, **fields):
     """Outputs and the gradients of a weighted sum of them by every tensor, in float64; ``fields`` are of the spec."""
 
     def leaf(x):
@@ -66,15 +66,16 @@ def evaluate(function, tensors, dtype=torch.float32, **fields):
     inputs, weights = ([leaf(x) for x in tensors[name]] for name in ("inputs", "weights"))
     bias, products, initial_state = given = [leaf(tensors[name]) for name in ("bias", "products", "initial_state")]
     leaves = [x for x in (*inputs, *weights, *given) if isinstance(x, torch.Tensor)]
-    options, spec = {"products": products, "reset": tensors["reset"]}, replace(tensors["spec"], **fields)
+    options = {"products": products, "reset": tensors["reset"], "activation": activation}
+    spec = replace(tensors["spec"], **fields)
     outputs = function(tuple(inputs), tuple(weights), bias, spec, initial_state, **options)
     generator = draws.generator(1)
     sums = [(y * torch.randn(y.shape, generator=generator).to(y.dtype)).sum() for y in outputs]
     return [x.detach() for x in (*outputs, *torch.autograd.grad(torch.stack(sums).sum(), leaves))]
 
 
-def by_definition(inputs, weights, bias, spec, initial_state, *, products=None, reset=None):
-    return gated._definition(inputs, weights, bias, products, initial_state, reset, spec, None)
+def by_definition(inputs, weights, bias, spec, initial_state, *, products=None, reset=None, activation=None):
+    return gated._definition(inputs, weights, bias, products, initial_state, reset, spec, activation, None)
 
 
 def expected(tensors, **options):
@@ -199,17 +200,17 @@ def test_the_gradient_is_that_of_finite_differences_through_the_definition_in_fl
     leaves = [x.requires_grad_() for x in (*tensors["inputs"], *tensors["weights"], tensors["bias"])]
 
     def unit(x, weight, bias):
-        return gated_unit((x,), (weight,), bias, replace(PAST, activation=torch.tanh, candidate_tanh=True))
+        return gated_unit((x,), (weight,), bias, replace(PAST, candidate_tanh=True), activation=torch.tanh)
 
     assert gradcheck(unit, leaves)
 
 
 def test_second_derivatives_are_those_of_the_definition():
-    tensors, spec = example(PAST, 2, 9, 3, resets=False), replace(PAST, activation=torch.tanh)
+    tensors = example(PAST, 2, 9, 3, resets=False)
 
     def second(function, x, weight, bias, state):
         x, weight = (leaf.detach().requires_grad_() for leaf in (x, weight))
-        y = function((x,), (weight,), bias, spec, state)[0]
+        y = function((x,), (weight,), bias, PAST, state, activation=torch.tanh)[0]
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return first, *torch.autograd.grad(first.square().sum(), (x, weight))
 
@@ -305,7 +306,7 @@ def test_a_batch_of_output_gradients_is_that_many_backward_passes():
 
     def gradients(leaves, grads, **options):
         x, weight, bias, state = (leaf.detach().requires_grad_() for leaf in leaves)
-        output, _, final = gated_unit((x,), (weight,), bias, replace(OUTPUT, activation=torch.tanh), state)
+        output, _, final = gated_unit((x,), (weight,), bias, OUTPUT, state, activation=torch.tanh)
         return torch.autograd.grad((output, final), (x, weight), grads, **options)
 
     batched = gradients(leaves, grads, is_grads_batched=True)
@@ -339,10 +340,8 @@ def test_outputs_whose_gradient_is_not_there_give_none(create_graph):
 @pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_without_gradients(dynamic):
-    spec = replace(PAST, activation=torch.tanh)
-
     def unit(x, weight):
-        return gated_unit((x,), (weight,), None, spec)[0]
+        return gated_unit((x,), (weight,), None, PAST, activation=torch.tanh)[0]
 
     compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     weight = torch.randn(9, 3, requires_grad=True)
@@ -355,10 +354,8 @@ def test_it_compiles_without_gradients(dynamic):
 @pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_as_one_graph(dynamic):
-    spec = replace(PAST, activation=torch.tanh)
-
     def unit(x, weight, bias, state):
-        return gated_unit((x,), (weight,), bias, spec, state)
+        return gated_unit((x,), (weight,), bias, PAST, state, activation=torch.tanh)
 
     compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
 
@@ -399,13 +396,17 @@ def test_tied_and_free_gates_follow_the_equation():
     ("spec", "fields", "message"),
     [
         (OUTPUT, {"delayed": True}, "delayed=True cannot be combined with an 'output' block"),
-        (PLAIN, {"activation": torch.tanh}, "activation needs an 'output' block"),
         (SKIP, {"skips_input": True}, "skips_input=True cannot be combined with a 'skip' block"),
     ],
 )
 def test_fields_that_exclude_each_other_raise(spec, fields, message):
     with pytest.raises(ValueError, match=message):
         replace(spec, **fields)
+
+
+def test_an_activation_without_an_output_gate_raises():
+    with pytest.raises(ValueError, match="activation needs an 'output' block"):
+        gated_unit((), (), None, PLAIN, products=torch.zeros(1, 2, 4), activation=torch.tanh)
 
 
 @pytest.mark.bad_input

@@ -4,6 +4,7 @@ A member names the blocks of rows of its weight in a ``GateSpec`` and the initia
 shortest. Next: ``ops/gated.py``, the recurrence.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from legato._checks import positive_int
 from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length, whole
+from legato.layers._base import RecurrentLayer, activation_function, at_length, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -29,13 +30,15 @@ class GatedLayer(RecurrentLayer):
 
     Args:
         input_size, hidden_size, device, dtype: as of every layer.
-        spec: the blocks of ``hidden_size`` rows of the weight from the top, g, the activation and skip_t. Without an
-            output gate among the blocks, output_t = c_t.
+        spec: the blocks of ``hidden_size`` rows of the weight from the top, g and skip_t. Without an output gate among
+            the blocks, output_t = c_t.
         biases: initial values, of as many blocks from the top; the blocks after them have none.
         taps: how many inputs enter the gates at each step.
     """
 
     State: Any = GatedState
+    #: Of a layer with an output gate; a name or a callable.
+    activation: str | Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -76,11 +79,17 @@ class GatedLayer(RecurrentLayer):
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory
-        output, states, final = gated_unit((x,), (self.weight,), self._whole_bias(), self.spec, initial, reset=reset)
+        activation = activation_function(self.activation)
+        output, states, final = gated_unit(
+            (x,), (self.weight,), self._whole_bias(), self.spec, initial, activation=activation, reset=reset
+        )
         return output.to(x.dtype), GatedState(at_length(states, initial, final, lengths))
 
     def _step(self, x_t, state):
-        output, memory = gated_unit_step((x_t,), (self.weight,), self._whole_bias(), self.spec, state.memory)
+        activation = activation_function(self.activation)
+        output, memory = gated_unit_step(
+            (x_t,), (self.weight,), self._whole_bias(), self.spec, state.memory, activation=activation
+        )
         return output.to(x_t.dtype), GatedState(memory)
 
     def _whole_bias(self) -> Tensor:

@@ -64,6 +64,7 @@ class GILR(GatedLayer):
 
 # h~_{t-1} of the products of x.
 _SURROGATE = GateSpec(("forget", "candidate"), candidate_tanh=True, delayed=True)
+_CELL = GateSpec(("forget", "write", "output", "candidate"), candidate_tanh=True)
 
 
 class GILRLSTMState(NamedTuple):
@@ -117,9 +118,7 @@ class GILRLSTM(RecurrentLayer):
         super().__init__(input_size)
         self.hidden_size = hidden_size = positive_int(hidden_size, "hidden_size")
         self.activation = activation
-        self.cell = GateSpec(
-            ("forget", "write", "output", "candidate"), candidate_tanh=True, activation=activation_function(activation)
-        )
+        activation_function(activation)  # raises on an unknown name
         self.forget_bias = real_number(forget_bias, "forget_bias")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(6 * hidden_size, self.input_size, **where))
@@ -162,7 +161,8 @@ class GILRLSTM(RecurrentLayer):
         before = state.surrogate
         _, surrogate = gated_unit_step((x_t,), (of_surrogate,), surrogate_bias, _SURROGATE, before)
         inputs, weights = (x_t, before.to(x_t.dtype)), (of_cell, self.weight_surrogate)
-        output, memory = gated_unit_step(inputs, weights, bias, self.cell, state.memory)
+        activation = activation_function(self.activation)
+        output, memory = gated_unit_step(inputs, weights, bias, _CELL, state.memory, activation=activation)
         return output.to(x_t.dtype), GILRLSTMState(memory, surrogate)
 
     def _weight(self) -> Tensor:
@@ -201,7 +201,8 @@ class GILRLSTM(RecurrentLayer):
         _, before, last = gated_unit(**of_surrogate, spec=_SURROGATE, initial_state=surrogate, reset=reset)  # h~_{t-1}
         of_cell["inputs"] += (before.to(dtype),)
         of_cell["weights"] += (self.weight_surrogate,)
-        output, states, final = gated_unit(**of_cell, spec=self.cell, initial_state=memory, reset=reset)
+        of_cell["activation"] = activation_function(self.activation)
+        output, states, final = gated_unit(**of_cell, spec=_CELL, initial_state=memory, reset=reset)
         memory = at_length(states, memory, final, lengths)
         return output.to(dtype), GILRLSTMState(memory, _after(before, last, lengths))
 

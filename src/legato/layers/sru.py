@@ -53,12 +53,9 @@ class SRU(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        same_size = input_size == hidden_size
-        spec = GateSpec(
-            ("forget", "output", *(() if same_size else ("skip",)), "candidate"),
-            activation=activation_function(activation),
-            skips_input=same_size,
-        )
+        same_size = bool(input_size == hidden_size)  # of NumPy's numbers too
+        spec = GateSpec(("forget", "output", *(() if same_size else ("skip",)), "candidate"), skips_input=same_size)
         biases = (real_number(forget_bias, "forget_bias"), real_number(highway_bias, "highway_bias"))
         super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)
         self.activation = activation
+        activation_function(activation)  # raises on an unknown name

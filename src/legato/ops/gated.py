@@ -8,6 +8,7 @@ CPU, in float32, ``kernels/numba_gated.py`` computes that one part of the sequen
 results are still in the cache when they are needed; everywhere else the definition runs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ def gated_unit(
     initial_state: Float[Tensor, "B C"] | None = None,
     *,
     products: Float[Tensor, "B T K"] | None = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
     backend: str | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
@@ -105,9 +107,10 @@ def gated_unit(
         inputs: x_i, each (batch, time, its own channels).
         weights: W_i, each (K, the channels of x_i).
         bias: b, (K,).
-        spec: what the K / C blocks of z are, g, the activation and skip_t.
+        spec: what the K / C blocks of z are, g and skip_t.
         initial_state: c_0, (batch, C); zeros by default.
         products: the part of z that is known already, (batch, time, K).
+        activation: of c_t before the output gate; None is the identity. The kernel computes None and ``torch.tanh``.
         reset: True where the state is dropped before that step, (batch, time).
         backend: as for ``linear_recurrence``. A backend without a kernel of the unit computes the definition.
 
@@ -115,19 +118,24 @@ def gated_unit(
         h_t, c_t and the last c, all in float32 or wider.
 
     Raises:
-        ValueError: shapes or devices do not fit together, or as ``linear_recurrence`` for the backend.
+        ValueError: shapes or devices do not fit together, an activation without an "output" block, or as
+            ``linear_recurrence`` for the backend.
     """
+    if activation is not None and "output" not in spec.blocks:
+        raise ValueError("activation needs an 'output' block: add the block or drop the activation")
     _check_shapes(inputs, weights, spec, bias, initial_state, products, reset)
     tensors = (*inputs, *weights, bias, products, initial_state)
     like: Any = (*inputs, products)[0]
     backend = backends.resolve(backend, like.device)
-    if not _fusible(tensors, spec, backend):
-        return _definition(inputs, weights, bias, products, initial_state, reset, spec, backend)
-    others = bias, products, initial_state, reset
+    if not _fusible(tensors, activation, backend):
+        return _definition(inputs, weights, bias, products, initial_state, reset, spec, activation, backend)
+    others, output_tanh = (bias, products, initial_state, reset), activation is not None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        found = _GatedUnit.apply(spec, backend, _saves_products(inputs), len(inputs), *others, *inputs, *weights)
+        options = spec, output_tanh, backend, _saves_products(inputs), len(inputs)
+        found = _GatedUnit.apply(*options, *others, *inputs, *weights)
     else:  # without gradients torch.compile passes the arguments of the Function's forward shifted by one
-        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *_fields(spec), backend, False)
+        options = *_fields(spec), output_tanh, backend, False
+        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *options)
     _, output, states, final = found
     return (output if "output" in spec.blocks else states), states, final
 
@@ -138,6 +146,8 @@ def gated_unit_step(
     bias: Float[Tensor, "K"],
     spec: GateSpec,
     state: Float[Tensor, "B C"],
+    *,
+    activation: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
     """One step of ``gated_unit`` in plain torch, without the time axis: h_t and c_t.
 
@@ -147,7 +157,7 @@ def gated_unit_step(
     state = gated_step(
         block["forget"], block["candidate"], block.get("write"), state, candidate_tanh=spec.candidate_tanh
     )
-    return _gated_output(state, block, inputs, spec), state
+    return _gated_output(state, block, inputs, spec, activation), state
 
 
 def _check_shapes(inputs, weights, spec, bias, initial_state, products, reset) -> None:
@@ -175,10 +185,10 @@ def _saves_products(inputs: tuple[Tensor, ...]) -> bool:
     return sum(x.shape[-1] for x in inputs) > _FEW_CHANNELS
 
 
-def _fusible(tensors: tuple[Tensor | None, ...], spec: GateSpec, backend: str | None) -> bool:
+def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None, backend: str | None) -> bool:
     """Whether the kernel computes this; kinds of derivative that it does not know go to the definition."""
     given = [x for x in tensors if x is not None]
-    why = _unknown_to_kernel(given, spec, backend)
+    why = _unknown_to_kernel(given, activation, backend)
     if torch.compiler.is_compiling():
         return why is None
     if why is None:
@@ -188,13 +198,13 @@ def _fusible(tensors: tuple[Tensor | None, ...], spec: GateSpec, backend: str | 
     return why is None
 
 
-def _unknown_to_kernel(given: list[Tensor], spec: GateSpec, backend: str | None) -> str | None:
+def _unknown_to_kernel(given: list[Tensor], activation: Callable | None, backend: str | None) -> str | None:
     """Why the kernel does not compute this, from what compiled code knows too; None: it does."""
     if given[0].device.type != "cpu":
         return f"no kernel for {given[0].device.type}"
     if backend not in (None, "numba"):
         return f"no kernel in backend {backend!r}"
-    if spec.activation not in (None, torch.tanh):
+    if activation not in (None, torch.tanh):
         return "an activation that the kernel does not know"
     if any(x.dtype != torch.float32 for x in given):
         return "the kernel is for float32"
@@ -216,19 +226,19 @@ def _unknown_to_kernel_eagerly(given: list[Tensor], backend: str | None) -> str 
     return None
 
 
-def _definition(inputs, weights, bias, products, initial_state, reset, spec, backend):
+def _definition(inputs, weights, bias, products, initial_state, reset, spec, activation, backend):
     z = _products(inputs, weights, bias, products)
-    return _definition_of_products(z, inputs, initial_state, reset, spec, backend)
+    return _definition_of_products(z, inputs, initial_state, reset, spec, activation, backend)
 
 
-def _definition_of_products(z, inputs, initial_state, reset, spec, backend):
+def _definition_of_products(z, inputs, initial_state, reset, spec, activation, backend):
     block = _blocks(z, spec)
     gates = block["forget"], block["candidate"], block.get("write")
     options = {"candidate_tanh": spec.candidate_tanh, "reset": reset, "backend": backend}
     states, final = gated_recurrence(*gates, initial_state, **options)
     if spec.delayed:
         states = one_step_later(states, initial_state, reset)
-    return _gated_output(states, block, inputs, spec), states, final
+    return _gated_output(states, block, inputs, spec, activation), states, final
 
 
 def _products(inputs, weights, bias, products) -> Tensor:
@@ -242,11 +252,11 @@ def _blocks(z: Tensor, spec: GateSpec) -> dict[str, Tensor]:
     return dict(zip(spec.blocks, z.chunk(len(spec.blocks), dim=-1), strict=True))
 
 
-def _gated_output(states: Tensor, block: dict[str, Tensor], inputs, spec: GateSpec) -> Tensor:
+def _gated_output(states: Tensor, block: dict[str, Tensor], inputs, spec: GateSpec, activation) -> Tensor:
     """o_t activation(c_t) + (1 - o_t) skip_t, or c_t without an output gate."""
     if "output" not in block:
         return states
-    output = states if spec.activation is None else spec.activation(states)
+    output = states if activation is None else activation(states)
     gate, skip = block["output"].to(states.dtype).sigmoid(), inputs[0] if spec.skips_input else block.get("skip")
     return gate * output if skip is None else torch.lerp(skip.to(states.dtype), output, gate)
 
@@ -264,15 +274,14 @@ class _GatedUnit(Function):
     """The kernel and its adjoint, which computes the gates again from the products; saves those, and the states."""
 
     @staticmethod
-    def forward(spec, backend, save, count, bias, products, initial_state, reset, *matrices):
+    def forward(spec, output_tanh, backend, save_products, count, bias, products, initial_state, reset, *matrices):
         inputs, weights = list(matrices[:count]), list(matrices[count:])
-        return torch.ops.legato.gated_unit(
-            inputs, weights, bias, products, initial_state, reset, *_fields(spec), backend, save
-        )
+        options = *_fields(spec), output_tanh, backend, save_products
+        return torch.ops.legato.gated_unit(inputs, weights, bias, products, initial_state, reset, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.spec, ctx.backend, _, ctx.count, *tensors = inputs
+        ctx.spec, ctx.output_tanh, ctx.backend, _, ctx.count, *tensors = inputs
         saved_products, _, states, _ = output
         ctx.mark_non_differentiable(saved_products)
         ctx.set_materialize_grads(False)
@@ -285,36 +294,38 @@ class _GatedUnit(Function):
             grad_output = None
         grads = grad_output, grad_states, grad_final
         if all(grad is None for grad in grads):
-            return (None,) * (8 + len(matrices))
+            return (None,) * (9 + len(matrices))
         inputs, weights = matrices[: ctx.count], matrices[ctx.count :]
         tensors = inputs, weights, bias, products, initial_state, reset
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(_mapped, grads))):
             # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped: that of the
             # definition can be.
-            return (None,) * 4 + _gradients_of_definition(grads, *tensors, ctx.spec, ctx.backend)
-        wanted = ctx.needs_input_grad[8:]
+            options = ctx.spec, _activation(ctx.output_tanh), ctx.backend
+            return (None,) * 5 + _gradients_of_definition(grads, *tensors, *options)
+        wanted = ctx.needs_input_grad[9:]
+        options = *_fields(ctx.spec), ctx.output_tanh, ctx.backend
         found = torch.ops.legato.gated_unit_backward(
-            *grads, saved_products, states, wanted[: ctx.count], *tensors, *_fields(ctx.spec), ctx.backend
+            *grads, saved_products, states, wanted[: ctx.count], *tensors, *options
         )
         matrices, others = found[: 2 * ctx.count], found[2 * ctx.count :]
         matrices = [grad if needed else None for grad, needed in zip(matrices, wanted, strict=True)]
         given = bias, products, initial_state
         others = [None if x is None else grad for x, grad in zip(given, others, strict=True)]
-        return None, None, None, None, *others, None, *matrices
+        return *(None,) * 5, *others, None, *matrices
 
 
 def _mapped(grad: Tensor | None) -> bool:
     return grad is not None and is_legacy_batchedtensor(grad)
 
 
-def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, reset, spec, backend):
+def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, reset, spec, activation, backend):
     """The gradients of bias, products, initial state, resets, inputs and weights, as a graph."""
     with torch.enable_grad():
         # Aliases, so that a tensor given in two places gets the gradient of each.
         given = [x if x is None else x.view_as(x) for x in (bias, products, initial_state, *inputs, *weights)]
         bias, products, initial_state, *matrices = given
         inputs, weights = matrices[: len(inputs)], matrices[len(inputs) :]
-        outputs = _definition(inputs, weights, bias, products, initial_state, reset, spec, backend)
+        outputs = _definition(inputs, weights, bias, products, initial_state, reset, spec, activation, backend)
         outputs, grads = zip(*((y, g) for y, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
         wanted = [x for x in given if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
@@ -328,7 +339,7 @@ def _gradients_of_definition(grads, inputs, weights, bias, products, initial_sta
 _library = torch.library.Library("legato", "FRAGMENT")
 _arguments = (
     "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? products, Tensor? initial_state, Tensor? reset,"
-    " str[] blocks, bool candidate_tanh, bool output_tanh, bool delayed, bool skips_input, str? backend"
+    " str[] blocks, bool candidate_tanh, bool delayed, bool skips_input, bool output_tanh, str? backend"
 )
 _library.define(f"gated_unit({_arguments}, bool save_products) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
@@ -337,41 +348,44 @@ _library.define(
 )
 
 
-def _fields(spec: GateSpec) -> tuple[tuple[str, ...], bool, bool, bool, bool]:
-    """The spec as arguments of the registered ops; its activation is None or tanh."""
-    return spec.blocks, spec.candidate_tanh, spec.activation is not None, spec.delayed, spec.skips_input
+def _fields(spec: GateSpec) -> tuple[tuple[str, ...], bool, bool, bool]:
+    """The spec as arguments of the registered ops."""
+    return spec.blocks, spec.candidate_tanh, spec.delayed, spec.skips_input
 
 
-def _spec(blocks, candidate_tanh, output_tanh, delayed, skips_input) -> GateSpec:
-    return GateSpec(tuple(blocks), candidate_tanh, torch.tanh if output_tanh else None, delayed, skips_input)
+def _activation(output_tanh: bool) -> Callable[[Tensor], Tensor] | None:
+    """The activations that the registered ops know."""
+    return torch.tanh if output_tanh else None
 
 
 def _run(
     inputs, weights, bias, products, initial_state, reset,
-    blocks, candidate_tanh, output_tanh, delayed, skips_input, backend, save_products,
+    blocks, candidate_tanh, delayed, skips_input, output_tanh, backend, save_products,
 ):  # fmt: skip
     """The products if they are to be saved, h_t where there is an output gate, c_t and the last c; else size 0."""
-    spec = _spec(blocks, candidate_tanh, output_tanh, delayed, skips_input)
+    spec = GateSpec(tuple(blocks), candidate_tanh, delayed, skips_input)
     like = (*inputs, products)[0]
     kernel, name, why = backends.choose("gated_unit", like.device, backend, like.dtype)
     backends.record("gated_unit", name, why)
     if kernel is None:
         z = _products(inputs, weights, bias, products)
-        output, *rest = _definition_of_products(z, inputs, initial_state, reset, spec, backend)
+        options = spec, _activation(output_tanh), backend
+        output, *rest = _definition_of_products(z, inputs, initial_state, reset, *options)
         found = z if save_products else z.new_empty(0), output if "output" in blocks else z.new_empty(0), *rest
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
     products, initial_state = _plain(products), _plain(initial_state)
-    saved, output, *rest = kernel.forward(inputs, weights, bias, products, initial_state, reset, spec, save_products)
+    tensors = inputs, weights, bias, products, initial_state, reset
+    saved, output, *rest = kernel.forward(*tensors, spec, output_tanh, save_products)
     return *(like.new_empty(0) if x is None else x for x in (saved, output)), *rest
 
 
 def _run_backward(
     grad_output, grad_states, grad_final, saved_products, states, wanted,
     inputs, weights, bias, products, initial_state, reset,
-    blocks, candidate_tanh, output_tanh, delayed, skips_input, backend,
+    blocks, candidate_tanh, delayed, skips_input, output_tanh, backend,
 ):  # fmt: skip
     """The gradients of inputs, weights, bias, products and initial state (of size 0: not wanted or not given)."""
-    spec = _spec(blocks, candidate_tanh, output_tanh, delayed, skips_input)
+    spec = GateSpec(tuple(blocks), candidate_tanh, delayed, skips_input)
     kernel, name, why = backends.choose("gated_unit", states.device, backend, states.dtype, True)
     backends.record("gated_unit", name, why)
     grads = grad_output, grad_states, grad_final
@@ -379,13 +393,14 @@ def _run_backward(
         bias, products, initial_state = map(_leaf, (bias, products, initial_state))
         inputs, weights = [_leaf(x) for x in inputs], [_leaf(x) for x in weights]
         tensors = inputs, weights, bias, products, initial_state, reset
-        bias, products, initial_state, _, *matrices = _gradients_of_definition(grads, *tensors, spec, backend)
+        options = spec, _activation(output_tanh), backend
+        bias, products, initial_state, _, *matrices = _gradients_of_definition(grads, *tensors, *options)
     else:
         products, initial_state = _plain(products), _plain(initial_state)
         saved = saved_products if saved_products.numel() else None
         tensors = inputs, weights, bias, products, initial_state, reset
         inputs, weights, bias, products, initial_state = kernel.backward(
-            *map(_plain, grads), saved, states, wanted, *tensors, spec
+            *map(_plain, grads), saved, states, wanted, *tensors, spec, output_tanh
         )
         matrices = [*inputs, *weights]
     given = (*matrices, bias, products, initial_state)

@@ -41,6 +41,7 @@ def forward(
     initial_state: Float[Tensor, "B C"] | None,
     reset: Bool[Tensor, "B T"] | None,
     spec: GateSpec,
+    output_tanh: bool,
     save_products: bool,
 ) -> tuple[Float[Tensor, "B T K"] | None, Float[Tensor, "B T C"] | None, Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
     """The products if they are to be saved, h_t where there is an output gate, c_t (or c_{t-1}) and the last c."""
@@ -56,7 +57,7 @@ def forward(
         products = _products(inputs, weights, bias, addend, part, saved)
         arrays = _blocks(products, spec) | _cut(part, skip=skip, states=states, gated_output=output, reset=reset)
         arrays = _addressable(arrays | {"carry": carry[part[0]]})
-        launch(kernel, *_call(arrays, spec))
+        launch(kernel, *_call(arrays, spec, output_tanh))
     return saved, output, states, carry
 
 
@@ -74,6 +75,7 @@ def backward(
     initial_state: Float[Tensor, "B C"] | None,
     reset: Bool[Tensor, "B T"] | None,
     spec: GateSpec,
+    output_tanh: bool,
 ) -> tuple[list[Tensor | None], list[Tensor], Tensor | None, Tensor | None, Float[Tensor, "B C"]]:
     """The gradients of inputs (those that are ``wanted``), weights, bias, addend and initial state."""
     B, T, C = states.shape
@@ -101,7 +103,7 @@ def backward(
             arrays["grad_skip"] = torch.empty_like(states[part])  # the kernel writes it; nothing reads it
         arrays |= {"carry": carry[rows], "initial": states[rows, steps.start - 1] if steps.start else first[rows]}
         arrays = _addressable(arrays)
-        launch(kernel, *_call(arrays, spec))
+        launch(kernel, *_call(arrays, spec, output_tanh))
         flat = grad_products.flatten(0, 1)  # (rows * steps, K)
         for i, (x, w, grad) in enumerate(zip(inputs, weights, grad_inputs, strict=True)):
             grad_weights[i].addmm_(flat.mT, x[part].flatten(0, 1))
@@ -506,14 +508,14 @@ def _addressable(arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: x if x.stride(-1) == 1 and name != "reset" else x.contiguous() for name, x in given.items()}
 
 
-def _call(arrays: dict[str, Tensor], spec: GateSpec) -> tuple:
+def _call(arrays: dict[str, Tensor], spec: GateSpec, output_tanh: bool) -> tuple:
     """The arguments of ``launch`` after the kernel: chunks of time, rows, channels, width, threads and words."""
     B, T, C = arrays["states"].shape
     table = []
     for name in _NAMES:
         x = arrays.get(name)
         table += (0, 0, 0) if x is None else (x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1) if x.ndim == 3 else 0)
-    options = spec.candidate_tanh, spec.activation is not None, spec.delayed
+    options = spec.candidate_tanh, output_tanh, spec.delayed
     words = (T, C, *options, arrays["reset"].data_ptr() if "reset" in arrays else 0, *table)
     threads = threads_for(B * T * C)
     return 1, B, C, block_width(B, C, _WIDEST, 4, threads), threads, words
