@@ -499,37 +499,57 @@ def test_the_chunk_divides_the_length_where_it_can():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        ({"u": [1.0]}, r"u must be a tensor, got list: wrap it with torch.as_tensor\(\)"),
-        ({"A": 0.5}, "A must be a tensor, got float"),
-        ({"initial_state": [0.0]}, "initial_state must be a tensor, got list"),
-        ({"reset": [True]}, "reset must be a tensor, got list"),
-        ({"u": torch.randn(4, 3)}, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
-        ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, "u must be floating point or complex, got torch.int64"),
-        ({"u": torch.randn(3, 10, 2, device="meta")}, "u and A must share a device, got meta and cpu"),
-        ({"A": torch.randn(5, 4)}, r"A must be \(N, N\) and B \(N,\), .* got \(5, 4\) and \(5,\)"),
-        ({"B": torch.randn(4)}, r"A must be \(N, N\) and B \(N,\), .* got \(5, 5\) and \(4,\)"),
-        ({"B": torch.ones(5, dtype=torch.int64)}, "A and B must be real and floating point"),
-        ({"B": torch.randn(5, device="meta")}, "A and B must share a device, got cpu and meta"),
-        ({"A": torch.randn(3, 5, 5), "B": torch.randn(3, 5)}, "one channel for each of the 3 systems in A, got 2"),
-        ({"initial_state": torch.randn(4, 2, 5)}, r"initial_state must be \(B, C, N\) = \(3, 2, 5\), got \(4, 2, 5\)"),
-        ({"initial_state": torch.randn(3, 2, 5, device="meta")}, "initial_state and u must share a device"),
-        ({"initial_state": torch.randn(3, 2, 5, dtype=torch.complex64)}, "give u as complex too"),
-        ({"initial_state": torch.ones(3, 2, 5, dtype=torch.int64)}, "initial_state must be floating point"),
-        ({"reset": torch.ones(3, 9, dtype=torch.bool)}, r"reset must be bool \(B, T\) = \(3, 10\)"),
-        ({"reset": torch.ones(3, 10)}, "reset must be bool .* got torch.float32"),
-        ({"reset": torch.ones(3, 10, dtype=torch.bool, device="meta")}, "reset and u must share a device"),
-        ({"method": "chunky"}, "did you mean 'chunked'"),
-        ({"method": "fft", "reset": torch.ones(3, 10, dtype=torch.bool)}, 'use "chunked", "toeplitz" or "sequential"'),
-        ({"method": "chunked", "last_only": True}, "last_only gives the last state alone"),
+        ({"u": [1.0]}, TypeError, r"u must be a tensor, got list: wrap it with torch.as_tensor\(\)"),
+        ({"A": 0.5}, TypeError, "A must be a tensor, got float"),
+        ({"initial_state": [0.0]}, TypeError, "initial_state must be a tensor, got list"),
+        ({"reset": [True]}, TypeError, "reset must be a tensor, got list"),
+        ({"u": torch.randn(4, 3)}, ValueError, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
+        ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, TypeError, "u must be floating or complex, got torch.int64"),
+        ({"u": torch.randn(3, 10, 2, device="meta")}, ValueError, "u and A must share a device, got meta and cpu"),
+        ({"A": torch.randn(5, 4)}, ValueError, r"A must be \(N, N\) and B \(N,\), .* got \(5, 4\) and \(5,\)"),
+        ({"B": torch.randn(4)}, ValueError, r"A must be \(N, N\) and B \(N,\), .* got \(5, 5\) and \(4,\)"),
+        ({"B": torch.ones(5, dtype=torch.int64)}, TypeError, "B must be floating, got torch.int64"),
+        ({"B": torch.randn(5, device="meta")}, ValueError, "A and B must share a device, got cpu and meta"),
+        (
+            {"A": torch.randn(3, 5, 5), "B": torch.randn(3, 5)},
+            ValueError,
+            "one channel for each of the 3 systems in A, got 2",
+        ),
+        (
+            {"initial_state": torch.randn(4, 2, 5)},
+            ValueError,
+            r"initial_state must be \(B, C, N\) = \(3, 2, 5\), got \(4, 2, 5\)",
+        ),
+        ({"initial_state": torch.randn(3, 2, 5, device="meta")}, ValueError, "initial_state and u must share a device"),
+        (
+            {"initial_state": torch.randn(3, 2, 5, dtype=torch.complex64)},
+            TypeError,
+            "initial_state is complex but u is real",
+        ),
+        (
+            {"initial_state": torch.ones(3, 2, 5, dtype=torch.int64)},
+            TypeError,
+            "initial_state must be floating or complex",
+        ),
+        ({"reset": torch.ones(3, 9, dtype=torch.bool)}, ValueError, r"reset must be \(batch, time\) = \(3, 10\)"),
+        ({"reset": torch.ones(3, 10)}, TypeError, "reset must be a boolean tensor, got torch.float32"),
+        ({"reset": torch.ones(3, 10, dtype=torch.bool, device="meta")}, ValueError, "reset and u must share a device"),
+        ({"method": "chunky"}, ValueError, "did you mean 'chunked'"),
+        (
+            {"method": "fft", "reset": torch.ones(3, 10, dtype=torch.bool)},
+            ValueError,
+            'use "chunked", "toeplitz" or "sequential"',
+        ),
+        ({"method": "chunked", "last_only": True}, ValueError, "last_only gives the last state alone"),
     ],
 )
 @pytest.mark.usefixtures("shape_checker_off")
-def test_arguments_that_do_not_fit_say_what_would(change, message):
+def test_arguments_that_do_not_fit_say_what_would(change, error, message):
     A, B = delay_network(ORDER, 20)
     arguments = {"u": torch.randn(3, 10, 2), "A": A, "B": B} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         lti(**arguments)
 
 

@@ -17,6 +17,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 from legato._autocast import without_autocast
+from legato._checks import check_device, check_numbers, check_reset
 from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Tensor
 from legato.ops import backends
@@ -51,7 +52,7 @@ def gated_recurrence(
         The states, and the state after the last step, both in float32 or wider.
 
     Raises:
-        TypeError, ValueError: as ``linear_recurrence``.
+        TypeError, ValueError: as ``linear_recurrence``; no gate may be complex.
 
     Example:
         >>> states, last = gated_recurrence(torch.zeros(1, 3, 1), torch.ones(1, 3, 1))
@@ -60,6 +61,11 @@ def gated_recurrence(
 
     Source: Martin & Cundy 2018, section 3 (GILR); with ``write``, the cell of their GILR-LSTM.
     """
+    check_numbers(real=True, forget=forget, candidate=candidate, write=write)
+    for name, x in {"forget": forget, "write": write}.items():
+        check_device(name, x, "candidate", candidate)
+        if x is not None and x.shape != candidate.shape:
+            raise ValueError(f"{name} must be of the candidate's shape {tuple(candidate.shape)}, got {tuple(x.shape)}")
     with without_autocast(candidate):
         decay, impulse = _decay_and_impulse(forget, candidate, write, candidate_tanh)
         return linear_recurrence(decay, impulse, initial_state, reset=reset, backend=backend)
@@ -118,12 +124,12 @@ def gated_unit(
         h_t, c_t and the last c, all in float32 or wider.
 
     Raises:
-        ValueError: shapes or devices do not fit together, an activation without an "output" block, or as
-            ``linear_recurrence`` for the backend.
+        TypeError, ValueError: as ``linear_recurrence``; no dtype may be complex, and an activation needs an "output"
+            block.
     """
     if activation is not None and "output" not in spec.blocks:
         raise ValueError("activation needs an 'output' block: add the block or drop the activation")
-    _check_shapes(inputs, weights, spec, bias, initial_state, products, reset)
+    _check(inputs, weights, spec, bias, initial_state, products, reset)
     tensors = (*inputs, *weights, bias, products, initial_state)
     like: Any = (*inputs, products)[0]
     backend = backends.resolve(backend, like.device)
@@ -160,21 +166,27 @@ def gated_unit_step(
     return _gated_output(state, block, inputs, spec, activation), state
 
 
-def _check_shapes(inputs, weights, spec, bias, initial_state, products, reset) -> None:
+def _check(inputs, weights, spec, bias, initial_state, products, reset) -> None:
     """The kernel takes addresses: a tensor that is too small would be read beyond its end."""
-    (B, T), K = (*inputs, products)[0].shape[:2], weights[0].shape[0] if weights else products.shape[-1]
-    C = K // len(spec.blocks)
-    given = {"bias": (bias, (K,)), "products": (products, (B, T, K)), "reset": (reset, (B, T))}
-    given["initial_state"] = (initial_state, (B, C))
+    given = {"bias": bias, "products": products, "initial_state": initial_state}
     for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+        given |= {f"inputs[{i}]": x, f"weights[{i}]": weight}
+    check_numbers(real=True, **given)
+    like = (*inputs, products)[0]
+    (B, T), K = like.shape[:2], weights[0].shape[0] if weights else products.shape[-1]
+    C = K // len(spec.blocks)
+    shapes = {"bias": (K,), "products": (B, T, K), "initial_state": (B, C)}
+    for i, x in enumerate(inputs):
         width = C if spec.skips_input and i == 0 else x.shape[-1]
-        given |= {f"inputs[{i}]": (x, (B, T, width)), f"weights[{i}]": (weight, (K, width))}
-    for name, (x, shape) in given.items():
-        if x is not None and x.shape != shape:
+        shapes |= {f"inputs[{i}]": (B, T, width), f"weights[{i}]": (K, width)}
+    for name, x in given.items():
+        if x is not None and x.shape != shapes[name]:
             raise ValueError(
-                f"expected {name} of shape {tuple(shape)}, got {tuple(x.shape)}: batch, time and channels must be "
-                "those of the other tensors"
+                f"{name} must be of shape {tuple(shapes[name])}, got {tuple(x.shape)}: batch, time and channels must "
+                "be those of the other tensors"
             )
+        check_device(name, x, "inputs[0]" if inputs else "products", like)
+    check_reset(reset, "inputs[0]" if inputs else "products", like)
 
 
 # With so few input channels in all the backward computes the products again: that is less work than to save them.

@@ -10,7 +10,7 @@ its derivative, the registered op ``torch.ops.legato.recurrence`` is what torch.
 import torch
 from torch.autograd import Function
 
-from legato._checks import as_tensor_advice
+from legato._checks import check_device, check_initial_state, check_numbers, check_reset
 from legato._shapes import Bool, Inexact, Tensor
 from legato.ops import backends
 
@@ -73,18 +73,8 @@ def linear_recurrence(
 
 
 def _check(decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
-    given = {"impulse": impulse, "decay": decay}
-    if initial_state is not None:
-        given["initial_state"] = initial_state
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
-        if not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
-        if x.device != impulse.device:
-            raise ValueError(
-                f"{name} and impulse must share a device, got {x.device} and {impulse.device}: move one with .to()"
-            )
+    check_numbers(impulse=impulse, decay=decay, initial_state=initial_state)
+    check_device("decay", decay, "impulse", impulse)
     if impulse.ndim < 2:
         raise ValueError(f"impulse must be (batch, time, *channels), got shape {tuple(impulse.shape)}: add the axes")
     padded = (1,) * (impulse.ndim - decay.ndim) + tuple(decay.shape)
@@ -94,24 +84,8 @@ def _check(decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: 
             " each of its axes, counted from the last, must be 1 or that of the impulse"
         )
     state_shape = (impulse.shape[0], *impulse.shape[2:])
-    if initial_state is not None:
-        if tuple(initial_state.shape) != state_shape:
-            raise ValueError(
-                f"initial_state must be (batch, *channels) = {state_shape}, got {tuple(initial_state.shape)}:"
-                " it has no time axis"
-            )
-        if initial_state.is_complex() and not (impulse.is_complex() or decay.is_complex()):
-            raise TypeError("initial_state is complex but decay and impulse are real: convert one of them")
-    if reset is not None:
-        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-            got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
-            raise TypeError(f"reset must be a boolean tensor, got {got}: True drops the state before that step")
-        if tuple(reset.shape) != tuple(impulse.shape[:2]):
-            raise ValueError(f"reset must be (batch, time) = {tuple(impulse.shape[:2])}, got {tuple(reset.shape)}")
-        if reset.device != impulse.device:
-            raise ValueError(
-                f"reset and impulse must share a device, got {reset.device} and {impulse.device}: move one with .to()"
-            )
+    check_initial_state(initial_state, "(batch, *channels)", state_shape, impulse=impulse, decay=decay)
+    check_reset(reset, "impulse", impulse)
 
 
 def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from legato._autocast import without_autocast
-from legato._checks import as_tensor_advice
+from legato._checks import check_device, check_initial_state, check_numbers, check_reset
 from legato._shapes import Bool, Float, Inexact, Tensor
 from legato._values import all_finite, examinable, in_range, is_mapped
 from legato.ops import backends
@@ -78,8 +78,10 @@ def lti(
         final_state: (B, C, N), m after the last step in the dtype of the carry.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown method, a method together with last_only,
-            "fft" with resets.
+        TypeError: an argument is not a tensor, or not of a floating, complex (u and initial_state) or boolean (reset)
+            dtype.
+        ValueError: shapes or devices that do not fit, an unknown method, a method together with last_only, "fft" with
+            resets.
 
     Example:
         >>> A, B = legato.delay_network(order=8, theta=100)
@@ -117,13 +119,13 @@ def prepare(
         The prepared system, differentiable in A and B.
 
     Raises:
-        ValueError: as ``lti``.
+        TypeError, ValueError: as ``lti``.
 
     Example:
         >>> system = prepare(*legato.delay_network(8, 100), steps=300)
         >>> memory, state = apply(torch.randn(4, 300, 2), system)
     """
-    _check_system(A, B)
+    _check_matrices(A, B)
     if method is not None and last_only:
         raise ValueError(
             f"last_only gives the last state alone, method={method!r} the full sequence: leave method out, or use "
@@ -579,70 +581,42 @@ def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
 # Checks, at the public edge.
 
 
-def _check_tensors(**given: Any) -> None:
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
-
-
 def _check_input(u: Any) -> None:
-    _check_tensors(u=u)
+    check_numbers(u=u)
     if u.ndim != 3:
         raise ValueError(f"u must be (batch, time, channels), got shape {tuple(u.shape)}: add the missing axes")
-    if not (u.is_floating_point() or u.is_complex()):
-        raise ValueError(f"u must be floating point or complex, got {u.dtype}: convert it with .float()")
 
 
-def _check_system(A: Any, B: Any) -> None:
-    _check_tensors(A=A, B=B)
+def _check_matrices(A: Any, B: Any) -> None:
+    check_numbers(real=True, A=A, B=B)
     if A.ndim not in (2, 3) or A.shape[-1] != A.shape[-2] or B.shape != A.shape[:-1]:
         raise ValueError(
             f"A must be (N, N) and B (N,), or (C, N, N) and (C, N), got {tuple(A.shape)} and {tuple(B.shape)}"
         )
-    if not (A.is_floating_point() and B.is_floating_point()):
-        raise ValueError(f"A and B must be real and floating point, got {A.dtype} and {B.dtype}")
-    if A.device != B.device:
-        raise ValueError(f"A and B must share a device, got {A.device} and {B.device}: move one with .to()")
+    check_device("A", A, "B", B)
 
 
-def _check_fit(u: Any, system: PreparedSystem, initial_state: Any, reset: Any) -> None:
-    given = {"initial_state": initial_state, "reset": reset}
-    _check_tensors(**{name: x for name, x in given.items() if x is not None})
-    batch, steps, channels = u.shape
-    method, longest, powers = system.method, system.steps, system.powers
-    order = powers.shape[-1]
-    if u.device != powers.device:
-        raise ValueError(f"u and A must share a device, got {u.device} and {powers.device}: move one with .to()")
+def _check_fit(u: Tensor, system: PreparedSystem, initial_state: Any, reset: Any) -> None:
+    _check_system(u, system)
+    check_numbers(initial_state=initial_state)
+    batch, _, channels = u.shape
+    check_initial_state(initial_state, "(B, C, N)", (batch, channels, system.powers.shape[-1]), u=u)
+    check_reset(reset, "u", u)
+    if reset is not None and system.method == "fft":
+        raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
+
+
+def _check_system(u: Tensor, system: PreparedSystem) -> None:
+    method, powers, (_, steps, channels) = system.method, system.powers, u.shape
+    check_device("u", u, "A", powers)
     if _carry_dtype(u.dtype) != powers.dtype:
         raise ValueError(
             f"the system was prepared for {powers.dtype}, got u in {u.dtype}: prepare it with dtype=u.dtype"
         )
     if powers.ndim == 4 and powers.shape[0] != channels:
         raise ValueError(f"u must have one channel for each of the {powers.shape[0]} systems in A, got {channels}")
-    if method not in ("sequential", "chunked") and steps > longest:
+    if method not in ("sequential", "chunked") and steps > system.steps:
         raise ValueError(
-            f"a system of method {method!r} was prepared for up to {longest} steps, got {steps}: prepare it for more"
+            f"a system of method {method!r} was prepared for up to {system.steps} steps, got {steps}: prepare it for "
+            "more"
         )
-    if reset is not None and method == "fft":
-        raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
-    if reset is not None and reset.device != u.device:
-        raise ValueError(f"reset and u must share a device, got {reset.device} and {u.device}: move one with .to()")
-    if reset is not None and (reset.shape != (batch, steps) or reset.dtype != torch.bool):
-        raise ValueError(
-            f"reset must be bool (B, T) = {(batch, steps)}, got {reset.dtype} of shape {tuple(reset.shape)}"
-        )
-    if initial_state is None:
-        return
-    if initial_state.shape != (batch, channels, order):
-        raise ValueError(
-            f"initial_state must be (B, C, N) = {(batch, channels, order)}, got {tuple(initial_state.shape)}: it is "
-            "the final_state of a batch of the same size"
-        )
-    if initial_state.device != u.device:
-        raise ValueError(
-            f"initial_state and u must share a device, got {initial_state.device} and {u.device}: move one with .to()"
-        )
-    if not (initial_state.is_floating_point() or initial_state.is_complex()):
-        raise ValueError(f"initial_state must be floating point or complex, got {initial_state.dtype}")
-    if initial_state.is_complex() and not u.is_complex():
-        raise ValueError(f"initial_state is {initial_state.dtype} but u is {u.dtype}: give u as complex too")
