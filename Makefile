@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Kernel sources are compiled by numba and triton, which cannot read decorated functions: they are not shape-checked.
-CHECKED := legato.legendre,legato.layers,legato.models,legato_papers,legato.ops.recurrence,legato.ops.gated,legato.ops.lti,legato.ops.matrix,legato.ops.kernels.reference,legato.ops.kernels.torch_scan,beartype.beartype
+CHECKED := legato.legendre,legato.layers,legato.models,legato_papers,legato.ops.recurrence,legato.ops.gated,legato.ops.time_invariant,legato.ops.matrix,legato.ops.kernels.reference,legato.ops.kernels.torch_scan,beartype.beartype
 SUBJECT ?= all
 MINUTES ?= 60
 

@@ -54,7 +54,7 @@ print(*(step() for _ in range({steps})))
 """
 ROUNDS, STEPS = 2, 12
 
-TESTS = ("tests/ops/test_numba_cpu.py",)
+TESTS = ("tests/ops/test_numba_recurrence.py",)
 
 
 def measure() -> list[dict]:

@@ -9,8 +9,8 @@ from torch import nn
 
 from legato.layers import LMU
 from legato.legendre import delay_network
-from legato.ops.lti import lti
 from legato.ops.recurrence import linear_recurrence
+from legato.ops.time_invariant import lti
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -7,7 +7,7 @@ result is out of bounds or none was checked, 2 no CUDA here. The sections, in or
 
 correctness   the tests of the kernels and ``gpu_checks.py``, in processes side by side, which compile what follows too
 kernels       forward and backward as a share of the bandwidth of a copy in the same run
-sweep         the same around each constant of ``triton_gpu.TUNING``: what to set it to
+sweep         the same around each constant of ``triton_recurrence.TUNING``: what to set it to
 memory        lti: chunked in float32, TF32 and bfloat16 against fft
 training      the parallel LMU against RecurrentLMU
 peers         accelerated-scan, flash-linear-attention and torch's associative_scan, forward and backward
@@ -176,7 +176,7 @@ def correctness(report: Report) -> Iterator[Row]:
     parts = [f"check {name}" for name in gpu_checks.PARTS] + [f"compile {i}" for i in (*range(len(SIZES)), "table")]
     commands = {name: [sys.executable, __file__, "--part", name] for name in parts}
     commands["tests"] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    commands["tests"] += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "tests/ops/test_triton_gpu.py"]
+    commands["tests"] += ["-n", str(max(1, (os.cpu_count() or 2) // 3)), "tests/ops/test_triton_recurrence.py"]
     deadline = time.monotonic() + limit
 
     def run(name: str) -> list[Row]:
@@ -236,22 +236,27 @@ def _part(name: str) -> list[Row]:
 
 def _inputs(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Decay, impulse (B, T, 1, D), gradient of the final state, states."""
-    from legato.ops.kernels import triton_gpu
+    from legato.ops.kernels import triton_recurrence
 
     B, T, D = size
     torch.manual_seed(0)
     decay = torch.rand(B, T, 1, D, device=DEVICE).to(dtype)
     impulse = torch.randn(B, T, 1, D, device=DEVICE).to(dtype)
-    return decay, impulse, torch.zeros(B, 1, D, device=DEVICE), triton_gpu.forward(decay, impulse, None, None, False)[0]
+    return (
+        decay,
+        impulse,
+        torch.zeros(B, 1, D, device=DEVICE),
+        triton_recurrence.forward(decay, impulse, None, None, False)[0],
+    )
 
 
 def _passes(inputs: tuple[torch.Tensor, ...], tuning: Any = None) -> dict[str, Callable[[], Any]]:
-    from legato.ops.kernels import triton_gpu
+    from legato.ops.kernels import triton_recurrence
 
     decay, impulse, grad, states = inputs
     return {
-        "forward": lambda: triton_gpu.forward(decay, impulse, None, None, False, tuning),
-        "backward": lambda: triton_gpu.backward(impulse, grad, decay, states, None, None, False, tuning),
+        "forward": lambda: triton_recurrence.forward(decay, impulse, None, None, False, tuning),
+        "backward": lambda: triton_recurrence.backward(impulse, grad, decay, states, None, None, False, tuning),
     }
 
 
@@ -275,7 +280,7 @@ def sweep(report: Report) -> Iterator[Row]:
 
 
 def _tunings(dtype: torch.dtype) -> dict[str, Any]:
-    from legato.ops.kernels import triton_gpu
+    from legato.ops.kernels import triton_recurrence
 
     # Groups of more than 32 steps take the compiler minutes.
     variants = {
@@ -285,7 +290,7 @@ def _tunings(dtype: torch.dtype) -> dict[str, Any]:
     }
     if dtype.itemsize > 2:
         del variants["two channels a lane"]
-    return {name: triton_gpu.TUNING._replace(**change) for name, change in variants.items()}
+    return {name: triton_recurrence.TUNING._replace(**change) for name, change in variants.items()}
 
 
 def _shares(size, dtype, inputs, variants: dict[str, dict[str, Callable]], rounds: int) -> list[Row]:
@@ -310,7 +315,7 @@ def _shares(size, dtype, inputs, variants: dict[str, dict[str, Callable]], round
 
 def memory(report: Report) -> Iterator[Row]:
     from legato.legendre import delay_network
-    from legato.ops.lti import apply, prepare
+    from legato.ops.time_invariant import apply, prepare
 
     size, order = (32, 4096, 64), 64
     A, B = (x.to(DEVICE) for x in delay_network(order, 4096))

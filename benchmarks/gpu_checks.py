@@ -175,7 +175,7 @@ def compiled() -> list[Row]:
 def memories() -> list[Row]:
     """The chunked form with 16-bit factors, with TF32 and in exact float32."""
     from legato.legendre import delay_network
-    from legato.ops.lti import lti
+    from legato.ops.time_invariant import lti
 
     rows = []
     for order, theta in ((64, 512), (256, 784)):

@@ -7,23 +7,22 @@ of, the transforms the two that fft consists of, both alone and on data that lie
 for few channels, there for comparison.
 """
 
-import importlib
 from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
 
 from legato.legendre import delay_network
-from legato.ops.lti import METHODS, apply, prepare
+from legato.ops import time_invariant
+from legato.ops.time_invariant import METHODS, apply, prepare
 from measure import Target, interleave
 
-LTI = importlib.import_module("legato.ops.lti")  # the function of that name hides the module
 SHAPES = [((16, 1024, 16), 64), ((4, 4096, 32), 32), ((32, 784, 1), 256)]
 OTHERS = [((64, 4, 1), 64), ((64, 16, 1), 64), ((64, 64, 1), 64), ((32, 256, 64), 4), ((20, 784, 1), 468)]
 LONG = ((1, 1_048_576, 1), 32)
 SIDES = [((32, 64, 128), 4), ((64, 14, 128), 5), ((8, 1024, 256), 8), ((4, 4096, 32), 32), ((1, 1000, 64), 6)]
 
-TESTS = ("tests/ops/test_lti.py",)
+TESTS = ("tests/ops/test_time_invariant.py",)
 TARGETS = (
     *(
         Target(
@@ -78,13 +77,13 @@ def _every_method(shape: tuple[int, int, int], order: int) -> list[dict]:
 def _either_side(shape: tuple[int, int, int], order: int) -> list[dict]:
     """The two forms of "chunked", read as an LMU reads them: all numbers of a step in one row."""
     batch, steps, channels = shape
-    kernels = prepare(*delay_network(order, max(steps, 8)), steps, method="chunked")
+    system = prepare(*delay_network(order, max(steps, 8)), steps, method="chunked")
     u = torch.randn(shape, requires_grad=True)
     gradient = torch.randn(batch * steps, channels * order)
 
     def run(channels_last: bool) -> None:
-        with patch.object(LTI, "_channels_last", lambda *_: channels_last):
-            memory, _ = apply(u, kernels)
+        with patch.object(time_invariant, "_channels_last", lambda *_: channels_last):
+            memory, _ = apply(u, system)
         read = memory.mT if channels_last else memory
         torch.autograd.grad(read.reshape(gradient.shape), u, gradient)
 
@@ -111,14 +110,14 @@ def _training_pass(
     shape: tuple[int, int, int], order: int, method: str, *, state: bool = True, reset: bool = False
 ) -> Callable:
     batch, steps, channels = shape
-    kernels = prepare(*delay_network(order, max(steps, 8)), steps, method=method)
+    system = prepare(*delay_network(order, max(steps, 8)), steps, method=method)
     u = torch.randn(shape, requires_grad=True)
     m = torch.randn(batch, channels, order, requires_grad=True) if state else None
     cut = torch.rand(batch, steps) < 8 / steps if reset else None
-    gradient = torch.randn_like(apply(u, kernels, m)[0])
+    gradient = torch.randn_like(apply(u, system, m)[0])
 
     def run():
-        memory, _ = apply(u, kernels, m, reset=cut)
+        memory, _ = apply(u, system, m, reset=cut)
         torch.autograd.grad(memory, [x for x in (u, m) if x is not None], gradient)
 
     return run
@@ -126,10 +125,10 @@ def _training_pass(
 
 def _products(shape: tuple[int, int, int], order: int) -> Callable:
     batch, steps, channels = shape
-    kernels = prepare(*delay_network(order, steps), steps, method="chunked")
-    W = kernels.inputs
+    system = prepare(*delay_network(order, steps), steps, method="chunked")
+    W = system.inputs
     length = W.shape[0] - order
-    if LTI._channels_last(torch.empty(shape), kernels, None):
+    if time_invariant._channels_last(torch.empty(shape), system, None):
         W = W.mT.expand(batch * steps // length, -1, -1)
         rows = torch.randn(len(W), length + order, channels)
         gradient = torch.randn(len(W), length * order, channels)

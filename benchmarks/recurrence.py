@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 import peers
-from legato.ops.kernels import choose
+from legato.ops.backends import choose
 from legato.ops.recurrence import linear_recurrence
 from measure import Target, interleave
 
-TESTS = ("tests/ops/test_recurrence.py", "tests/ops/test_numba_cpu.py", "tests/benchmarks/test_peers.py")
+TESTS = ("tests/ops/test_recurrence.py", "tests/ops/test_numba_recurrence.py", "tests/benchmarks/test_peers.py")
 SHAPES = [(8, 4096, 256), (8, 2048, 256), (32, 1024, 512), (1, 65536, 64)]
 BESIDE = [(8, 2048, 256), (8, 4096, 256)]
 ONE_CHANNEL = (1, 1_048_576, 1)
@@ -98,7 +98,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def _kernels(B: int, T: int, C: int) -> list[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernel, name, _ = choose(device)
+    kernel, name, _ = choose("linear_recurrence", device)
     decay, impulse = (torch.rand(B, T, 1, C, device=device) for _ in range(2))
     out, grad_decay, grad_impulse = (torch.empty_like(decay) for _ in range(3))
     states, carry = kernel.forward(decay, impulse, None, None, False)
@@ -130,7 +130,7 @@ def _kernels(B: int, T: int, C: int) -> list[dict]:
 def _one_channel() -> list[dict]:
     """A running sum of the same tensor is the same chain of additions with decay 1, by torch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernel, name, _ = choose(device)
+    kernel, name, _ = choose("linear_recurrence", device)
     decay, impulse = (torch.rand(1, ONE_CHANNEL[1], 1, 1, device=device) for _ in range(2))
     out = torch.empty_like(impulse)
     candidates = {"torch.cumsum": lambda: torch.cumsum(impulse, 1, out=out)}

@@ -5,13 +5,13 @@ Both are contexts, inside which every ``linear_recurrence`` runs so, its derivat
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
 
 from legato._shapes import Bool, Inexact, Tensor
-from legato.ops import kernels
+from legato.ops.backends import register, use_backend
 
 LOOP = "a loop of PyTorch operations over time"
 SWEEP = {"cpu": "our compiled kernel in one thread", "cuda": "our compiled kernel in one pass over time"}
@@ -20,12 +20,9 @@ SWEEP = {"cpu": "our compiled kernel in one thread", "cuda": "our compiled kerne
 @contextmanager
 def looped() -> Iterator[None]:
     """A loop over time of PyTorch operations, one a step: what one writes without a kernel."""
-    loop = (SimpleNamespace(forward=_forward), "loop", "a benchmark asked for it")
-    # Without the kernel of whole gated units they run by their definition, which is a linear_recurrence.
-    with (
-        patch.object(kernels, "choose", lambda *_: loop),
-        patch.object(kernels, "gated", lambda *_: None),
-    ):
+    # Gated units have no kernel of this backend: their definition runs, which is a linear_recurrence.
+    register("loop", SimpleNamespace(forward=_forward))
+    with use_backend("loop"):
         yield
 
 
@@ -37,10 +34,12 @@ def swept(device: torch.device) -> Iterator[None]:
     vectors, and threads share batch and features: what remains to be taken away is the threads.
     """
     if device.type == "cuda":
-        from legato.ops.kernels import triton_gpu
+        from legato.ops.kernels import triton_recurrence
 
-        uncut = triton_gpu.TUNING._replace(few_programs=0)  # no shape is cut into chunks of time
-        with patch.object(triton_gpu, "TUNING", uncut):
+        uncut = triton_recurrence.TUNING._replace(few_programs=0)  # no shape is cut into chunks of time
+        passes = {name: partial(getattr(triton_recurrence, name), tuning=uncut) for name in ("forward", "backward")}
+        register("sweep", SimpleNamespace(**passes))
+        with use_backend("sweep"):
             yield
         return
     threads = torch.get_num_threads()

@@ -35,7 +35,7 @@ CALLS = {
 # Those that are worth the seconds of compiling once more.
 IN_READ_ONLY = ("linear_recurrence", "LMU of order 256")
 
-TESTS = ("tests/ops/test_numba_cpu.py",)
+TESTS = ("tests/ops/test_numba_recurrence.py",)
 TARGETS = (
     *(
         Target(f"{what}, {kernels}", "median_s", bound, "s", {"kernels": kernels, **where}, at_most=True)

@@ -21,7 +21,7 @@ from torch import nn
 from legato import GILRLSTM, QRNN, SRU, Stack, linear_recurrence
 from legato._environment import free_memory
 from legato.layers._base import RecurrentLayer
-from legato.ops import kernels
+from legato.ops import backends
 from measure import interleave, machine, write_json
 from serial_recurrence import LOOP, SWEEP, looped, swept
 from throughput_report import Panel, draw, show
@@ -298,7 +298,7 @@ def _device(options: Options) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("PyTorch sees no CUDA device here: take --device cpu")
-    _, backend, why = kernels.choose(device, None, torch.float32)
+    _, backend, why = backends.choose("linear_recurrence", device, None, torch.float32)
     if backend == "torch":
         package = {"cpu": "numba", "cuda": "triton"}[device.type]
         lacking = f"there is no compiled kernel to measure on {device.type} ({why})"

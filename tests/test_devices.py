@@ -15,7 +15,7 @@ import legato
 from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
 from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
 
 tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import bounds
 import draws
 import legato
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 from test_contract import CASES, assert_close, build, in_one_pass, in_single_steps, magnitudes, results
 
 

@@ -13,23 +13,30 @@ RULES = {
     "legato._shapes": (),
     "legato._autocast": ("legato._shapes",),
     "legato._checks": ("legato._shapes",),
-    "legato._choices": (),
+    "legato._gate_spec": ("legato._shapes",),
     "legato._modes": (),
     "legato._values": ("legato._shapes",),
     "legato._environment": ("legato",),
     "legato.legendre": ("legato._shapes", "legato._checks"),
-    "legato.ops.kernels": ("legato._shapes",),
+    "legato.ops.kernels": ("legato._gate_spec", "legato._shapes"),
     "legato.ops": (
         "legato.ops.kernels",
         "legato._shapes",
         "legato._checks",
-        "legato._choices",
+        "legato._gate_spec",
         "legato._autocast",
         "legato._values",
     ),
-    "legato.layers": ("legato.ops", "legato.legendre", "legato._shapes", "legato._checks", "legato._autocast"),
+    "legato.layers": (
+        "legato.ops",
+        "legato.legendre",
+        "legato._shapes",
+        "legato._checks",
+        "legato._gate_spec",
+        "legato._autocast",
+    ),
     "legato.models": ("legato.layers", "legato._shapes", "legato._checks", "legato._modes"),
-    "legato": ("legato._choices", "legato.layers", "legato.legendre", "legato.ops"),
+    "legato": ("legato.layers", "legato.legendre", "legato.models", "legato.ops"),
 }
 FORBIDDEN = {"legato.layers": ("legato.ops.kernels",)}
 KERNELS = "legato.ops.kernels"
@@ -37,8 +44,8 @@ KERNELS = "legato.ops.kernels"
 # cached, and how its tasks reach torch's threads.
 SHARED = (f"{KERNELS}.numba_cache", f"{KERNELS}.numba_threads")
 OWN_PACKAGE_ONLY_IN = {
-    "numba": (*SHARED, f"{KERNELS}.numba_cpu", f"{KERNELS}.gated_cpu"),
-    "triton": (f"{KERNELS}.triton_gpu",),
+    "numba": (*SHARED, f"{KERNELS}.numba_recurrence", f"{KERNELS}.numba_gated"),
+    "triton": (f"{KERNELS}.triton_recurrence",),
 }
 
 

@@ -9,11 +9,11 @@ import torch
 
 import bounds
 import test_contract as contract
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 from ops import test_gated as gated
-from ops import test_lti as lti
 from ops import test_matrix as matrix
 from ops import test_recurrence as recurrence
+from ops import test_time_invariant as lti
 
 MISTAKES = ["coefficient", "step", "channels"]
 every_mistake = pytest.mark.parametrize("mistake", MISTAKES)
@@ -102,12 +102,12 @@ def test_the_recurrence_in_every_dtype(mistake, backend, dtype, T):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_the_triton_kernels(mistake, chunked, monkeypatch):
     pytest.importorskip("triton")
-    from ops import test_triton_gpu as triton
+    from ops import test_triton_recurrence as triton
 
     triton.quicken(monkeypatch)
     if chunked:
-        tuning = triton.triton_gpu.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16)
-        monkeypatch.setattr(triton.triton_gpu, "TUNING", tuning)
+        tuning = triton.triton_recurrence.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16)
+        monkeypatch.setattr(triton.triton_recurrence, "TUNING", tuning)
     right = triton.kernels
 
     def kernels(decay, impulse, h_0, reset, reverse, grad_states, grad_final):
@@ -129,13 +129,13 @@ def test_the_triton_kernels(mistake, chunked, monkeypatch):
 
 
 GATED = {
-    "plain": ((gated.PLAIN, 2, 65, 5), {}, {"squash": True}),
+    "plain": ((gated.PLAIN, 2, 65, 5), {}, {"candidate_tanh": True}),
     "long": ((gated.PLAIN, 2, 1000, 5), {}, {}),
-    "output": ((gated.OUTPUT, 3, 40, 33), {"skip": "own"}, {"activation": torch.tanh}),
+    "output": ((gated.OUTPUT, 3, 40, 33), {}, {"activation": torch.tanh}),
     "skip": ((gated.SKIP, 3, 40, 33), {}, {"activation": torch.tanh}),
-    "cell": ((gated.CELL, 3, 40, 33), {"widths": (3, 4)}, {"squash": True}),
-    "wide": ((gated.OUTPUT, 1, 20, 1200), {"widths": (40,), "skip": "input"}, {"activation": torch.tanh}),
-    "delayed": ((gated.PLAIN, 3, 65, 33), {}, {"squash": True, "delayed": True}),
+    "cell": ((gated.CELL, 3, 40, 33), {"widths": (3, 4)}, {"candidate_tanh": True}),
+    "wide": ((gated.PAST, 1, 20, 1200), {}, {"activation": torch.tanh}),
+    "delayed": ((gated.PLAIN, 3, 65, 33), {}, {"candidate_tanh": True, "delayed": True}),
 }
 
 
@@ -155,22 +155,23 @@ def of_the_largest_effect(tensors, options):
 
 
 # 1e-4 of one of 1,200 products is less than what a serial sum of them in 32 bits may lose.
-UNITS = [(mistake, form) for form in GATED for mistake in MISTAKES if (mistake, form) != ("coefficient", "wide")]
+UNITS = [(mistake, case) for case in GATED for mistake in MISTAKES if (mistake, case) != ("coefficient", "wide")]
 
 
-@pytest.mark.parametrize(("mistake", "form"), UNITS)
-@pytest.mark.skipif(gated.kernels.gated(torch.device("cpu")) is None, reason="the kernel needs numba")
-def test_the_gated_unit(mistake, form, monkeypatch):
-    sizes, more, options = GATED[form]
+@pytest.mark.parametrize(("mistake", "case"), UNITS)
+@pytest.mark.skipif(
+    gated.backends.choose("gated_unit", torch.device("cpu"))[0] is None, reason="the kernel needs numba"
+)
+def test_the_gated_unit(mistake, case, monkeypatch):
+    sizes, more, options = GATED[case]
     tensors, right = gated.example(*sizes, **more, resets=False), gated.gated_unit
     factor = of_the_largest_effect(tensors, options) if mistake == "coefficient" else None
 
-    def gated_unit(inputs, weights, bias, blocks, initial_state, *, products, skip, reset, **options):
+    def gated_unit(inputs, weights, bias, spec, initial_state, *, products, reset, activation):
         def run(at, state):
             cut = tuple(x[:, at] for x in inputs)
-            of_skip = cut[0] if skip is not None and skip is inputs[0] else None if skip is None else skip[:, at]
             state = initial_state if state is None else state
-            h, c, final = right(cut, weights, bias, blocks, state, skip=of_skip, **options)
+            h, c, final = right(cut, weights, bias, spec, state, activation=activation)
             return torch.stack([h, c]).movedim(0, -1), final
 
         every = slice(None)

@@ -13,7 +13,7 @@ from legato._shapes import Tensor
 from legato.layers import GILR, GILRLSTM, LegendreMemory, LinearRNN
 from legato.layers._base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
-from legato.ops.lti import METHODS
+from legato.ops.time_invariant import METHODS
 from test_contract import BATCH, SPLIT, STEPS, build, every_layer, every_streaming_layer, inputs
 
 MODES = {"training": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}

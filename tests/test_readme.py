@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import legato
-from legato.ops.kernels import choose
+from legato.ops.backends import choose
 
 README = Path(__file__).parents[1] / "README.md"
 TABLE = re.compile(r"(<!-- support: .*? -->\n)(.*?)(<!-- end of support -->)", re.DOTALL)
@@ -41,7 +41,7 @@ def runs(op, dtype):
 
 
 def support():
-    numba, triton = choose(torch.device("cpu"))[1], choose(torch.device("cuda"))[1]
+    numba, triton = (choose("linear_recurrence", torch.device(kind))[1] for kind in ("cpu", "cuda"))
     head = ["op", "CPU", "CUDA", *(str(d).removeprefix("torch.") for d in DTYPES)]
     rows = [f"| {' | '.join(head)} |\n", "|---" * len(head) + "|\n"]
     kernels = {"linear_recurrence": (numba, triton)}

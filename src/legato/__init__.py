@@ -1,6 +1,5 @@
 """Linear recurrent networks: trained in parallel over time, run one step at a time."""
 
-from legato._choices import explain
 from legato.layers import (
     GILR,
     GILRLSTM,
@@ -23,6 +22,7 @@ from legato.layers import (
 )
 from legato.legendre import delay_network, window_decoder
 from legato.ops import linear_recurrence, lti, matrix_recurrence
+from legato.ops.backends import explain, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,5 +49,6 @@ __all__ = [
     "lti",
     "matrix_recurrence",
     "spread_time_scales",
+    "use_backend",
     "window_decoder",
 ]

@@ -57,13 +57,13 @@ def _python_number(value: Any) -> Any:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """An error, with advice, where ``value`` is no tensor."""
+    """Raise TypeError, with advice, unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}: {as_tensor_advice(value)}")
+        raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}: {as_tensor_advice(value)}")
 
 
 def check_plain(name: str, value: Any) -> None:
-    """An error, with advice, where ``value`` is no tensor with a number at every index."""
+    """Raise TypeError unless ``value`` is a tensor, and ValueError unless it is dense and not nested."""
     check_tensor(name, value)
     if value.is_nested:
         raise ValueError(
@@ -72,6 +72,56 @@ def check_plain(name: str, value: Any) -> None:
         )
     if value.layout is not torch.strided:
         raise ValueError(f"expected {name} as a dense tensor, got layout {value.layout}: convert it with .to_dense()")
+
+
+# The arguments of ops. TypeError for what is no tensor or of a wrong kind of dtype, ValueError for a wrong shape or
+# device. An argument that is None was not given.
+
+
+def check_numbers(*, real: bool = False, **given: Any) -> None:
+    """Raise TypeError unless the arguments are tensors of floating or, without ``real``, complex dtypes."""
+    for name, x in given.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
+        if not x.is_floating_point() and (real or not x.is_complex()):
+            kinds = "floating" if real else "floating or complex"
+            raise TypeError(f"{name} must be {kinds}, got {x.dtype}: convert it with .float()")
+
+
+def check_device(name: str, x: Tensor | None, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both are on one device."""
+    if x is not None and x.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must share a device, got {x.device} and {other.device}: move one with .to()"
+        )
+
+
+def check_initial_state(state: Tensor | None, axes: str, shape: tuple[int, ...], **inputs: Tensor) -> None:
+    """Raise ValueError unless ``state`` has ``shape``, named by ``axes``, and the device of the first of ``inputs``;
+    TypeError where it is complex and they are real. ``check_numbers`` is called before."""
+    if state is None:
+        return
+    if tuple(state.shape) != shape:
+        raise ValueError(f"initial_state must be {axes} = {shape}, got {tuple(state.shape)}: it has no time axis")
+    check_device("initial_state", state, *next(iter(inputs.items())))
+    if state.is_complex() and not any(x.is_complex() for x in inputs.values()):
+        be = "is" if len(inputs) == 1 else "are"
+        raise TypeError(f"initial_state is complex but {' and '.join(inputs)} {be} real: convert one of them")
+
+
+def check_reset(reset: Any, name: str, x: Tensor) -> None:
+    """Raise TypeError unless ``reset`` is a boolean tensor, ValueError unless (batch, time) on the device of x."""
+    if reset is None:
+        return
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a tensor, got {type(reset).__name__}: wrap it with torch.as_tensor()")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must be a boolean tensor, got {reset.dtype}: True drops the state before that step")
+    if reset.shape != x.shape[:2]:
+        raise ValueError(f"reset must be (batch, time) = {tuple(x.shape[:2])}, got {tuple(reset.shape)}")
+    check_device("reset", reset, name, x)
 
 
 def as_tensor_advice(value: Any, *, lengths: bool = True) -> str:

@@ -1,7 +1,7 @@
 """The delay network: the linear system whose state holds the last theta steps of its input as Legendre coefficients.
 
 Here are its two matrices, how they become a recurrence in whole steps, and what its state says about the past.
-The recurrence itself is run by ``legato.ops.lti``; the derivation is in ``docs/maths/delay-network.md``.
+The recurrence itself is run by ``legato.ops.time_invariant``; the derivation is in ``docs/maths/delay-network.md``.
 """
 
 import difflib

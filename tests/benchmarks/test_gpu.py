@@ -12,10 +12,10 @@ import gpu_checks
 
 pytest.importorskip("triton")
 
-from legato.ops.kernels import triton_gpu
+from legato.ops.kernels import triton_recurrence
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not triton_gpu.INTERPRETED, reason="for machines without a GPU"
+    torch.cuda.is_available() or not triton_recurrence.INTERPRETED, reason="for machines without a GPU"
 )
 
 
@@ -39,7 +39,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(gpu, "SIZES", [((1, 6, 3), torch.float32), ((1, 6, 3), torch.bfloat16)])
     monkeypatch.setattr(gpu_checks, "LONG", 300)
     monkeypatch.setattr(gpu_checks, "HUGE", (2, 40, 3))
-    interpreted = type(triton_gpu._read)
+    interpreted = type(triton_recurrence._read)
     monkeypatch.setattr(interpreted, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
 
 

@@ -8,7 +8,7 @@ import bounds
 import legato
 import serial_recurrence as serial
 import throughput
-from legato.ops import kernels
+from legato.ops import backends
 from measure import interleave
 
 
@@ -79,13 +79,13 @@ def test_a_looped_network_is_the_same_network_and_only_the_loop_runs(name, monke
 
 
 def test_what_runs_serially_is_undone_after_an_error():
-    threads, choice = torch.get_num_threads(), kernels.choose(torch.device("cpu"))
+    threads, choice = torch.get_num_threads(), backends.resolve(None, torch.device("cpu"))
     for context in (serial.looped(), serial.swept(torch.device("cpu")), throughput._without_onednn()):
         with pytest.raises(KeyError), context:
             raise KeyError
     assert torch.backends.mkldnn.enabled
     assert torch.get_num_threads() == threads
-    assert kernels.choose(torch.device("cpu")) == choice
+    assert backends.resolve(None, torch.device("cpu")) == choice
 
 
 def test_a_sweep_on_the_cpu_has_one_thread():
@@ -99,13 +99,14 @@ def test_a_sweep_on_the_cpu_has_one_thread():
 
 def test_a_sweep_on_cuda_is_one_pass_where_time_is_otherwise_cut():
     pytest.importorskip("triton")
-    from legato.ops.kernels import triton_gpu
+    from legato.ops.kernels import triton_recurrence
 
     for features in throughput.FEATURES:
         impulse = torch.empty(1, 65_536, 1, features, device="meta")
-        assert triton_gpu._plan(impulse).chunks > 1
+        assert triton_recurrence._plan(impulse).chunks > 1
         with serial.swept(torch.device("cuda")):
-            assert triton_gpu._plan(impulse).chunks == 1
+            sweep = backends.choose("linear_recurrence", impulse.device, backends.resolve(None, impulse.device))[0]
+            assert triton_recurrence._plan(impulse, sweep.forward.keywords["tuning"]).chunks == 1
 
 
 def test_the_table_of_the_kernel_stands_beside_the_papers(capsys, tmp_path, monkeypatch):
@@ -164,8 +165,9 @@ def test_a_device_that_is_not_there_is_named(capsys):
 
 
 def test_kernels_that_cannot_be_used_are_not_measured(capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "_failures", {"numba": "ImportError: Numba needs NumPy 2.4 or less"})
-    monkeypatch.setattr(kernels, "_warned", {"numba": None})
+    failure = "ImportError: Numba needs NumPy 2.4 or less"
+    monkeypatch.setattr(backends, "_failures", {("linear_recurrence", "numba"): failure})
+    monkeypatch.setattr(backends, "_warned", {"numba": None})
     status, _, err = run(capsys, "kernel", "--device", "cpu")
     assert status == 1
     assert "no compiled kernel to measure on cpu (numba is installed but cannot be used: Imp" in err

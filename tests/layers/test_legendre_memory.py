@@ -10,7 +10,7 @@ import torch
 import bounds
 from legato.layers import LegendreMemory
 from legato.legendre import delay_network, window_decoder
-from legato.ops.lti import lti
+from legato.ops.time_invariant import lti
 
 
 @pytest.fixture
@@ -167,11 +167,11 @@ def test_weights_of_another_number_of_windows_are_refused():
 
 def test_what_is_prepared_is_kept_and_grows():
     layer = LegendreMemory(1, 4, 10.0)
-    assert layer.kernels(40) is layer.kernels(30)
-    assert layer.kernels(41).steps == 80
-    assert layer.kernels(70) is layer.kernels(80)
+    assert layer.prepared(40) is layer.prepared(30)
+    assert layer.prepared(41).steps == 80
+    assert layer.prepared(70) is layer.prepared(80)
     layer.double()
-    assert layer.kernels(30).powers.dtype == torch.float64
+    assert layer.prepared(30).powers.dtype == torch.float64
 
 
 def test_a_layer_first_used_under_inference_mode_can_be_trained():

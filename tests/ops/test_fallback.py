@@ -13,9 +13,10 @@ from numba.core.errors import LoweringError
 
 import draws
 import legato
-from legato.ops import kernels
+from legato._gate_spec import GateSpec
+from legato.ops import backends, kernels
 from legato.ops.gated import gated_unit
-from legato.ops.kernels import gated_cpu, numba_cpu
+from legato.ops.kernels import numba_gated, numba_recurrence
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -23,9 +24,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def new_process(monkeypatch):
     """Nothing is known about the kernels, as in a new process."""
-    monkeypatch.setattr(kernels, "_failures", {})
-    monkeypatch.setattr(kernels, "_warned", {})
-    caches = kernels._installed, kernels._load, kernels._prepared
+    monkeypatch.setattr(backends, "_failures", {})
+    monkeypatch.setattr(backends, "_warned", {})
+    caches = backends._installed, backends._load, backends._prepared
     for function in caches:
         function.cache_clear()
     yield
@@ -36,7 +37,7 @@ def new_process(monkeypatch):
 @pytest.fixture
 def not_loaded(new_process, monkeypatch):
     """The modules that import Numba are not imported either."""
-    for name in ("numba_cache", "numba_threads", "numba_cpu", "gated_cpu"):
+    for name in ("numba_cache", "numba_threads", "numba_recurrence", "numba_gated"):
         monkeypatch.delitem(sys.modules, f"{kernels.__name__}.{name}")
         monkeypatch.delattr(kernels, name)
 
@@ -51,28 +52,28 @@ def recurrence(backend=None):
     return *both, *torch.autograd.grad(both, (decay, impulse, state), weights)
 
 
-def unit(blocks, channels):
+def unit(spec, channels):
     """Results of a gated unit, and the gradients of a linear loss."""
     draws.seed()
-    x, bias = torch.randn(2, 7, channels), torch.randn(3 * len(blocks))
-    weight, state = torch.randn(3 * len(blocks), channels), torch.randn(2, 3)
+    x, bias = torch.randn(2, 7, channels), torch.randn(3 * len(spec.blocks))
+    weight, state = torch.randn(3 * len(spec.blocks), channels), torch.randn(2, 3)
     leaves = [t.requires_grad_() for t in (x, weight, bias, state)]
-    results = gated_unit((x,), (weight,), bias, blocks, state)
+    results = gated_unit((x,), (weight,), bias, spec, state)
     gradients = torch.autograd.grad(results, leaves, [torch.randn_like(y) for y in results])
     return [y.detach() for y in results], gradients
 
 
 def units():
     """Few inputs, for which the kernel keeps no products, and many; without and with output gate."""
-    few = unit(("forget", "candidate"), 2)
-    many = unit(("forget", "write", "candidate", "output"), 40)
+    few = unit(GateSpec(("forget", "candidate")), 2)
+    many = unit(GateSpec(("forget", "write", "candidate", "output")), 40)
     return few[0] + many[0], few[1] + many[1]
 
 
 def without_numba(function, monkeypatch):
     """What ``function`` gives where Numba is not installed."""
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_installed", lambda package: package is None)
+        patch.setattr(backends, "_installed", lambda package: package is None)
         return function()
 
 
@@ -145,7 +146,7 @@ def does_not_compile(*_):
 
 
 def test_kernels_that_do_not_compile(new_process, monkeypatch):
-    for module in (numba_cpu, gated_cpu):
+    for module in (numba_recurrence, numba_gated):
         monkeypatch.setattr(module, "_forward", does_not_compile)
     assert_falls_back(monkeypatch, "LoweringError: Failed in nopython mode no such instruction")
 
@@ -153,21 +154,21 @@ def test_kernels_that_do_not_compile(new_process, monkeypatch):
 def test_a_backward_alone_that_does_not_compile(new_process, monkeypatch):
     """The forward has run by the kernel; from then on the whole module is out of use."""
     states, (results, gradients) = (without_numba(f, monkeypatch) for f in (recurrence, units))
-    for module in (numba_cpu, gated_cpu):
+    for module in (numba_recurrence, numba_gated):
         monkeypatch.setattr(module, "_backward", does_not_compile)
-    assert kernels.choose(CPU, None, torch.float32)[0] is numba_cpu
-    assert kernels.gated(CPU, torch.float32) is gated_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_recurrence
+    assert backends.choose("gated_unit", CPU, None, torch.float32)[0] is numba_gated
     found, _ = with_one_warning(lambda: (recurrence(), units()[1]), "no such instruction")
     assert_equal(found[0], states)
     assert_equal(found[1], gradients)
     assert legato.explain().count("numba is installed but cannot be used: LoweringError") == 2
-    assert kernels.choose(CPU, None, torch.float64)[1] == "torch"
-    assert kernels.gated(CPU, torch.float32) is None
+    assert backends.choose("linear_recurrence", CPU, None, torch.float64)[1] == "torch"
+    assert backends.choose("gated_unit", CPU, None, torch.float32)[0] is None
     assert_equal(units()[0], results)
 
 
 def test_a_named_backend_whose_backward_fails(new_process, monkeypatch):
-    monkeypatch.setattr(numba_cpu, "_backward", does_not_compile)
+    monkeypatch.setattr(numba_recurrence, "_backward", does_not_compile)
     with pytest.raises(RuntimeError, match=r"no such instruction\. Correct that, or pass backend="):
         recurrence("numba")
 
@@ -178,24 +179,24 @@ def test_an_interrupted_compilation_is_repeated(interrupt, new_process, monkeypa
         raise interrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(numba_cpu, "prepare", interrupted)
+        patch.setattr(numba_recurrence, "prepare", interrupted)
         with pytest.raises(interrupt):
-            kernels.choose(CPU, None, torch.float32)
-    assert kernels.choose(CPU, None, torch.float32)[0] is numba_cpu
+            backends.choose("linear_recurrence", CPU, None, torch.float32)
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_recurrence
 
 
 def test_a_failure_in_one_kernel_leaves_the_other(new_process, monkeypatch):
-    monkeypatch.setattr(gated_cpu, "_forward", does_not_compile)
+    monkeypatch.setattr(numba_gated, "_forward", does_not_compile)
     with pytest.warns(UserWarning, match="no such instruction"):
         units()
-    assert kernels.choose(CPU, None, torch.float32)[0] is numba_cpu
+    assert backends.choose("linear_recurrence", CPU, None, torch.float32)[0] is numba_recurrence
 
 
 def test_what_a_kernel_raises_when_it_runs_is_raised(new_process, monkeypatch):
     def launch(*_):
         raise ArithmeticError("in the launch")
 
-    monkeypatch.setattr(numba_cpu, "_launch", launch)
+    monkeypatch.setattr(numba_recurrence, "_launch", launch)
     with pytest.raises(ArithmeticError, match="in the launch"):
         recurrence()
 
@@ -205,7 +206,7 @@ def test_what_a_kernel_raises_when_it_runs_is_raised(new_process, monkeypatch):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_code_falls_back_too(backend, new_process, monkeypatch):
     """The registered op returns the shapes that it announces, whichever way it is computed."""
-    for module in (numba_cpu, gated_cpu):
+    for module in (numba_recurrence, numba_gated):
         monkeypatch.setattr(module, "_forward", does_not_compile)
     results = []
     for channels in (3, 40):
@@ -226,7 +227,7 @@ def _in_child(queue):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_falls_back(new_process, monkeypatch):
     expected = without_numba(recurrence, monkeypatch)
-    monkeypatch.setattr(numba_cpu, "prepare", does_not_compile)
+    monkeypatch.setattr(numba_recurrence, "prepare", does_not_compile)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
@@ -259,10 +260,10 @@ def in_new_process(**environment):
 
 
 @pytest.fixture
-def triton_gpu(new_process, monkeypatch):
+def triton_recurrence(new_process, monkeypatch):
     """The module as on a CUDA machine, where nothing is interpreted."""
     pytest.importorskip("triton")
-    module = kernels._load("triton")
+    module = backends._load("linear_recurrence", "triton")
     monkeypatch.setattr(module, "INTERPRETED", False)
     module._launch_one.cache_clear()
     return module
@@ -270,7 +271,7 @@ def triton_gpu(new_process, monkeypatch):
 
 def assert_falls_back_on_cuda(cause):
     both, message = with_one_warning(
-        lambda: [kernels.choose(CUDA, None, torch.float32, adjoint) for adjoint in (False, True)],
+        lambda: [backends.choose("linear_recurrence", CUDA, None, torch.float32, adjoint) for adjoint in (False, True)],
         cause,
     )
     assert "the triton kernels cannot be used" in message
@@ -279,29 +280,29 @@ def assert_falls_back_on_cuda(cause):
         assert why.startswith("triton is installed but cannot be used: ")
         assert cause in why
     with pytest.raises(RuntimeError, match=f"backend 'triton' .* cannot be used: .*{cause}"):
-        kernels.choose(CUDA, "triton", torch.float32)
+        backends.choose("linear_recurrence", CUDA, "triton", torch.float32)
 
 
 def test_triton_that_raises_when_imported(new_process, monkeypatch, tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('libtriton.so: undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("triton", f"{kernels.__name__}.triton_gpu"):
+    for name in ("triton", f"{kernels.__name__}.triton_recurrence"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert_falls_back_on_cuda("undefined symbol")
 
 
-def test_triton_without_a_c_compiler(triton_gpu, monkeypatch):
+def test_triton_without_a_c_compiler(triton_recurrence, monkeypatch):
     class Kernel:
         def __getitem__(self, grid):
             raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(triton_gpu, "_one_kernel", Kernel())
+    monkeypatch.setattr(triton_recurrence, "_one_kernel", Kernel())
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     assert_falls_back_on_cuda("Failed to find C compiler")
 
 
 def test_the_trial_kernel_of_triton_runs():
-    triton_gpu = pytest.importorskip("legato.ops.kernels.triton_gpu")
+    triton_recurrence = pytest.importorskip("legato.ops.kernels.triton_recurrence")
     x = torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu")
-    triton_gpu._one_kernel[(1,)](x)
+    triton_recurrence._one_kernel[(1,)](x)
     assert x.tolist() == [1, 0]

@@ -1,5 +1,7 @@
 """The gated unit: its kernel against the definition, values and all gradients, and what goes to the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -7,13 +9,17 @@ from torch.autograd import gradcheck
 import bounds
 import draws
 import legato
-from legato.ops import gated, kernels
+from legato._gate_spec import GateSpec
+from legato.ops import backends, gated
 from legato.ops.gated import gated_recurrence, gated_unit
 
-PLAIN, CELL = ("forget", "candidate"), ("forget", "write", "output", "candidate")
-OUTPUT, SKIP = ("forget", "output", "candidate"), ("forget", "output", "skip", "candidate")
+PLAIN, CELL = GateSpec(("forget", "candidate")), GateSpec(("forget", "write", "output", "candidate"))
+OUTPUT, SKIP = GateSpec(("forget", "output", "candidate")), GateSpec(("forget", "output", "skip", "candidate"))
+PAST = replace(OUTPUT, skips_input=True)
 
-pytestmark = pytest.mark.skipif(kernels.gated(torch.device("cpu")) is None, reason="the kernel needs numba")
+pytestmark = pytest.mark.skipif(
+    backends.choose("gated_unit", torch.device("cpu"))[0] is None, reason="the kernel needs numba"
+)
 
 
 @pytest.fixture
@@ -32,49 +38,44 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def example(blocks, B, T, C, *, widths=(7,), products=False, skip=None, resets=True, seed=0):
-    """Tensors in float64, by name; ``skip`` "own" is a tensor, "input" the first input."""
+def example(spec, B, T, C, *, widths=(7,), products=False, resets=True, seed=0):
+    """Tensors in float64, by name, and the spec."""
     generator = draws.generator(seed)
 
     def draw(*shape):  # in numbers that float32 has too
         return torch.randn(shape, generator=generator).double()
 
-    K, widths = C * len(blocks), (C, *widths[1:]) if skip == "input" else widths
+    K, widths = C * len(spec.blocks), (C, *widths[1:]) if spec.skips_input else widths
     return {
-        "blocks": blocks,
+        "spec": spec,
         "inputs": [draw(B, T, width) for width in widths],
         "weights": [(draw(K, width) / width**0.5).float().double() for width in widths],
         "bias": draw(K) if widths else None,
         "products": draw(B, T, K) if products or not widths else None,
         "initial_state": draw(B, C),
-        "skip": draw(B, T, C) if skip == "own" else skip,
         "reset": torch.rand(B, T, generator=generator) < 0.05 if resets else None,
     }
 
 
-def evaluate(function, tensors, dtype=torch.float32, **options):
-    """Outputs and the gradients of a weighted sum of them by every tensor, in float64."""
+def evaluate(function, tensors, dtype=torch.float32, activation=None, **fields):
+    """Outputs and the gradients of a weighted sum of them by every tensor, in float64; ``fields`` are of the spec."""
 
     def leaf(x):
         return x.to(dtype).detach().requires_grad_() if isinstance(x, torch.Tensor) else x
 
     inputs, weights = ([leaf(x) for x in tensors[name]] for name in ("inputs", "weights"))
-    names = ("bias", "products", "initial_state", "skip")
-    bias, products, initial_state, skip = given = [leaf(tensors[name]) for name in names]
+    bias, products, initial_state = given = [leaf(tensors[name]) for name in ("bias", "products", "initial_state")]
     leaves = [x for x in (*inputs, *weights, *given) if isinstance(x, torch.Tensor)]
-    skip = inputs[0] if skip == "input" else skip
-    options = {"products": products, "skip": skip, "reset": tensors["reset"], **options}
-    outputs = function(tuple(inputs), tuple(weights), bias, tensors["blocks"], initial_state, **options)
+    options = {"products": products, "reset": tensors["reset"], "activation": activation}
+    spec = replace(tensors["spec"], **fields)
+    outputs = function(tuple(inputs), tuple(weights), bias, spec, initial_state, **options)
     generator = draws.generator(1)
     sums = [(y * torch.randn(y.shape, generator=generator).to(y.dtype)).sum() for y in outputs]
     return [x.detach() for x in (*outputs, *torch.autograd.grad(torch.stack(sums).sum(), leaves))]
 
 
-def by_definition(
-    inputs, weights, bias, blocks, initial_state, *, products, skip, reset, squash=False, activation=None, delayed=False
-):
-    form = ("/".join(blocks), squash, activation is not None, delayed, False)
-    return gated._definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
+def by_definition(inputs, weights, bias, spec, initial_state, *, products=None, reset=None, activation=None):
+    return gated._definition(inputs, weights, bias, products, initial_state, reset, spec, activation, None)
 
 
 def expected(tensors, **options):
@@ -92,7 +93,7 @@ def roundings(tensors, exact):
     inputs, weights = tensors["inputs"], tensors["weights"]
     B, T, C = exact[1].shape
     summed = sum(x.shape[-1] for x in inputs) + 2  # the products with inputs; bias and what is known already
-    rows, columns = B * T, C * len(tensors["blocks"])
+    rows, columns = B * T, C * len(tensors["spec"].blocks)
     leaves = [columns] * len(inputs) + [rows] * len(weights) + [rows] * (tensors["bias"] is not None)
     leaves += [0] * (len(exact) - 3 - len(leaves))
     return [bounds.likely(y.numel(), max(16, summed, n)) for y, n in zip(exact, [0, 0, 0, *leaves], strict=True)]
@@ -105,44 +106,43 @@ def agree(tensors, **options):
     bounds.assert_close(found, exact, dtype=torch.float32, **bound)
 
 
-@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("candidate_tanh", [False, True])
 @pytest.mark.parametrize("T", [1, 63, 65, 1000])
-def test_the_plain_unit_agrees_at_awkward_lengths(filled, T, squash):
-    agree(example(PLAIN, 2, T, 5), squash=squash)
+def test_the_plain_unit_agrees_at_awkward_lengths(filled, T, candidate_tanh):
+    agree(example(PLAIN, 2, T, 5), candidate_tanh=candidate_tanh)
 
 
-@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("candidate_tanh", [False, True])
 @pytest.mark.parametrize("activation", [None, torch.tanh])
 @pytest.mark.parametrize(
-    ("blocks", "more"),
+    ("spec", "more"),
     [
         (OUTPUT, {}),
-        (OUTPUT, {"skip": "own"}),
-        (OUTPUT, {"skip": "input"}),
+        (PAST, {}),
         (SKIP, {}),
         (CELL, {"widths": (3, 4)}),
         (CELL, {"products": True}),
         (CELL, {"widths": ()}),
     ],
 )
-def test_every_form_agrees(filled, blocks, more, squash, activation):
-    agree(example(blocks, 3, 40, 33, **more), squash=squash, activation=activation)
+def test_every_spec_agrees(filled, spec, more, candidate_tanh, activation):
+    agree(example(spec, 3, 40, 33, **more), candidate_tanh=candidate_tanh, activation=activation)
 
 
 @pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("more", [{}, {"widths": ()}])
 def test_delayed_states_agree(filled, more, resets):
-    agree(example(PLAIN, 3, 65, 33, resets=resets, **more), squash=True, delayed=True)
+    agree(example(PLAIN, 3, 65, 33, resets=resets, **more), candidate_tanh=True, delayed=True)
 
 
 @pytest.mark.parametrize(("B", "T", "C"), [(1, 700, 70), (5, 100, 70), (40, 9, 70), (1, 20, 1200)])
 def test_sequences_of_several_parts_agree(filled, two_threads, monkeypatch, B, T, C):
     """The products of a part are limited: here to 100 steps or so, or to a few batch rows."""
-    from legato.ops.kernels import gated_cpu
+    from legato.ops.kernels import numba_gated
 
-    monkeypatch.setattr(gated_cpu, "_PART_NUMBERS", 300 * 70)
-    agree(example(OUTPUT, B, T, C, widths=(40,), skip="input"), activation=torch.tanh)
-    agree(example(PLAIN, B, T, C), squash=True, delayed=True)
+    monkeypatch.setattr(numba_gated, "_PART_NUMBERS", 300 * 70)
+    agree(example(PAST, B, T, C, widths=(40,)), activation=torch.tanh)
+    agree(example(PLAIN, B, T, C), candidate_tanh=True, delayed=True)
 
 
 @pytest.mark.parametrize("widths", [(4,), (40,)])
@@ -157,10 +157,10 @@ def test_any_number_of_threads_gives_the_same_states(two_threads, widths):
 def test_strided_tensors_agree():
     tensors = example(CELL, 2, 65, 6, widths=(5,), products=True)
 
-    def with_strides(inputs, weights, bias, blocks, initial_state, **options):
+    def with_strides(inputs, weights, bias, spec, initial_state, **options):
         inputs, weights = (tuple(x.mT.contiguous().mT for x in xs) for xs in (inputs, weights))
-        wide = torch.cat([options.pop("products")] * 2, dim=-1)[..., : 6 * len(blocks)]
-        return gated_unit(inputs, weights, bias, blocks, initial_state.mT.contiguous().mT, products=wide, **options)
+        wide = torch.cat([options.pop("products")] * 2, dim=-1)[..., : 6 * len(spec.blocks)]
+        return gated_unit(inputs, weights, bias, spec, initial_state.mT.contiguous().mT, products=wide, **options)
 
     exact, bound = expected(tensors)
     bounds.assert_close(evaluate(with_strides, tensors), exact, **bound)
@@ -172,19 +172,20 @@ def test_sigmoid_and_tanh_are_exact_to_a_few_units_in_the_last_place():
     zero, state = torch.zeros_like(x), torch.ones_like(x[0])
     kept = gated_unit((), (), None, PLAIN, state, products=torch.cat([x, zero], -1))[0]
     written = gated_unit((), (), None, PLAIN, products=torch.cat([x, zero + 1], -1))[0]
-    squashed = gated_unit((), (), None, PLAIN, products=torch.cat([zero - 200, x], -1), squash=True)[0]
+    spec = replace(PLAIN, candidate_tanh=True)
+    tanh = gated_unit((), (), None, spec, products=torch.cat([zero - 200, x], -1))[0]
     exact = x.double()
-    for got, expected in ((kept, exact.sigmoid()), (written, (-exact).sigmoid()), (squashed, exact.tanh())):
+    for got, expected in ((kept, exact.sigmoid()), (written, (-exact).sigmoid()), (tanh, exact.tanh())):
         # exp, a sum, a quotient, a product, and a state that is multiplied and added to zero: 8 roundings
         bounds.assert_close(got, expected, magnitude=expected.abs(), roundings=8)
 
 
 @pytest.mark.parametrize("large", [90.0, 1e30, torch.inf])
 def test_saturated_gates_hold_exactly(large):
-    state = torch.full((1, 1), 3.0)
+    spec, state = replace(PLAIN, candidate_tanh=True), torch.full((1, 1), 3.0)
     for forget, expected in ((large, 3.0), (-large, 1.0)):
         products = torch.tensor([[[forget, large]]])
-        assert gated_unit((), (), None, PLAIN, state, products=products, squash=True)[1].item() == expected
+        assert gated_unit((), (), None, spec, state, products=products)[1].item() == expected
 
 
 def test_nan_goes_on_until_a_reset():
@@ -195,21 +196,21 @@ def test_nan_goes_on_until_a_reset():
 
 
 def test_the_gradient_is_that_of_finite_differences_through_the_definition_in_float64():
-    tensors = example(OUTPUT, 2, 5, 3, skip="own")
-    leaves = [x.requires_grad_() for x in (*tensors["inputs"], *tensors["weights"], tensors["bias"], tensors["skip"])]
+    tensors = example(PAST, 2, 5, 3)
+    leaves = [x.requires_grad_() for x in (*tensors["inputs"], *tensors["weights"], tensors["bias"])]
 
-    def unit(x, weight, bias, skip):
-        return gated_unit((x,), (weight,), bias, OUTPUT, skip=skip, activation=torch.tanh, squash=True)
+    def unit(x, weight, bias):
+        return gated_unit((x,), (weight,), bias, replace(PAST, candidate_tanh=True), activation=torch.tanh)
 
     assert gradcheck(unit, leaves)
 
 
 def test_second_derivatives_are_those_of_the_definition():
-    tensors = example(OUTPUT, 2, 9, 3, skip="input", resets=False)
+    tensors = example(PAST, 2, 9, 3, resets=False)
 
     def second(function, x, weight, bias, state):
         x, weight = (leaf.detach().requires_grad_() for leaf in (x, weight))
-        y = function((x,), (weight,), bias, OUTPUT, state, products=None, skip=x, reset=None, activation=torch.tanh)[0]
+        y = function((x,), (weight,), bias, PAST, state, activation=torch.tanh)[0]
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return first, *torch.autograd.grad(first.square().sum(), (x, weight))
 
@@ -242,12 +243,12 @@ def test_a_tensor_in_two_places_gets_the_gradient_of_each():
 
 def test_what_needs_no_gradient_gets_none():
     x, weight, bias = torch.randn(1, 6, 4), torch.randn(12, 4, requires_grad=True), torch.randn(12)
-    for skip in (None, x):
-        output = gated_unit((x,), (weight,), bias, OUTPUT, skip=skip)[0]
+    for spec in (OUTPUT, PAST):
+        output = gated_unit((x,), (weight,), bias, spec)[0]
         output.sum().backward()
         assert x.grad is None
         (expected,) = torch.autograd.grad(
-            gated_unit((x.clone().requires_grad_(),), (weight,), bias, OUTPUT, skip=skip)[0].sum(), weight
+            gated_unit((x.clone().requires_grad_(),), (weight,), bias, spec)[0].sum(), weight
         )
         assert torch.equal(weight.grad, expected)
         weight.grad = None
@@ -340,7 +341,7 @@ def test_outputs_whose_gradient_is_not_there_give_none(create_graph):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_without_gradients(dynamic):
     def unit(x, weight):
-        return gated_unit((x,), (weight,), None, OUTPUT, skip=x, activation=torch.tanh)[0]
+        return gated_unit((x,), (weight,), None, PAST, activation=torch.tanh)[0]
 
     compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     weight = torch.randn(9, 3, requires_grad=True)
@@ -354,7 +355,7 @@ def test_it_compiles_without_gradients(dynamic):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_as_one_graph(dynamic):
     def unit(x, weight, bias, state):
-        return gated_unit((x,), (weight,), bias, OUTPUT, state, skip=x, activation=torch.tanh)
+        return gated_unit((x,), (weight,), bias, PAST, state, activation=torch.tanh)
 
     compiled = torch.compile(unit, backend="aot_eager", fullgraph=True, dynamic=dynamic)
 
@@ -384,37 +385,48 @@ def test_tied_and_free_gates_follow_the_equation():
                 h = f.sigmoid()[:, t] * h + gate[:, t] * z[:, t].tanh()
             return h
 
-        states, final = gated_recurrence(f, z, write, squash=True)
+        states, final = gated_recurrence(f, z, write, candidate_tanh=True)
         # 4 roundings of a gate, in either of the two.
         bound = {"magnitude": bounds.sensitivity(last, f, z, write), "roundings": 2 * bounds.likely(6, terms=16)}
         bounds.assert_close(final, last(f, z, write), **bound)
         assert torch.equal(states[:, -1], final)
 
 
-@pytest.mark.bad_input
-def test_delayed_states_behind_an_output_gate_raise():
-    with pytest.raises(ValueError, match="output gate"):
-        gated_unit((), (), None, OUTPUT, products=torch.zeros(1, 2, 3), delayed=True)
+@pytest.mark.parametrize(
+    ("spec", "fields", "message"),
+    [
+        (OUTPUT, {"delayed": True}, "delayed=True cannot be combined with an 'output' block"),
+        (SKIP, {"skips_input": True}, "skips_input=True cannot be combined with a 'skip' block"),
+    ],
+)
+def test_fields_that_exclude_each_other_raise(spec, fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(spec, **fields)
+
+
+def test_an_activation_without_an_output_gate_raises():
+    with pytest.raises(ValueError, match="activation needs an 'output' block"):
+        gated_unit((), (), None, PLAIN, products=torch.zeros(1, 2, 4), activation=torch.tanh)
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"initial_state": torch.zeros(1, 3)}, r"initial_state of shape \(2, 3\), got \(1, 3\)"),
-        ({"skip": torch.zeros(2, 4, 3)}, r"skip of shape \(2, 5, 3\), got \(2, 4, 3\)"),
-        ({"products": torch.zeros(2, 5, 8)}, r"products of shape \(2, 5, 9\), got \(2, 5, 8\)"),
-        ({"bias": torch.zeros(8)}, r"bias of shape \(9,\), got \(8,\)"),
-        ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset of shape \(2, 5\), got \(2, 4\)"),
+        ({"initial_state": torch.zeros(1, 3)}, r"initial_state must be of shape \(2, 3\), got \(1, 3\)"),
+        ({"spec": PAST}, r"inputs\[0\] must be of shape \(2, 5, 3\), got \(2, 5, 4\)"),
+        ({"products": torch.zeros(2, 5, 8)}, r"products must be of shape \(2, 5, 9\), got \(2, 5, 8\)"),
+        ({"bias": torch.zeros(8)}, r"bias must be of shape \(9,\), got \(8,\)"),
+        ({"reset": torch.zeros(2, 4, dtype=torch.bool)}, r"reset must be \(batch, time\) = \(2, 5\), got \(2, 4\)"),
         (
             {"inputs": (torch.zeros(2, 5, 4), torch.zeros(1, 5, 4))},
-            r"inputs\[1\] of shape \(2, 5, 4\), got \(1, 5, 4\)",
+            r"inputs\[1\] must be of shape \(2, 5, 4\), got \(1, 5, 4\)",
         ),
-        ({"weights": (torch.zeros(9, 4), torch.zeros(6, 4))}, r"weights\[1\] of shape \(9, 4\), got \(6, 4\)"),
+        ({"weights": (torch.zeros(9, 4), torch.zeros(6, 4))}, r"weights\[1\] must be of shape \(9, 4\), got \(6, 4\)"),
     ],
 )
 def test_shapes_that_do_not_fit_raise_before_the_kernel_reads_beyond_an_end(changes, message):
     inputs, weights = (torch.zeros(2, 5, 4),) * 2, (torch.zeros(9, 4),) * 2
-    given = {"inputs": inputs, "weights": weights, "bias": None, "blocks": OUTPUT, **changes}
-    with pytest.raises(ValueError, match=f"expected {message}"):
+    given = {"inputs": inputs, "weights": weights, "bias": None, "spec": OUTPUT, **changes}
+    with pytest.raises(ValueError, match=message):
         gated_unit(**given)

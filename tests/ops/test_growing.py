@@ -10,9 +10,9 @@ import torch
 
 import bounds
 import legato
-from legato.ops.lti import METHODS, apply, lti, prepare
 from legato.ops.matrix import matrix_recurrence
 from legato.ops.recurrence import linear_recurrence
+from legato.ops.time_invariant import METHODS, apply, lti, prepare
 
 GROWTH = 1.3
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

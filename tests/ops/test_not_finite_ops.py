@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import draws
-from legato.ops.lti import apply, lti, prepare
 from legato.ops.matrix import matrix_recurrence
 from legato.ops.recurrence import linear_recurrence
+from legato.ops.time_invariant import apply, lti, prepare
 
 BATCH, ROW = 3, 1
 every_value = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)

@@ -15,7 +15,7 @@ import pytest
 from numba.core import config
 from numba.core.caching import UserProvidedCacheLocator
 
-from legato.ops.kernels import numba_cache, numba_cpu
+from legato.ops.kernels import numba_cache, numba_recurrence
 
 
 def twice(x):
@@ -192,11 +192,11 @@ def test_processes_that_compile_at_once(tmp_path):
 
 
 def test_the_kernels_run_from_damaged_files(tmp_path):
-    numba_cpu._forward(np.dtype(np.float32))
-    compiled_to = Path(numba_cpu._forward_steps.stats.cache_path)
-    locator = UserProvidedCacheLocator.get_suitable_cache_subpath(numba_cpu.__file__)
+    numba_recurrence._forward(np.dtype(np.float32))
+    compiled_to = Path(numba_recurrence._forward_steps.stats.cache_path)
+    locator = UserProvidedCacheLocator.get_suitable_cache_subpath(numba_recurrence.__file__)
     shutil.copytree(compiled_to, tmp_path / locator)
-    damaged = [p for p in tmp_path.rglob("*.nbi") if "_cpu._forward.locals.run" in p.name]
+    damaged = [p for p in tmp_path.rglob("*.nbi") if "_recurrence._forward.locals.run" in p.name]
     damaged += [p for p in tmp_path.rglob("*.nbc") if "threads.next_task" in p.name]
     assert len(damaged) >= 2
     for path in damaged:

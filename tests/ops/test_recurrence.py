@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import bounds
 import legato
-from legato.ops import kernels
+from legato.ops import backends
 from legato.ops.recurrence import linear_recurrence
 
 BACKENDS = ["reference", "torch", "numba"]
@@ -70,7 +70,7 @@ def assert_equals_the_loop(function, decay, impulse, state, reset, reverse=False
 @pytest.mark.parametrize("decay_shape", DECAYS)
 def test_every_backend_equals_the_literal_loop(backend, reverse, resets, decay_shape):
     if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("CPU tensors run on triton's interpreter only, and test_triton_gpu.py has the GPU")
+        pytest.skip("CPU tensors run on triton's interpreter only, and test_triton_recurrence.py has the GPU")
     decay, impulse, state, reset = example(2, 5, (3,), decay_shape, resets=resets)
 
     def ours(*x):
@@ -414,7 +414,7 @@ def test_explain_names_the_backend_and_the_reason():
 
 
 def test_without_numba_the_plain_torch_scan_is_chosen(monkeypatch):
-    monkeypatch.setattr(kernels, "_installed", lambda package: package is None)
+    monkeypatch.setattr(backends, "_installed", lambda package: package is None)
     linear_recurrence(torch.rand(2), torch.randn(1, 3, 2))
     assert "linear_recurrence: torch" in legato.explain()
     with pytest.raises(RuntimeError, match="needs numba, which is not installed: pip install numba"):
@@ -449,6 +449,6 @@ def test_bad_input_gets_a_clear_error(change, error, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the backend runs")
 def test_a_cuda_backend_on_cpu_tensors_says_what_it_needs(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(kernels._load("triton"), "INTERPRETED", False)
+    monkeypatch.setattr(backends._load("linear_recurrence", "triton"), "INTERPRETED", False)
     with pytest.raises(ValueError, match="backend 'triton' needs cuda tensors, got cpu"):
         linear_recurrence(torch.rand(2), torch.randn(1, 3, 2), backend="triton")

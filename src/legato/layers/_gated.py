@@ -1,6 +1,6 @@
 """What gated layers share: all gates from one matrix product, and ``gated_unit``.
 
-A member says what the blocks of rows of its weight are and which of them carry a bias; ``strongly_typed.py`` is the
+A member names the blocks of rows of its weight in a ``GateSpec`` and the initial biases; ``strongly_typed.py`` is the
 shortest. Next: ``ops/gated.py``, the recurrence.
 """
 
@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._checks import positive_int
+from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
 class GatedState(NamedTuple):
-    """What the units hold, in float32 or wider."""
+    """c_t, in float32 or wider."""
 
     memory: Float[Tensor, "B H"]
 
@@ -27,18 +28,16 @@ class GatedLayer(RecurrentLayer):
     """z_t = W x_t + b; c_t = f_t c_{t-1} + (1 - f_t) g(candidate_t);
     output_t = o_t activation(c_t) + (1 - o_t) skip_t.
 
-    ``squash`` says whether g is tanh, ``activation`` what c_t passes through, ``_skip`` what goes past it. Without an
-    output gate among the blocks, output_t = c_t.
-
     Args:
         input_size, hidden_size, device, dtype: as of every layer.
-        blocks: what the blocks of ``hidden_size`` rows of the weight are, from the top; see ``gated_unit``.
-        biases: at first, of as many blocks from the top; the blocks after them have none.
-        taps: how many inputs the gates see at each step.
+        spec: the blocks of ``hidden_size`` rows of the weight from the top, g and skip_t. Without an output gate among
+            the blocks, output_t = c_t.
+        biases: initial values, of as many blocks from the top; the blocks after them have none.
+        taps: how many inputs enter the gates at each step.
     """
 
     State: Any = GatedState
-    squash = False
+    #: Of a layer with an output gate; a name or a callable.
     activation: str | Callable[[Tensor], Tensor] | None = None
 
     def __init__(
@@ -46,7 +45,7 @@ class GatedLayer(RecurrentLayer):
         input_size: int,
         hidden_size: int,
         *,
-        blocks: tuple[str, ...],
+        spec: GateSpec,
         biases: tuple[float, ...],
         taps: int = 1,
         device: torch.device | str | None,
@@ -54,16 +53,16 @@ class GatedLayer(RecurrentLayer):
     ):
         super().__init__(input_size)
         self.hidden_size = hidden_size = positive_int(hidden_size, "hidden_size")
-        self.blocks = blocks
+        self.spec = spec
         self.biases = biases
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(len(blocks) * hidden_size, taps * self.input_size, **where))
+        self.weight = nn.Parameter(torch.empty(len(spec.blocks) * hidden_size, taps * self.input_size, **where))
         self.bias = nn.Parameter(torch.empty(len(biases) * hidden_size, **where))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew and set the biases to their first values."""
+        """Draw the weights anew and set the biases to their initial values."""
         with whole(self.weight) as weight, whole(self.bias) as bias:
             for block in weight.split(self.hidden_size):
                 self._draw(block)
@@ -71,7 +70,7 @@ class GatedLayer(RecurrentLayer):
                 block.fill_(value)
 
     def _draw(self, block: Tensor) -> None:
-        """A block of the weight at first: uniform, of variance 1 / columns."""
+        """The initial values of a block of the weight: uniform, of variance 1 / columns."""
         bound = (3 / block.shape[1]) ** 0.5
         nn.init.uniform_(block, -bound, bound)
 
@@ -79,42 +78,24 @@ class GatedLayer(RecurrentLayer):
         return GatedState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
 
     def _sequence(self, x, state, lengths, reset):
-        output, memory = self._from_input(x, x, None if state is None else state.memory, lengths, reset)
-        return output, GatedState(memory)
-
-    def _from_input(self, seen, x, initial, lengths, reset):
-        """Output and final memory, where the gates see ``seen``, (B, T, taps * input_size)."""
+        initial = None if state is None else state.memory
+        activation = activation_function(self.activation)
         output, states, final = gated_unit(
-            (seen,), (self.weight,), self._whole_bias(), self.blocks, initial, reset=reset, **self._form(x)
+            (x,), (self.weight,), self._whole_bias(), self.spec, initial, activation=activation, reset=reset
         )
-        return output.to(x.dtype), at_length(states, initial, final, lengths)
+        return output.to(x.dtype), GatedState(at_length(states, initial, final, lengths))
 
     def _step(self, x_t, state):
-        output, memory = self._step_from_input(x_t, x_t, state.memory)
-        return output, GatedState(memory)
-
-    def _step_from_input(self, seen, x_t, memory):
-        """Output and memory after one step, where the gates see ``seen``, (B, taps * input_size)."""
+        activation = activation_function(self.activation)
         output, memory = gated_unit_step(
-            (seen,), (self.weight,), self._whole_bias(), self.blocks, memory, **self._form(x_t)
+            (x_t,), (self.weight,), self._whole_bias(), self.spec, state.memory, activation=activation
         )
-        return output.to(x_t.dtype), memory
-
-    def _form(self, x: Tensor) -> dict[str, Any]:
-        return {
-            "skip": self._skip(x),
-            "squash": self.squash,
-            "activation": activation_function(self.activation) if "output" in self.blocks else None,
-        }
+        return output.to(x_t.dtype), GatedState(memory)
 
     def _whole_bias(self) -> Tensor:
         """The bias with zeros for the blocks that have none."""
-        missing = len(self.blocks) - len(self.biases)
+        missing = len(self.spec.blocks) - len(self.biases)
         return F.pad(self.bias, (0, missing * self.hidden_size)) if missing else self.bias
 
     def _weight(self) -> Tensor:
         return self.weight
-
-    def _skip(self, x: Tensor) -> Tensor | None:
-        """What goes past the memory, where it is not a block of the products."""
-        return None

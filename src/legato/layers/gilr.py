@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from legato._checks import positive_int, real_number
+from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, activation_function, at_length, whole, zero_padding
 from legato.layers._gated import GatedLayer
@@ -38,8 +39,6 @@ class GILR(GatedLayer):
     Source: Martin & Cundy 2018, (7); the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
     """
 
-    squash = True
-
     def __init__(
         self,
         input_size: int,
@@ -51,15 +50,21 @@ class GILR(GatedLayer):
     ):
         biases = (real_number(forget_bias, "forget_bias"), 0.0)
         super().__init__(
-            input_size, hidden_size, blocks=("forget", "candidate"), biases=biases, device=device, dtype=dtype
+            input_size,
+            hidden_size,
+            spec=GateSpec(("forget", "candidate"), candidate_tanh=True),
+            biases=biases,
+            device=device,
+            dtype=dtype,
         )
 
     def _draw(self, block):
         nn.init.xavier_uniform_(block)
 
 
-# The blocks of the surrogate's products and of the cell's.
-_HOLD, _CELL = ("forget", "candidate"), ("forget", "write", "output", "candidate")
+# h~_{t-1} of the products of x.
+_SURROGATE = GateSpec(("forget", "candidate"), candidate_tanh=True, delayed=True)
+_CELL = GateSpec(("forget", "write", "output", "candidate"), candidate_tanh=True)
 
 
 class GILRLSTMState(NamedTuple):
@@ -148,16 +153,16 @@ class GILRLSTM(RecurrentLayer):
 
     def _sequence(self, x, state, lengths, reset):
         matrices = zip(self.weight.split(self._sizes), self.bias.split(self._sizes), strict=True)
-        hold, of_x = ({"inputs": (x,), "weights": (weight,), "bias": bias} for weight, bias in matrices)
-        return self._from_parts(hold, of_x, x.dtype, state, lengths, reset)
+        surrogate, cell = ({"inputs": (x,), "weights": (weight,), "bias": bias} for weight, bias in matrices)
+        return self._from_parts(surrogate, cell, x.dtype, state, lengths, reset)
 
     def _step(self, x_t, state):
-        (hold, of_x), (hold_bias, bias) = self.weight.split(self._sizes), self.bias.split(self._sizes)
+        (of_surrogate, of_cell), (surrogate_bias, bias) = (x.split(self._sizes) for x in (self.weight, self.bias))
         before = state.surrogate
-        _, surrogate = gated_unit_step((x_t,), (hold,), hold_bias, _HOLD, before, squash=True)
-        inputs, weights = (x_t, before.to(x_t.dtype)), (of_x, self.weight_surrogate)
+        _, surrogate = gated_unit_step((x_t,), (of_surrogate,), surrogate_bias, _SURROGATE, before)
+        inputs, weights = (x_t, before.to(x_t.dtype)), (of_cell, self.weight_surrogate)
         activation = activation_function(self.activation)
-        output, memory = gated_unit_step(inputs, weights, bias, _CELL, state.memory, squash=True, activation=activation)
+        output, memory = gated_unit_step(inputs, weights, bias, _CELL, state.memory, activation=activation)
         return output.to(x_t.dtype), GILRLSTMState(memory, surrogate)
 
     def _weight(self) -> Tensor:
@@ -185,21 +190,20 @@ class GILRLSTM(RecurrentLayer):
             products = zero_padding(products, lengths)
             reset = None if reset is None else zero_padding(reset, lengths)
         parts = products.split(self._sizes, dim=-1)
-        hold, of_x = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
-        output, new = self._from_parts(hold, of_x, products.dtype, state, lengths, reset)
+        surrogate, cell = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
+        output, new = self._from_parts(surrogate, cell, products.dtype, state, lengths, reset)
         output = output if lengths is None else zero_padding(output, lengths)
         return self._own(output, new, products, state)
 
-    def _from_parts(self, hold, of_x, dtype, state, lengths, reset):
-        """The layer, from what makes the products of the surrogate and those of the cell that are of x."""
-        cell, surrogate = (None, None) if state is None else state
-        hold |= {"blocks": _HOLD, "initial_state": surrogate, "squash": True, "reset": reset}
-        _, before, last = gated_unit(**hold, delayed=True)  # h~_{t-1}
-        of_x["inputs"] += (before.to(dtype),)
-        of_x["weights"] += (self.weight_surrogate,)
-        cells = {"blocks": _CELL, "activation": activation_function(self.activation), "squash": True}
-        output, states, final = gated_unit(**of_x, **cells, initial_state=cell, reset=reset)
-        memory = at_length(states, cell, final, lengths)
+    def _from_parts(self, of_surrogate, of_cell, dtype, state, lengths, reset):
+        """The layer, from what gives the products of x for the surrogate and for the cell."""
+        memory, surrogate = (None, None) if state is None else state
+        _, before, last = gated_unit(**of_surrogate, spec=_SURROGATE, initial_state=surrogate, reset=reset)  # h~_{t-1}
+        of_cell["inputs"] += (before.to(dtype),)
+        of_cell["weights"] += (self.weight_surrogate,)
+        of_cell["activation"] = activation_function(self.activation)
+        output, states, final = gated_unit(**of_cell, spec=_CELL, initial_state=memory, reset=reset)
+        memory = at_length(states, memory, final, lengths)
         return output.to(dtype), GILRLSTMState(memory, _after(before, last, lengths))
 
 

@@ -1,7 +1,7 @@
 """The Legendre memory: no weights, only the last theta steps of its input kept as ``order`` numbers a channel.
 
-``legato.legendre`` makes its two matrices, ``legato.ops.lti`` runs them; here they become a layer that keeps what it
-prepared. ``lmu.py`` puts an encoder before it and a read-out after it.
+``legato.legendre`` makes its two matrices, ``legato.ops.time_invariant`` runs them; here they become a layer, which
+caches what it prepared of them. ``lmu.py`` puts an encoder before it and a read-out after it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._base import RecurrentLayer, at_length, never_narrowed, whole, zero_padding
 from legato.layers._fused import transforms_are_active
 from legato.legendre import delay_network
-from legato.ops.lti import METHODS, Kernels, apply, prepare
+from legato.ops.time_invariant import METHODS, PreparedSystem, apply, prepare
 
 #: The window in steps: one number, or one per channel.
 Theta = float | int | Sequence[float | int] | np.ndarray | Tensor
@@ -167,7 +167,7 @@ class LegendreMemory(RecurrentLayer):
         total = squares = torch.zeros((), dtype=torch.float64, device=u.device)
         state = None
         for start in range(0, u.shape[1], 1024):
-            memory, state = apply(u[:, start : start + 1024], self.kernels(min(u.shape[1], 1024)), state)
+            memory, state = apply(u[:, start : start + 1024], self.prepared(min(u.shape[1], 1024)), state)
             if lengths is not None:
                 memory = zero_padding(memory, lengths - start)
             total = total + memory.double().sum((0, 1))
@@ -183,8 +183,8 @@ class LegendreMemory(RecurrentLayer):
             )
         self.scale.copy_(1 / deviation)
 
-    def kernels(self, steps: int, *, last_only: bool = False) -> Kernels:
-        """What ``lti.apply`` needs for inputs of up to ``steps``; made once and kept, unless theta is being trained."""
+    def prepared(self, steps: int, *, last_only: bool = False) -> PreparedSystem:
+        """What ``apply`` needs for inputs of up to ``steps``; cached, unless theta is being trained."""
         return self._cached("last" if last_only else "sequence", steps)
 
     def transition(self) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
@@ -203,7 +203,7 @@ class LegendreMemory(RecurrentLayer):
             return (output * self.scale).to(x.dtype), LegendreMemoryState(final)
         # at_length must not pick a state that was rounded to 16 bits.
         u = x if lengths is None else x.to(self._carry_dtype())
-        memory, final = apply(u, self.kernels(x.shape[1]), initial, reset=reset)
+        memory, final = apply(u, self.prepared(x.shape[1]), initial, reset=reset)
         final = at_length(memory, initial, final, lengths)
         return memory.to(x.dtype) * self.scale.to(x.dtype), LegendreMemoryState(final)
 
@@ -226,20 +226,20 @@ class LegendreMemory(RecurrentLayer):
 
         ``u`` must be finite and ``reset`` False from ``lengths`` on.
         """
-        kernels = self.kernels(u.shape[1], last_only=True)
+        system = self.prepared(u.shape[1], last_only=True)
         if lengths is None:
-            return apply(u, kernels, initial, reset=reset)[1]
-        memory = self._last_of_each(u, kernels, lengths, reset)
+            return apply(u, system, initial, reset=reset)[1]
+        memory = self._last_of_each(u, system, lengths, reset)
         if initial is None:
             return memory
         if reset is not None:
             initial = torch.where(reset.any(1)[:, None, None], 0, initial)
         # A^length by the binary digits of each length: powers holds A, A^2, A^4, ..., transposed.
         carried = initial.transpose(0, 1)  # (C, B, N)
-        for digit in range(kernels.powers.shape[-3]):
+        for digit in range(system.powers.shape[-3]):
             taken = (lengths >> digit) % 2 == 1
             with without_autocast(u):
-                carried = torch.where(taken[:, None], carried @ kernels.powers[..., digit, :, :], carried)
+                carried = torch.where(taken[:, None], carried @ system.powers[..., digit, :, :], carried)
         return memory + carried.transpose(0, 1)
 
     def response(
@@ -249,18 +249,18 @@ class LegendreMemory(RecurrentLayer):
 
         Row b is A^(L - 1 - t) B for t below its length L, zero from there on, and zero before the last reset.
         """
-        kernels = self.kernels(steps, last_only=True)
+        system = self.prepared(steps, last_only=True)
         ahead = lengths[:, None] - 1 - torch.arange(steps, device=lengths.device)  # steps that follow, (B, T)
         counts = ahead >= 0
         if reset is not None:
             since = reset.cumsum(1)
             counts = counts & (since == since[:, -1:])  # no reset from the length on
-        return kernels.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)
+        return system.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)
 
-    def _last_of_each(self, u: Tensor, kernels: Kernels, lengths: Tensor, reset: Tensor | None) -> Tensor:
+    def _last_of_each(self, u: Tensor, system: PreparedSystem, lengths: Tensor, reset: Tensor | None) -> Tensor:
         """(25) where each row ends at its own length, from an empty memory."""
         batch, steps, channels = u.shape
-        if kernels.inputs.ndim == 2 and self.order <= channels:
+        if system.inputs.ndim == 2 and self.order <= channels:
             # A row of H for each length is smaller than u: shift H.
             w = self.response(lengths, steps, reset=reset)
             if reset is not None:
@@ -272,7 +272,7 @@ class LegendreMemory(RecurrentLayer):
         rows = torch.arange(batch, device=u.device)[:, None]
         moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)
         reset = None if reset is None else reset[rows, source.clamp(min=0)] & (source >= 0)
-        return apply(moved, kernels, None, reset=reset)[1]
+        return apply(moved, system, None, reset=reset)[1]
 
     def _weight(self) -> Tensor:
         return self.scale
@@ -284,10 +284,10 @@ class LegendreMemory(RecurrentLayer):
         if not (narrow and x.device == self.scale.device):
             super()._check_kind(name, x)
 
-    # Cached kernels. They follow from the values of theta, so they are never saved or copied, only made again.
+    # Cached systems. They follow from the values of theta, so they are never saved or copied, only prepared again.
 
-    def _cached(self, use: str, steps: int) -> Kernels:
-        """The kernels for one "step", a "sequence", or the "last" memory of one."""
+    def _cached(self, use: str, steps: int) -> PreparedSystem:
+        """The system for one "step", a "sequence", or the "last" memory of one."""
         theta, scale = self._readable_theta(), self.scale
         if theta is None:
             return self._prepare(use, steps)
@@ -295,15 +295,15 @@ class LegendreMemory(RecurrentLayer):
         place = use, scale.device
         cached = self._cache.get(place)
         if cached is not None and cached.made_of == made_of:
-            if steps <= cached.kernels.steps:
-                return cached.kernels
-            steps = max(steps, 2 * cached.kernels.steps)
-        # Kernels made under inference_mode could not be used for training afterwards.
+            if steps <= cached.system.steps:
+                return cached.system
+            steps = max(steps, 2 * cached.system.steps)
+        # A system prepared under inference_mode could not be used for training afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            kernels = self._prepare(use, steps)
-        if type(kernels.inputs) is Tensor:  # not fake, not meta
-            self._cache[place] = _Cached(made_of, kernels)
-        return kernels
+            system = self._prepare(use, steps)
+        if type(system.inputs) is Tensor:  # not fake, not meta
+            self._cache[place] = _Cached(made_of, system)
+        return system
 
     def _readable_theta(self) -> Any:
         """The window or, of a trained theta, its logarithm, in plain numbers: they cannot change behind the cache.
@@ -323,13 +323,13 @@ class LegendreMemory(RecurrentLayer):
             return None
         return theta.tolist()
 
-    def _prepare(self, use: str, steps: int) -> Kernels:
+    def _prepare(self, use: str, steps: int) -> PreparedSystem:
         A, B = delay_network(self.order, self.window(), discretizer=self.discretizer)
         method = {"step": "sequential", "sequence": self.method, "last": None}[use]
-        kernels = prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
+        system = prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
         if use == "step":  # without the axis of levels: every step of a stream would take it off again
-            return kernels._replace(powers=kernels.powers[..., 0, :, :], inputs=kernels.inputs[..., 0, :])
-        return kernels
+            return system._replace(powers=system.powers[..., 0, :, :], inputs=system.inputs[..., 0, :])
+        return system
 
     def _apply(self, fn, recurse=True):
         self._cache = {}
@@ -353,10 +353,10 @@ def _window(theta: Any, channels: int) -> Float[Tensor, "*channels"]:
 
 
 class _Cached(NamedTuple):
-    """Kernels, and the values that they were made of."""
+    """A prepared system, and the values that it was made of."""
 
     made_of: tuple[Any, ...]
-    kernels: Kernels
+    system: PreparedSystem
 
 
 def refuse_method_without_sequences(method: str | None, return_sequences: bool) -> None:

@@ -23,7 +23,7 @@ from legato.layers.legendre_memory import (
     refuse_method_without_sequences,
 )
 from legato.layers.segments import over_segments
-from legato.ops.lti import apply
+from legato.ops.time_invariant import apply
 
 # Memories of all steps up to this size are simply kept: computing them again costs up to 1.7 times the time.
 WHOLE_BYTES = 64 * 2**20
@@ -165,7 +165,7 @@ class LMU(RecurrentLayer):
         if not self.return_sequences:
             return self._last(x, state, lengths, reset)
         length = self._segment_length(x)
-        kernels = self.memory.kernels(length)
+        system = self.memory.prepared(length)
         random = self.training and self.memory_dropout > 0
 
         def run(segments, leaves, part, weights):
@@ -173,15 +173,15 @@ class LMU(RecurrentLayer):
             u, x = segments
             until = None if lengths is None else (lengths - part.start).clamp(0, u.shape[1])
             drop = None if reset is None else reset[:, part]
-            z, m = self._segment(u, x, m, weights, kernels, until, drop)
+            z, m = self._segment(u, x, m, weights, system, until, drop)
             return z, [m]
 
         weights = [
             _scaled(self.memory_to_output.weight, self.memory.scale),
             self.memory_to_output.bias,
             None if self.input_to_output is None else self.input_to_output.weight,
-            kernels.inputs,
-            kernels.powers,
+            system.inputs,
+            system.powers,
         ]
         initial = [] if state is None else [state.memory]
         output, (m,) = over_segments(run, [self._encode(x), x], initial, weights, steps=max(length, 1), random=random)
@@ -198,12 +198,12 @@ class LMU(RecurrentLayer):
             memory, x = (_last_of(sequence, lengths) for sequence in (memory, x))
         return self._read(memory, x), LMUState(final.memory)
 
-    def _segment(self, u, x, m, weights, kernels, lengths, reset):
+    def _segment(self, u, x, m, weights, system, lengths, reset):
         """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
         W_m, b_o, W_x, inputs, powers = weights
         # at_length must not pick a state that was rounded to 16 bits.
         wide = u if lengths is None else u.to(self._carry_dtype())
-        memory, final = apply(wide, kernels._replace(inputs=inputs, powers=powers), m, reset=reset)
+        memory, final = apply(wide, system._replace(inputs=inputs, powers=powers), m, reset=reset)
         if lengths is not None:  # a row that ended before this segment keeps its m
             final = at_length(memory, m, final, lengths)
         if memory.stride(-2) == 1:  # (B, S, N, C) in the store: W_m is turned round, not the memory
@@ -241,13 +241,13 @@ class LMU(RecurrentLayer):
 
     def _last_input_first(self, x: Tensor) -> Tensor:
         """m = U_x (H x) + b_u (H 1): (25) on data needs no gradient, which leaves a third of the training step out."""
-        kernels = self.memory.kernels(x.shape[1], last_only=True)
-        of_x = apply(x, kernels)[1]  # (B, input_size, N)
+        system = self.memory.prepared(x.shape[1], last_only=True)
+        of_x = apply(x, system)[1]  # (B, input_size, N)
         with without_autocast(x):
             m = F.linear(of_x.mT, self.encoder.weight.to(of_x.dtype)).mT  # (B, C, N)
             if self.encoder.bias is None:
                 return m
-            of_one = apply(torch.ones_like(x[:1, :, :1]), kernels)[1]  # (1, 1, N)
+            of_one = apply(torch.ones_like(x[:1, :, :1]), system)[1]  # (1, 1, N)
             return m + self.encoder.bias.to(m.dtype)[:, None] * of_one
 
     def _step(self, x_t, state):

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from legato._checks import real_number
+from legato._gate_spec import GateSpec
 from legato.layers._base import at_length
-from legato.layers._gated import GatedLayer
+from legato.layers._gated import GatedLayer, GatedState
 from legato.ops.gated import gated_recurrence, gated_step
 
 
@@ -48,7 +49,7 @@ class MinGRU(GatedLayer):
         super().__init__(
             input_size,
             hidden_size,
-            blocks=("forget", "candidate"),
+            spec=GateSpec(("forget", "candidate")),
             biases=(real_number(forget_bias, "forget_bias"), 0.0),
             device=device,
             dtype=dtype,
@@ -95,22 +96,22 @@ class MinLSTM(GatedLayer):
     ):
         forget_bias = real_number(forget_bias, "forget_bias")
         biases = (forget_bias, -forget_bias, 0.0)
-        super().__init__(
-            input_size, hidden_size, blocks=("forget", "write", "candidate"), biases=biases, device=device, dtype=dtype
-        )
+        spec = GateSpec(("forget", "write", "candidate"))
+        super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)
 
-    def _from_input(self, seen, x, initial, lengths, reset):
-        share, candidate = self._gate_and_candidate(seen)
-        states, final = gated_recurrence(share, candidate, None, initial, reset=reset)
-        return states.to(x.dtype), at_length(states, initial, final, lengths)
+    def _sequence(self, x, state, lengths, reset):
+        initial = None if state is None else state.memory
+        forget, candidate = self._gate_and_candidate(x)
+        states, final = gated_recurrence(forget, candidate, None, initial, reset=reset)
+        return states.to(x.dtype), GatedState(at_length(states, initial, final, lengths))
 
-    def _step_from_input(self, seen, x_t, memory):
-        share, candidate = self._gate_and_candidate(seen)
-        memory = gated_step(share, candidate, None, memory)
-        return memory.to(x_t.dtype), memory
+    def _step(self, x_t, state):
+        forget, candidate = self._gate_and_candidate(x_t)
+        memory = gated_step(forget, candidate, None, state.memory)
+        return memory.to(x_t.dtype), GatedState(memory)
 
-    def _gate_and_candidate(self, seen):
-        """log(f / i), whose sigmoid is f / (f + i), and what is written."""
-        keep, write, candidate = F.linear(seen, self.weight, self.bias).chunk(3, dim=-1)
-        carry = torch.promote_types(keep.dtype, torch.float32)
-        return F.logsigmoid(keep.to(carry)) - F.logsigmoid(write.to(carry)), candidate
+    def _gate_and_candidate(self, x):
+        """log(f / i), whose sigmoid is f / (f + i), and the candidate."""
+        forget, write, candidate = F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
+        carry = torch.promote_types(forget.dtype, torch.float32)
+        return F.logsigmoid(forget.to(carry)) - F.logsigmoid(write.to(carry)), candidate

@@ -5,8 +5,11 @@ from typing import NamedTuple
 import torch
 
 from legato._checks import positive_int, real_number
+from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
+from legato.layers._base import at_length
 from legato.layers._gated import GatedLayer
+from legato.ops.gated import gated_unit, gated_unit_step
 
 
 class QRNNState(NamedTuple):
@@ -45,7 +48,6 @@ class QRNN(GatedLayer):
     """
 
     State = QRNNState
-    squash = True
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class QRNN(GatedLayer):
         super().__init__(
             input_size,
             hidden_size,
-            blocks=("forget", "output", "candidate"),
+            spec=GateSpec(("forget", "output", "candidate"), candidate_tanh=True),
             biases=biases,
             taps=taps,
             device=device,
@@ -74,15 +76,15 @@ class QRNN(GatedLayer):
         return QRNNState(memory=(self.hidden_size,), inputs=(self.kernel_size - 1, self.input_size))  # pyright: ignore[reportArgumentType]
 
     def _sequence(self, x, state, lengths, reset):
-        memory, inputs = (None, None) if state is None else state
+        initial, inputs = (None, None) if state is None else state
         windows, inputs = self._windows(x, inputs, lengths, reset)
-        output, memory = self._from_input(windows, x, memory, lengths, reset)
-        return output, QRNNState(memory, inputs)
+        output, states, final = gated_unit((windows,), (self.weight,), self.bias, self.spec, initial, reset=reset)
+        return output.to(x.dtype), QRNNState(at_length(states, initial, final, lengths), inputs)
 
     def _step(self, x_t, state):
         row = torch.cat([state.inputs.to(x_t.dtype), x_t[:, None]], dim=1)  # (B, k, C)
-        output, memory = self._step_from_input(row.flatten(1), x_t, state.memory)
-        return output, QRNNState(memory, row[:, 1:].to(self._carry_dtype(), copy=True))
+        output, memory = gated_unit_step((row.flatten(1),), (self.weight,), self.bias, self.spec, state.memory)
+        return output.to(x_t.dtype), QRNNState(memory, row[:, 1:].to(self._carry_dtype(), copy=True))
 
     def _windows(self, x, inputs, lengths, reset):
         """The inputs that each step sees, (B, T, k C), and the last k - 1 that count, (B, k - 1, C)."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from legato._checks import real_number
+from legato._gate_spec import GateSpec
 from legato._shapes import Tensor
 from legato.layers._base import activation_function
 from legato.layers._gated import GatedLayer
@@ -52,12 +53,9 @@ class SRU(GatedLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        past = () if input_size == hidden_size else ("skip",)
-        blocks = ("forget", "output", *past, "candidate")
+        same_size = bool(input_size == hidden_size)  # of NumPy's numbers too
+        spec = GateSpec(("forget", "output", *(() if same_size else ("skip",)), "candidate"), skips_input=same_size)
         biases = (real_number(forget_bias, "forget_bias"), real_number(highway_bias, "highway_bias"))
-        super().__init__(input_size, hidden_size, blocks=blocks, biases=biases, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
-
-    def _skip(self, x):
-        return None if "skip" in self.blocks else x

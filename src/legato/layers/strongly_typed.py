@@ -3,6 +3,7 @@
 import torch
 
 from legato._checks import real_number
+from legato._gate_spec import GateSpec
 from legato.layers._gated import GatedLayer
 
 
@@ -41,5 +42,5 @@ class StronglyTypedRNN(GatedLayer):
     ):
         biases = (real_number(forget_bias, "forget_bias"),)
         super().__init__(
-            input_size, hidden_size, blocks=("forget", "candidate"), biases=biases, device=device, dtype=dtype
+            input_size, hidden_size, spec=GateSpec(("forget", "candidate")), biases=biases, device=device, dtype=dtype
         )

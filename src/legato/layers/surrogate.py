@@ -153,7 +153,7 @@ def _lstm(
     of_x = F.linear(x, cell.weight_ih, bias)
     gates = torch.addmm(of_x.flatten(0, 1), before.flatten(0, 1), cell.weight_hh.mT)
     i, f, z, o = gates.unflatten(0, x.shape[:2]).chunk(4, dim=-1)
-    states, final = gated_recurrence(f, z, i, c, squash=True, reset=reset)
+    states, final = gated_recurrence(f, z, i, c, candidate_tanh=True, reset=reset)
     return o.sigmoid() * states.tanh(), states, final
 
 

@@ -3,9 +3,9 @@
     h_t = f_t * h_{t-1} + w_t * g(candidate_t),  f_t = sigmoid(forget_t),  w_t = 1 - f_t, or sigmoid(write_t)
 
 The definition is ``linear_recurrence`` of decay f_t and impulse w_t g(candidate_t); see ``recurrence.py``.
-``gated_unit`` is the same with the matrix product before it and the output gate behind it: what a layer does in all.
-On a CPU, in float32, ``kernels/gated_cpu.py`` computes that a part of the sequence at a time, so that what lies between
-the products and the output is still in the cache when it is needed; everywhere else the definition is what runs.
+``gated_unit`` adds the matrix product before it and the output gate after it: all that a gated layer computes. On a
+CPU, in float32, ``kernels/numba_gated.py`` computes that one part of the sequence at a time, so that intermediate
+results are still in the cache when they are needed; everywhere else the definition runs.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
-from legato import _choices
 from legato._autocast import without_autocast
+from legato._checks import check_device, check_numbers, check_reset
+from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Tensor
-from legato.ops import kernels
+from legato.ops import backends
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -29,27 +30,29 @@ def gated_recurrence(
     write: Float[Tensor, "B T C"] | None = None,
     initial_state: Float[Tensor, "B C"] | None = None,
     *,
-    squash: bool = False,
+    candidate_tanh: bool = False,
     reset: Bool[Tensor, "B T"] | None = None,
+    backend: str | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
     """h_t = f_t h_{t-1} + w_t g(candidate_t), f_t = sigmoid(forget_t), w_t = sigmoid(write_t) or, without it, 1 - f_t.
 
-    Gates are formed in float32 or wider whatever the inputs: in 16 bits a decay above 0.998 rounds to one, and a
-    memory of 1,000 steps needs 0.999. 1 - f_t is formed as sigmoid(-forget_t), which keeps its digits near f_t = 1.
+    Gates are computed in float32 or wider whatever the inputs: in 16 bits a decay above 0.998 rounds to one, and a
+    memory of 1,000 steps needs 0.999. 1 - f_t is computed as sigmoid(-forget_t), which is accurate near f_t = 1.
 
     Args:
         forget: the forget gate before its sigmoid, (batch, time, channels).
         candidate: what is written, before g, likewise.
         write: the input gate before its sigmoid; None ties it to the forget gate.
         initial_state: the state before the first step, (batch, channels); zeros by default.
-        squash: g is tanh; else g is the identity.
+        candidate_tanh: g is tanh; else g is the identity.
         reset: True where the state is dropped before that step, (batch, time).
+        backend: as for ``linear_recurrence``.
 
     Returns:
         The states, and the state after the last step, both in float32 or wider.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
+        TypeError, ValueError: as ``linear_recurrence``; no gate may be complex.
 
     Example:
         >>> states, last = gated_recurrence(torch.zeros(1, 3, 1), torch.ones(1, 3, 1))
@@ -58,8 +61,14 @@ def gated_recurrence(
 
     Source: Martin & Cundy 2018, section 3 (GILR); with ``write``, the cell of their GILR-LSTM.
     """
+    check_numbers(real=True, forget=forget, candidate=candidate, write=write)
+    for name, x in {"forget": forget, "write": write}.items():
+        check_device(name, x, "candidate", candidate)
+        if x is not None and x.shape != candidate.shape:
+            raise ValueError(f"{name} must be of the candidate's shape {tuple(candidate.shape)}, got {tuple(x.shape)}")
     with without_autocast(candidate):
-        return linear_recurrence(*_decay_and_impulse(forget, candidate, write, squash), initial_state, reset=reset)
+        decay, impulse = _decay_and_impulse(forget, candidate, write, candidate_tanh)
+        return linear_recurrence(decay, impulse, initial_state, reset=reset, backend=backend)
 
 
 def gated_step(
@@ -68,34 +77,34 @@ def gated_step(
     write: Float[Tensor, "B C"] | None,
     state: Float[Tensor, "B C"],
     *,
-    squash: bool = False,
+    candidate_tanh: bool = False,
 ) -> Float[Tensor, "B C"]:
     """One step of ``gated_recurrence`` in plain torch: the state after it, in float32 or wider."""
     with without_autocast(candidate):
-        decay, impulse = _decay_and_impulse(forget, candidate, write, squash)
+        decay, impulse = _decay_and_impulse(forget, candidate, write, candidate_tanh)
         return torch.addcmul(impulse, decay, state)
 
 
-def _decay_and_impulse(forget: Tensor, candidate: Tensor, write: Tensor | None, squash: bool) -> tuple[Tensor, Tensor]:
+def _decay_and_impulse(
+    forget: Tensor, candidate: Tensor, write: Tensor | None, candidate_tanh: bool
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(candidate.dtype, torch.float32)
     forget, candidate = forget.to(dtype), candidate.to(dtype)
     gate = (-forget if write is None else write.to(dtype)).sigmoid()
-    return forget.sigmoid(), gate * (candidate.tanh() if squash else candidate)
+    return forget.sigmoid(), gate * (candidate.tanh() if candidate_tanh else candidate)
 
 
 def gated_unit(
     inputs: tuple[Float[Tensor, "..."], ...],
     weights: tuple[Float[Tensor, "..."], ...],
     bias: Float[Tensor, "K"] | None,
-    blocks: tuple[str, ...],
+    spec: GateSpec,
     initial_state: Float[Tensor, "B C"] | None = None,
     *,
     products: Float[Tensor, "B T K"] | None = None,
-    skip: Float[Tensor, "B T C"] | None = None,
-    squash: bool = False,
     activation: Callable[[Tensor], Tensor] | None = None,
-    delayed: bool = False,
     reset: Bool[Tensor, "B T"] | None = None,
+    backend: str | None = None,
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
     """z_t = products_t + sum_i W_i x_i,t + b; c_t = f_t c_{t-1} + w_t g(candidate_t);
     h_t = o_t activation(c_t) + (1 - o_t) skip_t.
@@ -104,122 +113,144 @@ def gated_unit(
         inputs: x_i, each (batch, time, its own channels).
         weights: W_i, each (K, the channels of x_i).
         bias: b, (K,).
-        blocks: what the K / C blocks of z are, in their order: "forget" and "candidate", and where the unit has them
-            "write" (else w_t = 1 - f_t), "output" (else h_t = c_t) and "skip"; see ``gated_recurrence``.
+        spec: what the K / C blocks of z are, g and skip_t.
         initial_state: c_0, (batch, C); zeros by default.
-        products: what is known of z already, (batch, time, K).
-        skip: skip_t where it is not a block of z, (batch, time, C). Without either h_t = o_t activation(c_t).
-        squash: g is tanh; else the identity.
-        activation: of c_t on its way out; None is the identity. ``torch.tanh`` is part of the kernel, others are not.
-        delayed: c_{t-1} is returned in place of c_t, zero where the state was dropped; only without an output gate.
+        products: the part of z that is known already, (batch, time, K).
+        activation: of c_t before the output gate; None is the identity. The kernel computes None and ``torch.tanh``.
         reset: True where the state is dropped before that step, (batch, time).
+        backend: as for ``linear_recurrence``. A backend without a kernel of the unit computes the definition.
 
     Returns:
         h_t, c_t and the last c, all in float32 or wider.
 
     Raises:
-        ValueError: shapes or devices do not fit together, or ``delayed`` with an output gate.
+        TypeError, ValueError: as ``linear_recurrence``; no dtype may be complex, and an activation needs an "output"
+            block.
     """
-    if "output" not in blocks:
-        activation = None
-    elif delayed:
-        raise ValueError("delayed states have no output gate: leave either away")
-    _check_shapes(inputs, weights, len(blocks), bias, initial_state, products, skip, reset)
-    skips_input = skip is not None and len(inputs) > 0 and skip is inputs[0]
-    form = ("/".join(blocks), squash, activation is not None, delayed, skips_input)
-    tensors = (*inputs, *weights, bias, products, initial_state, skip)
-    if not _fusible(tensors, activation):
-        return _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
-    skip = None if form[-1] else skip
-    others = bias, products, initial_state, skip, reset
+    if activation is not None and "output" not in spec.blocks:
+        raise ValueError("activation needs an 'output' block: add the block or drop the activation")
+    _check(inputs, weights, spec, bias, initial_state, products, reset)
+    tensors = (*inputs, *weights, bias, products, initial_state)
+    like: Any = (*inputs, products)[0]
+    backend = backends.resolve(backend, like.device)
+    if not _fusible(tensors, activation, backend):
+        return _definition(inputs, weights, bias, products, initial_state, reset, spec, activation, backend)
+    others, output_tanh = (bias, products, initial_state, reset), activation is not None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        found = _GatedUnit.apply((*form, _keeps(inputs)), len(inputs), *others, *inputs, *weights)
-    else:  # without gradients torch.compile gives the Function's forward its arguments one place too far
-        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *form, False)
-    _, shown, states, final = found
-    return (shown if "output" in blocks else states), states, final
+        options = spec, output_tanh, backend, _saves_products(inputs), len(inputs)
+        found = _GatedUnit.apply(*options, *others, *inputs, *weights)
+    else:  # without gradients torch.compile passes the arguments of the Function's forward shifted by one
+        options = *_fields(spec), output_tanh, backend, False
+        found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *options)
+    _, output, states, final = found
+    return (output if "output" in spec.blocks else states), states, final
 
 
 def gated_unit_step(
     inputs: tuple[Float[Tensor, "..."], ...],
     weights: tuple[Float[Tensor, "..."], ...],
     bias: Float[Tensor, "K"],
-    blocks: tuple[str, ...],
+    spec: GateSpec,
     state: Float[Tensor, "B C"],
     *,
-    skip: Float[Tensor, "B C"] | None = None,
-    squash: bool = False,
     activation: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
     """One step of ``gated_unit`` in plain torch, without the time axis: h_t and c_t.
 
-    A kernel's launch costs more than the few operations on one step.
+    A kernel's launch costs more than the few operations on one step. ``spec.delayed`` has no effect on a step.
     """
-    part = _parts(_products(inputs, weights, bias, None), blocks)
-    state = gated_step(part["forget"], part["candidate"], part.get("write"), state, squash=squash)
-    return _shown(state, part, skip, activation), state
+    block = _blocks(_products(inputs, weights, bias, None), spec)
+    state = gated_step(
+        block["forget"], block["candidate"], block.get("write"), state, candidate_tanh=spec.candidate_tanh
+    )
+    return _gated_output(state, block, inputs, spec, activation), state
 
 
-def _check_shapes(inputs, weights, blocks, bias, initial_state, products, skip, reset) -> None:
+def _check(inputs, weights, spec, bias, initial_state, products, reset) -> None:
     """The kernel takes addresses: a tensor that is too small would be read beyond its end."""
-    (B, T), K = (*inputs, products)[0].shape[:2], weights[0].shape[0] if weights else products.shape[-1]
-    given = {"bias": (bias, (K,)), "products": (products, (B, T, K)), "reset": (reset, (B, T))}
-    given |= {"initial_state": (initial_state, (B, K // blocks)), "skip": (skip, (B, T, K // blocks))}
+    given = {"bias": bias, "products": products, "initial_state": initial_state}
     for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-        given |= {f"inputs[{i}]": (x, (B, T, x.shape[-1])), f"weights[{i}]": (weight, (K, x.shape[-1]))}
-    for name, (x, shape) in given.items():
-        if x is not None and x.shape != shape:
+        given |= {f"inputs[{i}]": x, f"weights[{i}]": weight}
+    check_numbers(real=True, **given)
+    like = (*inputs, products)[0]
+    (B, T), K = like.shape[:2], weights[0].shape[0] if weights else products.shape[-1]
+    C = K // len(spec.blocks)
+    shapes = {"bias": (K,), "products": (B, T, K), "initial_state": (B, C)}
+    for i, x in enumerate(inputs):
+        width = C if spec.skips_input and i == 0 else x.shape[-1]
+        shapes |= {f"inputs[{i}]": (B, T, width), f"weights[{i}]": (K, width)}
+    for name, x in given.items():
+        if x is not None and x.shape != shapes[name]:
             raise ValueError(
-                f"expected {name} of shape {tuple(shape)}, got {tuple(x.shape)}: batch, time and channels must be "
-                "those of the other tensors"
+                f"{name} must be of shape {tuple(shapes[name])}, got {tuple(x.shape)}: batch, time and channels must "
+                "be those of the other tensors"
             )
+        check_device(name, x, "inputs[0]" if inputs else "products", like)
+    check_reset(reset, "inputs[0]" if inputs else "products", like)
 
 
-# The products of so few input channels in all are formed again in the backward: that is less work than to keep them.
-_FORMED_AGAIN = 32
+# With so few input channels in all the backward computes the products again: that is less work than to save them.
+_FEW_CHANNELS = 32
 
 
-def _keeps(inputs: tuple[Tensor, ...]) -> bool:
-    return sum(x.shape[-1] for x in inputs) > _FORMED_AGAIN
+def _saves_products(inputs: tuple[Tensor, ...]) -> bool:
+    return sum(x.shape[-1] for x in inputs) > _FEW_CHANNELS
 
 
-def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None) -> bool:
+def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None, backend: str | None) -> bool:
     """Whether the kernel computes this; kinds of derivative that it does not know go to the definition."""
     given = [x for x in tensors if x is not None]
-    compiling = torch.compiler.is_compiling()
-    why = None
-    if given[0].device.type != "cpu":
-        why = f"no kernel for {given[0].device.type}"
-    elif activation not in (None, torch.tanh):
-        why = "an activation that the kernel does not know"
-    elif any(x.dtype != torch.float32 for x in given):
-        why = "the kernel is for float32"
-    elif any(x.numel() == 0 for x in given):
-        why = "nothing to compute"
-    elif torch.is_autocast_enabled("cpu"):
-        why = "autocast"
-    elif torch._C._are_functorch_transforms_active():
-        why = "torch.func"
-    elif not compiling:
-        if kernels.gated(given[0].device, torch.float32) is None:
-            why = kernels.why_not_gated(given[0].device)
-        elif forward_ad._current_level >= 0:
-            why = "a forward-mode derivative"
-        elif any(type(x) not in (Tensor, torch.nn.Parameter) for x in given):
-            why = "tensors of another kind"
-    if why is not None and not compiling:
-        _choices.record("gated_unit", "definition", why)
+    why = _unknown_to_kernel(given, activation, backend)
+    if torch.compiler.is_compiling():
+        return why is None
+    if why is None:
+        why = _unknown_to_kernel_eagerly(given, backend)
+    if why is not None:
+        backends.record("gated_unit", "definition", why)
     return why is None
 
 
-def _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form):
-    blocks, squash, _, delayed, _ = form
-    part = _parts(_products(inputs, weights, bias, products), blocks.split("/"))
-    gates = part["forget"], part["candidate"], part.get("write")
-    states, final = gated_recurrence(*gates, initial_state, squash=squash, reset=reset)
-    if delayed:
+def _unknown_to_kernel(given: list[Tensor], activation: Callable | None, backend: str | None) -> str | None:
+    """Why the kernel does not compute this, from what compiled code knows too; None: it does."""
+    if given[0].device.type != "cpu":
+        return f"no kernel for {given[0].device.type}"
+    if backend not in (None, "numba"):
+        return f"no kernel in backend {backend!r}"
+    if activation not in (None, torch.tanh):
+        return "an activation that the kernel does not know"
+    if any(x.dtype != torch.float32 for x in given):
+        return "the kernel is for float32"
+    if any(x.numel() == 0 for x in given):
+        return "nothing to compute"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    return "torch.func" if torch._C._are_functorch_transforms_active() else None
+
+
+def _unknown_to_kernel_eagerly(given: list[Tensor], backend: str | None) -> str | None:
+    kernel, _, why = backends.choose("gated_unit", given[0].device, backend, torch.float32)
+    if kernel is None:
+        return why
+    if forward_ad._current_level >= 0:
+        return "a forward-mode derivative"
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in given):
+        return "tensors of another kind"
+    return None
+
+
+def _definition(inputs, weights, bias, products, initial_state, reset, spec, activation, backend):
+    z = _products(inputs, weights, bias, products)
+    return _definition_of_products(z, inputs, initial_state, reset, spec, activation, backend)
+
+
+def _definition_of_products(z, inputs, initial_state, reset, spec, activation, backend):
+    block = _blocks(z, spec)
+    gates = block["forget"], block["candidate"], block.get("write")
+    options = {"candidate_tanh": spec.candidate_tanh, "reset": reset, "backend": backend}
+    states, final = gated_recurrence(*gates, initial_state, **options)
+    if spec.delayed:
         states = one_step_later(states, initial_state, reset)
-    return _shown(states, part, skip, activation), states, final
+    return _gated_output(states, block, inputs, spec, activation), states, final
 
 
 def _products(inputs, weights, bias, products) -> Tensor:
@@ -229,17 +260,17 @@ def _products(inputs, weights, bias, products) -> Tensor:
     return z if products is None or bias is None else z + bias
 
 
-def _parts(z: Tensor, blocks) -> dict[str, Tensor]:
-    return dict(zip(blocks, z.chunk(len(blocks), dim=-1), strict=True))
+def _blocks(z: Tensor, spec: GateSpec) -> dict[str, Tensor]:
+    return dict(zip(spec.blocks, z.chunk(len(spec.blocks), dim=-1), strict=True))
 
 
-def _shown(states: Tensor, part: dict[str, Tensor], skip: Tensor | None, activation: Callable | None) -> Tensor:
-    """What the output gate, where there is one, lets out of the states."""
-    shown = states if activation is None else activation(states)
-    if "output" not in part:
-        return shown
-    gate, skip = part["output"].to(states.dtype).sigmoid(), part.get("skip", skip)
-    return gate * shown if skip is None else torch.lerp(skip.to(states.dtype), shown, gate)
+def _gated_output(states: Tensor, block: dict[str, Tensor], inputs, spec: GateSpec, activation) -> Tensor:
+    """o_t activation(c_t) + (1 - o_t) skip_t, or c_t without an output gate."""
+    if "output" not in block:
+        return states
+    output = states if activation is None else activation(states)
+    gate, skip = block["output"].to(states.dtype).sigmoid(), inputs[0] if spec.skips_input else block.get("skip")
+    return gate * output if skip is None else torch.lerp(skip.to(states.dtype), output, gate)
 
 
 def one_step_later(
@@ -252,133 +283,140 @@ def one_step_later(
 
 
 class _GatedUnit(Function):
-    """The kernel and its adjoint, which forms the gates again from the products; keeps those, and the states."""
+    """The kernel and its adjoint, which computes the gates again from the products; saves those, and the states."""
 
     @staticmethod
-    def forward(form, count, bias, products, initial_state, skip, reset, *matrices):
+    def forward(spec, output_tanh, backend, save_products, count, bias, products, initial_state, reset, *matrices):
         inputs, weights = list(matrices[:count]), list(matrices[count:])
-        return torch.ops.legato.gated_unit(inputs, weights, bias, products, initial_state, skip, reset, *form)
+        options = *_fields(spec), output_tanh, backend, save_products
+        return torch.ops.legato.gated_unit(inputs, weights, bias, products, initial_state, reset, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        (*ctx.form, _), ctx.count, *tensors = inputs
-        kept, _, states, _ = output
-        ctx.mark_non_differentiable(kept)
+        ctx.spec, ctx.output_tanh, ctx.backend, _, ctx.count, *tensors = inputs
+        saved_products, _, states, _ = output
+        ctx.mark_non_differentiable(saved_products)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept, states, *tensors)
+        ctx.save_for_backward(saved_products, states, *tensors)
 
     @staticmethod
-    def backward(ctx, _, grad_shown, grad_states, grad_final):
-        kept, states, bias, products, initial_state, skip, reset, *matrices = ctx.saved_tensors
+    def backward(ctx, _, grad_output, grad_states, grad_final):
+        saved_products, states, bias, products, initial_state, reset, *matrices = ctx.saved_tensors
+        if "output" not in ctx.spec.blocks:
+            grad_output = None
+        grads = grad_output, grad_states, grad_final
+        if all(grad is None for grad in grads):
+            return (None,) * (9 + len(matrices))
         inputs, weights = matrices[: ctx.count], matrices[ctx.count :]
-        if "output" not in ctx.form[0]:
-            grad_shown = None
-        if grad_shown is None and grad_states is None and grad_final is None:
-            return (None,) * (7 + len(matrices))
-        if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or any(map(_mapped, (grad_shown, grad_states, grad_final)))
-        ):
+        tensors = inputs, weights, bias, products, initial_state, reset
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(_mapped, grads))):
             # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped: that of the
             # definition can be.
-            grads = (grad_shown, grad_states, grad_final)
-            found = _gradients_of_definition(
-                grads, inputs, weights, bias, products, initial_state, skip, reset, ctx.form
-            )
-            return None, None, *found
-        grads = torch.ops.legato.gated_unit_backward(
-            grad_shown, grad_states, grad_final, kept, states, ctx.needs_input_grad[7 : 7 + ctx.count],
-            inputs, weights, bias, products, initial_state, skip, reset, *ctx.form,
-        )  # fmt: skip
-        matrices, others = grads[: 2 * ctx.count], grads[2 * ctx.count :]
-        matrices = [grad if wanted else None for grad, wanted in zip(matrices, ctx.needs_input_grad[7:], strict=True)]
-        given = (bias, products, initial_state, skip)
+            options = ctx.spec, _activation(ctx.output_tanh), ctx.backend
+            return (None,) * 5 + _gradients_of_definition(grads, *tensors, *options)
+        wanted = ctx.needs_input_grad[9:]
+        options = *_fields(ctx.spec), ctx.output_tanh, ctx.backend
+        found = torch.ops.legato.gated_unit_backward(
+            *grads, saved_products, states, wanted[: ctx.count], *tensors, *options
+        )
+        matrices, others = found[: 2 * ctx.count], found[2 * ctx.count :]
+        matrices = [grad if needed else None for grad, needed in zip(matrices, wanted, strict=True)]
+        given = bias, products, initial_state
         others = [None if x is None else grad for x, grad in zip(given, others, strict=True)]
-        return None, None, *others, None, *matrices
+        return *(None,) * 5, *others, None, *matrices
 
 
 def _mapped(grad: Tensor | None) -> bool:
     return grad is not None and is_legacy_batchedtensor(grad)
 
 
-def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, skip, reset, form):
-    """The gradients of bias, products, initial state, skip, resets, inputs and weights, as a graph."""
+def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, reset, spec, activation, backend):
+    """The gradients of bias, products, initial state, resets, inputs and weights, as a graph."""
     with torch.enable_grad():
         # Aliases, so that a tensor given in two places gets the gradient of each.
-        given = [x if x is None else x.view_as(x) for x in (bias, products, initial_state, skip, *inputs, *weights)]
-        bias, products, initial_state, skip, *matrices = given
+        given = [x if x is None else x.view_as(x) for x in (bias, products, initial_state, *inputs, *weights)]
+        bias, products, initial_state, *matrices = given
         inputs, weights = matrices[: len(inputs)], matrices[len(inputs) :]
-        activation = torch.tanh if form[2] else None
-        skip = inputs[0] if form[-1] else skip
-        outputs = _definition(inputs, weights, bias, products, initial_state, skip, reset, activation, form)
+        outputs = _definition(inputs, weights, bias, products, initial_state, reset, spec, activation, backend)
         outputs, grads = zip(*((y, g) for y, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
         wanted = [x for x in given if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     result = [next(found) if x is not None and x.requires_grad else None for x in given]
-    return *result[:4], None, *result[4:]
+    return *result[:3], None, *result[3:]
 
 
 # --- the registered ops: what torch.compile and export see ---
+# They take simple types only, so the fields of the spec are arguments of their own, named in the schema.
 
 _library = torch.library.Library("legato", "FRAGMENT")
 _arguments = (
-    "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? products, Tensor? initial_state, Tensor? skip,"
-    " Tensor? reset, str blocks, bool squash, bool show_tanh, bool delayed, bool skips_input"
+    "Tensor[] inputs, Tensor[] weights, Tensor? bias, Tensor? products, Tensor? initial_state, Tensor? reset,"
+    " str[] blocks, bool candidate_tanh, bool delayed, bool skips_input, bool output_tanh, str? backend"
 )
-_library.define(f"gated_unit({_arguments}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"gated_unit({_arguments}, bool save_products) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    "gated_unit_backward(Tensor? grad_shown, Tensor? grad_states, Tensor? grad_final, Tensor kept, Tensor states,"
-    f" bool[] wanted, {_arguments}) -> Tensor[]"
+    "gated_unit_backward(Tensor? grad_output, Tensor? grad_states, Tensor? grad_final, Tensor saved_products,"
+    f" Tensor states, bool[] wanted, {_arguments}) -> Tensor[]"
 )
 
 
-def _run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_keep):
-    """The products that are kept (of size 0: none), h_t (likewise, without an output gate), c_t and the last c."""
-    *form, keep = form_and_keep
+def _fields(spec: GateSpec) -> tuple[tuple[str, ...], bool, bool, bool]:
+    """The spec as arguments of the registered ops."""
+    return spec.blocks, spec.candidate_tanh, spec.delayed, spec.skips_input
+
+
+def _activation(output_tanh: bool) -> Callable[[Tensor], Tensor] | None:
+    """The activations that the registered ops know."""
+    return torch.tanh if output_tanh else None
+
+
+def _run(
+    inputs, weights, bias, products, initial_state, reset,
+    blocks, candidate_tanh, delayed, skips_input, output_tanh, backend, save_products,
+):  # fmt: skip
+    """The products if they are to be saved, h_t where there is an output gate, c_t and the last c; else size 0."""
+    spec = GateSpec(tuple(blocks), candidate_tanh, delayed, skips_input)
     like = (*inputs, products)[0]
-    kernel = kernels.gated(like.device, like.dtype)
-    _choices.record("gated_unit", *_choice(kernel, like))
+    kernel, name, why = backends.choose("gated_unit", like.device, backend, like.dtype)
+    backends.record("gated_unit", name, why)
     if kernel is None:
-        activation, skip = torch.tanh if form[2] else None, inputs[0] if form[-1] else skip
         z = _products(inputs, weights, bias, products)
-        shown, *rest = _definition((), (), None, z, initial_state, skip, reset, activation, form)
-        found = z if keep else z.new_empty(0), shown if "output" in form[0] else z.new_empty(0), *rest
+        options = spec, _activation(output_tanh), backend
+        output, *rest = _definition_of_products(z, inputs, initial_state, reset, *options)
+        found = z if save_products else z.new_empty(0), output if "output" in blocks else z.new_empty(0), *rest
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
-    products, initial_state, skip = map(_plain, (products, initial_state, skip))
-    form = (tuple(form[0].split("/")), *form[1:])
-    tensors = (inputs, weights, bias, products, initial_state, skip, reset)
-    kept, shown, *rest = kernel.forward(*tensors, form, keep)
-    return *(like.new_empty(0) if x is None else x for x in (kept, shown)), *rest
+    products, initial_state = _plain(products), _plain(initial_state)
+    tensors = inputs, weights, bias, products, initial_state, reset
+    saved, output, *rest = kernel.forward(*tensors, spec, output_tanh, save_products)
+    return *(like.new_empty(0) if x is None else x for x in (saved, output)), *rest
 
 
-def _run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *arguments):
-    """The gradients of inputs, weights, bias, products, initial state and skip (of size 0: not wanted or not given)."""
-    (inputs, weights, bias, products, initial_state, skip, reset), form = arguments[:7], arguments[7:]
-    kernel = kernels.gated(states.device, states.dtype, True)
-    _choices.record("gated_unit", *_choice(kernel, states))
+def _run_backward(
+    grad_output, grad_states, grad_final, saved_products, states, wanted,
+    inputs, weights, bias, products, initial_state, reset,
+    blocks, candidate_tanh, delayed, skips_input, output_tanh, backend,
+):  # fmt: skip
+    """The gradients of inputs, weights, bias, products and initial state (of size 0: not wanted or not given)."""
+    spec = GateSpec(tuple(blocks), candidate_tanh, delayed, skips_input)
+    kernel, name, why = backends.choose("gated_unit", states.device, backend, states.dtype, True)
+    backends.record("gated_unit", name, why)
+    grads = grad_output, grad_states, grad_final
     if kernel is None:
-        bias, products, initial_state, skip = map(_leaf, (bias, products, initial_state, skip))
+        bias, products, initial_state = map(_leaf, (bias, products, initial_state))
         inputs, weights = [_leaf(x) for x in inputs], [_leaf(x) for x in weights]
-        grads = (grad_shown, grad_states, grad_final)
-        bias, products, initial_state, skip, _, *matrices = _gradients_of_definition(
-            grads, inputs, weights, bias, products, initial_state, skip, reset, form
-        )
+        tensors = inputs, weights, bias, products, initial_state, reset
+        options = spec, _activation(output_tanh), backend
+        bias, products, initial_state, _, *matrices = _gradients_of_definition(grads, *tensors, *options)
     else:
-        grads = map(_plain, (grad_shown, grad_states, grad_final))
-        products, initial_state, skip = map(_plain, (products, initial_state, skip))
-        form = (tuple(form[0].split("/")), *form[1:])
-        inputs, weights, bias, products, initial_state, skip = kernel.backward(
-            *grads, kept if kept.numel() else None, states, wanted,
-            inputs, weights, bias, products, initial_state, skip, reset, form,
-        )  # fmt: skip
+        products, initial_state = _plain(products), _plain(initial_state)
+        saved = saved_products if saved_products.numel() else None
+        tensors = inputs, weights, bias, products, initial_state, reset
+        inputs, weights, bias, products, initial_state = kernel.backward(
+            *map(_plain, grads), saved, states, wanted, *tensors, spec, output_tanh
+        )
         matrices = [*inputs, *weights]
-    given = (*matrices, bias, products, initial_state, skip)
+    given = (*matrices, bias, products, initial_state)
     return [states.new_empty(0) if x is None else x.detach() for x in given]
-
-
-def _choice(kernel, like: Tensor) -> tuple[str, str]:
-    if kernel is None:
-        return "definition", kernels.why_not_gated(like.device)
-    return "numba", "cpu tensors in float32 and numba is installed"
 
 
 def _leaf(x: Any) -> Any:
@@ -389,21 +427,21 @@ def _plain(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.resolve_neg()
 
 
-def _fake_run(inputs, weights, bias, products, initial_state, skip, reset, *form_and_keep):
-    *form, keep = form_and_keep
-    like, blocks = (*inputs, products)[0], form[0].split("/")
+def _fake_run(inputs, weights, bias, products, initial_state, reset, blocks, *options):
+    like, save_products = (*inputs, products)[0], options[-1]
     B, T = like.shape[:2]
     K = products.shape[-1] if products is not None else weights[0].shape[0]
     C = K // len(blocks)
-    kept = like.new_empty((B, T, K) if keep else (0,))
-    shown = like.new_empty((B, T, C) if "output" in blocks else (0,))
-    return kept, shown, like.new_empty((B, T, C)), like.new_empty((B, C))
+    saved_products = like.new_empty((B, T, K) if save_products else (0,))
+    output = like.new_empty((B, T, C) if "output" in blocks else (0,))
+    return saved_products, output, like.new_empty((B, T, C)), like.new_empty((B, C))
 
 
-def _fake_run_backward(grad_shown, grad_states, grad_final, kept, states, wanted, *arguments):
-    inputs, weights, bias, products, _, skip = arguments[:6]
+def _fake_run_backward(
+    grad_output, grad_states, grad_final, saved_products, states, wanted, inputs, weights, bias, products, *options
+):
     inputs = [x if want else None for x, want in zip(inputs, wanted, strict=True)]
-    given = (*inputs, *weights, bias, products, states[:, 0], skip)
+    given = (*inputs, *weights, bias, products, states[:, 0])
     return [states.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 

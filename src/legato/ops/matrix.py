@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from legato._autocast import without_autocast
-from legato._checks import as_tensor_advice
+from legato._checks import check_device, check_initial_state, check_numbers, check_reset
 from legato._shapes import Bool, Inexact, Tensor
 from legato._values import examinable, in_range
 
@@ -43,7 +43,7 @@ def matrix_recurrence(
         the dtype of the carry: that dtype, but at least 32 bits wide.
 
     Raises:
-        TypeError: a dtype is not floating, complex or (reset) boolean.
+        TypeError: an argument is not a tensor, or not of a floating, complex or (reset) boolean dtype.
         ValueError: shapes or devices do not fit together.
 
     Example:
@@ -76,13 +76,8 @@ def matrix_recurrence(
 
 
 def _check(transition: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
-    given = {"transition": transition, "impulse": impulse, "initial_state": initial_state, "reset": reset}
-    for name, x in given.items():
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
-    for name, x in {"transition": transition, "impulse": impulse, "initial_state": initial_state}.items():
-        if x is not None and not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
+    check_numbers(transition=transition, impulse=impulse, initial_state=initial_state)
+    check_device("transition", transition, "impulse", impulse)
     if impulse.ndim < 3:
         raise ValueError(f"impulse must be (batch, time, *channels, N), got shape {tuple(impulse.shape)}: add the axes")
     B, T, N = impulse.shape[0], impulse.shape[1], impulse.shape[-1]
@@ -91,24 +86,9 @@ def _check(transition: Tensor, impulse: Tensor, initial_state: Tensor | None, re
             f"transition must be (N, N) = {(N, N)} or (batch, time, N, N) = {(B, T, N, N)} for this impulse,"
             f" got {tuple(transition.shape)}: the last axis of the impulse is N"
         )
-    if initial_state is not None:
-        if tuple(initial_state.shape) != (B, *impulse.shape[2:]):
-            raise ValueError(
-                f"initial_state must be (batch, *channels, N) = {(B, *impulse.shape[2:])},"
-                f" got {tuple(initial_state.shape)}: it has no time axis"
-            )
-        if initial_state.is_complex() and not (impulse.is_complex() or transition.is_complex()):
-            raise TypeError("initial_state is complex but transition and impulse are real: convert one of them")
-    if reset is not None:
-        if reset.dtype != torch.bool:
-            raise TypeError(f"reset must be a boolean tensor, got {reset.dtype}: True drops the state before that step")
-        if tuple(reset.shape) != (B, T):
-            raise ValueError(f"reset must be (batch, time) = {(B, T)}, got {tuple(reset.shape)}")
-    for name, x in {"transition": transition, "initial_state": initial_state, "reset": reset}.items():
-        if x is not None and x.device != impulse.device:
-            raise ValueError(
-                f"{name} and impulse must share a device, got {x.device} and {impulse.device}: move one with .to()"
-            )
+    state_shape = (B, *impulse.shape[2:])
+    check_initial_state(initial_state, "(batch, *channels, N)", state_shape, impulse=impulse, transition=transition)
+    check_reset(reset, "impulse", impulse)
 
 
 def _scan(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:

@@ -10,10 +10,9 @@ its derivative, the registered op ``torch.ops.legato.recurrence`` is what torch.
 import torch
 from torch.autograd import Function
 
-from legato import _choices
-from legato._checks import as_tensor_advice
+from legato._checks import check_device, check_initial_state, check_numbers, check_reset
 from legato._shapes import Bool, Inexact, Tensor
-from legato.ops import kernels
+from legato.ops import backends
 
 
 def linear_recurrence(
@@ -39,8 +38,8 @@ def linear_recurrence(
         reset: True where the state is dropped before that step: h_t = impulse_t.
         reverse: Run from the last step to the first: h_t = decay_t * h_{t+1} + impulse_t. ``initial_state`` then enters
             at the last step, and ``reset`` drops the state that arrives from step t + 1.
-        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); it runs or raises. None chooses by device, and
-            ``legato.explain()`` says what was chosen.
+        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); it runs or raises. None takes that of
+            ``legato.use_backend`` or else chooses by device; ``legato.explain()`` says what was chosen.
 
     Returns:
         The states h_t, in the common dtype of decay and impulse, and the state after the last step that was run, in the
@@ -59,7 +58,8 @@ def linear_recurrence(
 
     Source: Martin & Cundy (2018), section 2; the adjoint is the same recurrence run backwards.
     """
-    _check(decay, impulse, initial_state, reset, backend)
+    _check(decay, impulse, initial_state, reset)
+    backend = backends.resolve(backend, impulse.device)
     dtype = torch.promote_types(decay.dtype, impulse.dtype)
     carry_dtype = torch.promote_types(dtype, torch.float32)
     channels = impulse.shape[2:]
@@ -72,21 +72,9 @@ def linear_recurrence(
     return states.reshape(*states.shape[:2], *channels), final_state.reshape(states.shape[0], *channels)
 
 
-def _check(
-    decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None, backend: str | None
-) -> None:
-    given = {"impulse": impulse, "decay": decay}
-    if initial_state is not None:
-        given["initial_state"] = initial_state
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
-        if not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"{name} must be floating or complex, got {x.dtype}: convert it with .float()")
-        if x.device != impulse.device:
-            raise ValueError(
-                f"{name} and impulse must share a device, got {x.device} and {impulse.device}: move one with .to()"
-            )
+def _check(decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: Tensor | None) -> None:
+    check_numbers(impulse=impulse, decay=decay, initial_state=initial_state)
+    check_device("decay", decay, "impulse", impulse)
     if impulse.ndim < 2:
         raise ValueError(f"impulse must be (batch, time, *channels), got shape {tuple(impulse.shape)}: add the axes")
     padded = (1,) * (impulse.ndim - decay.ndim) + tuple(decay.shape)
@@ -96,26 +84,8 @@ def _check(
             " each of its axes, counted from the last, must be 1 or that of the impulse"
         )
     state_shape = (impulse.shape[0], *impulse.shape[2:])
-    if initial_state is not None:
-        if tuple(initial_state.shape) != state_shape:
-            raise ValueError(
-                f"initial_state must be (batch, *channels) = {state_shape}, got {tuple(initial_state.shape)}:"
-                " it has no time axis"
-            )
-        if initial_state.is_complex() and not (impulse.is_complex() or decay.is_complex()):
-            raise TypeError("initial_state is complex but decay and impulse are real: convert one of them")
-    if reset is not None:
-        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-            got = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
-            raise TypeError(f"reset must be a boolean tensor, got {got}: True drops the state before that step")
-        if tuple(reset.shape) != tuple(impulse.shape[:2]):
-            raise ValueError(f"reset must be (batch, time) = {tuple(impulse.shape[:2])}, got {tuple(reset.shape)}")
-        if reset.device != impulse.device:
-            raise ValueError(
-                f"reset and impulse must share a device, got {reset.device} and {impulse.device}: move one with .to()"
-            )
-    if backend is not None:
-        kernels.check(backend, impulse.device)
+    check_initial_state(initial_state, "(batch, *channels)", state_shape, impulse=impulse, decay=decay)
+    check_reset(reset, "impulse", impulse)
 
 
 def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,14 +205,14 @@ _library.define(
 
 
 def _run(decay, impulse, initial_state, reset, reverse, backend):
-    kernel, name, why = kernels.choose(impulse.device, backend, impulse.dtype)
-    _choices.record("linear_recurrence", name, why)
+    kernel, name, why = backends.choose("linear_recurrence", impulse.device, backend, impulse.dtype)
+    backends.record("linear_recurrence", name, why)
     return kernel.forward(*map(_contiguous, (decay, impulse, initial_state, reset)), reverse)
 
 
 def _run_backward(grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
-    kernel, name, why = kernels.choose(states.device, backend, states.dtype, True)
-    _choices.record("linear_recurrence", name, why)
+    kernel, name, why = backends.choose("linear_recurrence", states.device, backend, states.dtype, True)
+    backends.record("linear_recurrence", name, why)
     grad_states, grad_final, decay, states, initial_state, reset = map(
         _contiguous, (grad_states, grad_final, decay, states, initial_state, reset)
     )

@@ -1,4 +1,4 @@
-"""Numba kernels in torch's own threads: what ``numba_cpu.py`` and ``gated_cpu.py`` share.
+"""Numba kernels in torch's own threads: what ``numba_recurrence.py`` and ``numba_gated.py`` share.
 
 A kernel is a C function of an array of 64-bit words, the first of which number its tasks: one for each batch row, block
 of channels and piece of time. It takes tasks until none is left, and is called once in each of torch's OpenMP threads.

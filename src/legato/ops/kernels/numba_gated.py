@@ -1,8 +1,8 @@
-"""The gated recurrence on a CPU, compiled by Numba: gates, scan and read-out in one walk over the products.
+"""The gated recurrence on a CPU, compiled by Numba: gates, scan and output gate in one pass over the products.
 
     c_t = f_t c_{t-1} + w_t g(candidate_t),  h_t = o_t s(c_t) + (1 - o_t) skip_t
 
-Forward reads each product once and writes c and h; backward forms the gates again from the products and writes their
+Forward reads each product once and writes c and h; backward computes the gates again from the products and writes their
 gradients into one array of the products' shape. All in float32. The launch is that of ``numba_threads.py``; the
 arguments are those of ``ops/gated.py``.
 """
@@ -16,6 +16,7 @@ import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 from numba.core import types
 
+from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Tensor
 from legato.ops.kernels.numba_cache import c_function, compiled
 from legato.ops.kernels.numba_threads import (
@@ -38,33 +39,33 @@ def forward(
     bias: Float[Tensor, "K"] | None,
     addend: Float[Tensor, "B T K"] | None,
     initial_state: Float[Tensor, "B C"] | None,
-    skip: Float[Tensor, "B T C"] | None,
     reset: Bool[Tensor, "B T"] | None,
-    form: tuple,
-    keep: bool,
+    spec: GateSpec,
+    output_tanh: bool,
+    save_products: bool,
 ) -> tuple[Float[Tensor, "B T K"] | None, Float[Tensor, "B T C"] | None, Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
-    """The products if they are to be kept, h_t where there is an output gate, c_t (or c_{t-1}) and the last c."""
+    """The products if they are to be saved, h_t where there is an output gate, c_t (or c_{t-1}) and the last c."""
     like: Any = (*inputs, addend)[0]
-    blocks = form[0]
     (B, T), K = like.shape[:2], addend.shape[-1] if addend is not None else len(weights[0])
-    C = K // len(blocks)
-    kept = empty(like, B, T, K) if keep else None
-    states, shown = empty(like, B, T, C), empty(like, B, T, C) if "output" in blocks else None
+    C = K // len(spec.blocks)
+    saved = empty(like, B, T, K) if save_products else None
+    states, output = empty(like, B, T, C), empty(like, B, T, C) if "output" in spec.blocks else None
     carry = like.new_zeros(B, C) if initial_state is None else initial_state.contiguous().clone()
-    skip = _skip(inputs, skip, form)
+    skip = inputs[0] if spec.skips_input else None
+    kernel = _forward()
     for part in _parts(B, T, K):
-        products = _products(inputs, weights, bias, addend, part, kept)
-        arrays = _blocks(products, blocks) | _cut(part, skip=skip, states=states, shown=shown)
-        arrays["carry"] = carry[part[0]]
-        _launch(_forward, arrays, None if reset is None else reset[part], form)
-    return kept, shown, states, carry
+        products = _products(inputs, weights, bias, addend, part, saved)
+        arrays = _blocks(products, spec) | _cut(part, skip=skip, states=states, gated_output=output, reset=reset)
+        arrays = _addressable(arrays | {"carry": carry[part[0]]})
+        launch(kernel, *_call(arrays, spec, output_tanh))
+    return saved, output, states, carry
 
 
 def backward(
-    grad_shown: Float[Tensor, "B T C"] | None,
+    grad_output: Float[Tensor, "B T C"] | None,
     grad_states: Float[Tensor, "B T C"] | None,
     grad_final: Float[Tensor, "B C"] | None,
-    kept: Float[Tensor, "B T K"] | None,
+    saved_products: Float[Tensor, "B T K"] | None,
     states: Float[Tensor, "B T C"],
     wanted: list[bool],
     inputs: list[Tensor],
@@ -72,42 +73,46 @@ def backward(
     bias: Float[Tensor, "K"] | None,
     addend: Float[Tensor, "B T K"] | None,
     initial_state: Float[Tensor, "B C"] | None,
-    skip: Float[Tensor, "B T C"] | None,
     reset: Bool[Tensor, "B T"] | None,
-    form: tuple,
-) -> tuple[list[Tensor | None], list[Tensor], Tensor | None, Tensor | None, Float[Tensor, "B C"], Tensor | None]:
-    """The gradients of inputs (those that are ``wanted``), weights, bias, addend, initial state and skip."""
-    (B, T, C), blocks, skips_input = states.shape, form[0], form[-1]
-    K = C * len(blocks)
+    spec: GateSpec,
+    output_tanh: bool,
+) -> tuple[list[Tensor | None], list[Tensor], Tensor | None, Tensor | None, Float[Tensor, "B C"]]:
+    """The gradients of inputs (those that are ``wanted``), weights, bias, addend and initial state."""
+    B, T, C = states.shape
+    K = C * len(spec.blocks)
     grad_inputs = [empty(x, *x.shape) if want else None for x, want in zip(inputs, wanted, strict=True)]
     grad_weights = [torch.zeros_like(w) for w in weights]
     grad_bias = None if bias is None else torch.zeros_like(bias)
     grad_addend = None if addend is None else empty(addend, B, T, K)
-    grad_skip = None if skip is None else empty(skip, B, T, C)
+    skip, grad_skip = (inputs[0], grad_inputs[0]) if spec.skips_input else (None, None)
     carry = states.new_zeros(B, C) if grad_final is None else grad_final.contiguous().clone()
     first = states.new_zeros(B, C) if initial_state is None else initial_state
-    if "output" in blocks and grad_shown is None:
-        grad_shown = states.new_zeros(()).expand(B, T, C)
+    if "output" in spec.blocks and grad_output is None:
+        grad_output = states.new_zeros(()).expand(B, T, C)
+    kernel = _backward()
     for part in reversed(_parts(B, T, K)):
         rows, steps = part
-        products = _products(inputs, weights, bias, addend, part, kept) if kept is None else kept[part]
+        products = saved_products[part] if saved_products is not None else None
+        if products is None:
+            products = _products(inputs, weights, bias, addend, part, None)
         grad_products = torch.empty_like(products) if grad_addend is None else grad_addend[part]
-        arrays = _blocks(products, blocks) | {f"grad_{k}": x for k, x in _blocks(grad_products, blocks).items()}
-        arrays |= _cut(part, skip=_skip(inputs, skip, form), states=states, grad_states=grad_states)
-        arrays |= _cut(part, grad_shown=grad_shown, grad_skip=grad_inputs[0] if skips_input else grad_skip)
-        if skips_input and not wanted[0]:
-            arrays["grad_skip"] = torch.empty_like(states[part])  # which the kernel writes, and nobody reads
+        arrays = _blocks(products, spec) | {f"grad_{k}": x for k, x in _blocks(grad_products, spec).items()}
+        arrays |= _cut(part, skip=skip, states=states, grad_states=grad_states)
+        arrays |= _cut(part, grad_gated_output=grad_output, grad_skip=grad_skip, reset=reset)
+        if spec.skips_input and grad_skip is None:
+            arrays["grad_skip"] = torch.empty_like(states[part])  # the kernel writes it; nothing reads it
         arrays |= {"carry": carry[rows], "initial": states[rows, steps.start - 1] if steps.start else first[rows]}
-        _launch(_backward, arrays, None if reset is None else reset[part], form)
+        arrays = _addressable(arrays)
+        launch(kernel, *_call(arrays, spec, output_tanh))
         flat = grad_products.flatten(0, 1)  # (rows * steps, K)
         for i, (x, w, grad) in enumerate(zip(inputs, weights, grad_inputs, strict=True)):
             grad_weights[i].addmm_(flat.mT, x[part].flatten(0, 1))
             if grad is not None:
-                beta = 1 if skips_input and i == 0 else 0
+                beta = 1 if spec.skips_input and i == 0 else 0
                 grad[part].view(len(flat), -1).addmm_(flat, w, beta=beta)
         if grad_bias is not None:
             grad_bias += flat.sum(0)
-    return grad_inputs, grad_weights, grad_bias, grad_addend, carry, grad_skip
+    return grad_inputs, grad_weights, grad_bias, grad_addend, carry
 
 
 def prepare(dtype: torch.dtype, adjoint: bool) -> None:
@@ -126,12 +131,12 @@ def _parts(B: int, T: int, K: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _products(inputs, weights, bias, addend, part, kept):
-    """addend + bias + the sum of weight x, of one part: in its place in ``kept``, or in memory of its own."""
+def _products(inputs, weights, bias, addend, part, saved):
+    """addend + bias + the sum of weight x, of one part: in its place in ``saved``, or in memory of its own."""
     if not inputs:
         return addend[part]
     rows, steps = (s.stop - s.start for s in part)
-    out = inputs[0].new_empty(rows, steps, len(weights[0])) if kept is None else kept[part]
+    out = inputs[0].new_empty(rows, steps, len(weights[0])) if saved is None else saved[part]
     flat = out.view(-1, out.shape[-1])
     if addend is not None:
         out.copy_(addend[part] if bias is None else addend[part] + bias)
@@ -142,12 +147,9 @@ def _products(inputs, weights, bias, addend, part, kept):
     return out
 
 
-def _skip(inputs: list[Tensor], skip: Tensor | None, form: tuple) -> Tensor | None:
-    return inputs[0] if form[-1] else skip
-
-
-def _blocks(products: Tensor, blocks: tuple[str, ...]) -> dict[str, Tensor | None]:
-    return dict(zip(blocks, products.chunk(len(blocks), dim=-1), strict=True))
+def _blocks(products: Tensor, spec: GateSpec) -> dict[str, Tensor | None]:
+    """The blocks by name; "output" is the gate, "gated_output" what it lets out."""
+    return dict(zip(spec.blocks, products.chunk(len(spec.blocks), dim=-1), strict=True))
 
 
 def _cut(part: tuple[slice, slice], **arrays: Tensor | None) -> dict[str, Tensor | None]:
@@ -155,19 +157,20 @@ def _cut(part: tuple[slice, slice], **arrays: Tensor | None) -> dict[str, Tensor
     return {name: x[part] for name, x in arrays.items() if x is not None}
 
 
-# The products of a part: 8 MiB. A quarter of it shows the cost of launches, eight times as much has left the caches
+# The products of a part: 8 MiB. With a quarter of it launches cost time, eight times as much has left the caches
 # (two layers of SRU at (1, 65536): 0.58 s a training step, with 1 MiB 0.71 and with 64 MiB 0.90).
 _PART_NUMBERS = 1 << 21
 # Channels a task: a dozen rows of them fit the L1 cache.
 _WIDEST = 512
 
-# The table of arrays that a launch hands over: address, bytes a batch row, bytes a step. An address of 0: not there.
-_NAMES = ("forget", "write", "candidate", "output", "skip", "states", "shown", "carry")
+# The table of arrays in the words of a launch: address, bytes per row, bytes per step. An address of 0: not there.
+_NAMES = ("forget", "write", "candidate", "output", "skip", "states", "gated_output", "carry")
 _NAMES += (*(f"grad_{name}" for name in _NAMES[:-1]), "initial")
-_FORGET, _WRITE, _CANDIDATE, _OUTPUT, _SKIP, _STATES, _SHOWN, _CARRY = range(8)
-_GRAD_FORGET, _GRAD_WRITE, _GRAD_CANDIDATE, _GRAD_OUTPUT, _GRAD_SKIP, _GRAD_STATES, _GRAD_SHOWN, _INITIAL = range(8, 16)
+_FORGET, _WRITE, _CANDIDATE, _OUTPUT, _SKIP, _STATES, _GATED_OUTPUT, _CARRY = range(8)
+_GRAD_FORGET, _GRAD_WRITE, _GRAD_CANDIDATE, _GRAD_OUTPUT, _GRAD_SKIP = range(8, 13)
+_GRAD_STATES, _GRAD_GATED_OUTPUT, _INITIAL = range(13, 16)
 # The words: sizes, flags, the resets, the table.
-_T, _C, _SQUASH, _SHOW_TANH, _DELAYED, _RESET = range(HEADER, HEADER + 6)
+_T, _C, _CANDIDATE_TANH, _OUTPUT_TANH, _DELAYED, _RESET = range(HEADER, HEADER + 6)
 _TABLE = HEADER + 6
 
 
@@ -264,15 +267,15 @@ def _update_row(h, f, w, v, states):
 
 
 @compiled
-def _show_row(o, y, shown):
+def _output_row(o, y, output):
     for i in range(o.size):
-        shown[i] = o[i] * y[i]
+        output[i] = o[i] * y[i]
 
 
 @compiled
-def _show_past_row(o, past, y, skip, shown):
+def _output_and_skip_row(o, past, y, skip, output):
     for i in range(o.size):
-        shown[i] = o[i] * y[i] + past[i] * skip[i]
+        output[i] = o[i] * y[i] + past[i] * skip[i]
 
 
 @compiled
@@ -288,7 +291,7 @@ def _there(words, which):
 
 
 @compiled
-def _ask_for(words, first, last, b, t, d0, n):
+def _prefetch_rows(words, first, last, b, t, d0, n):
     for which in range(first, last):
         if _there(words, which):
             prefetch(_row(words, which, b, t, d0, n), 0)
@@ -303,8 +306,9 @@ def _reset_at(words, b, t):
 
 @compiled
 def _forward_task(words, b, d0, n):
-    T, squash, show_tanh, delayed = words[_T], words[_SQUASH] != 0, words[_SHOW_TANH] != 0, words[_DELAYED] != 0
-    tied, shows, skips = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
+    T, delayed = words[_T], words[_DELAYED] != 0
+    candidate_tanh, output_tanh = words[_CANDIDATE_TANH] != 0, words[_OUTPUT_TANH] != 0
+    tied, has_output, has_skip = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
     scratch = np.empty((6, n), np.float32)
     h, f, w, unused, v, y = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
     carry = _row(words, _CARRY, b, 0, d0, n)
@@ -312,14 +316,14 @@ def _forward_task(words, b, d0, n):
     distance = -(-PREFETCH_BYTES // (4 * n))
     for t in range(T):
         if t + distance < T:
-            _ask_for(words, _FORGET, _CARRY, b, t + distance, d0, n)
+            _prefetch_rows(words, _FORGET, _CARRY, b, t + distance, d0, n)
         if _reset_at(words, b, t):
             h[:] = 0
         _gate_row(_row(words, _FORGET, b, t, d0, n), f, w)
         if not tied:
             _gate_row(_row(words, _WRITE, b, t, d0, n), w, unused)
         written = _row(words, _CANDIDATE, b, t, d0, n)
-        if squash:
+        if candidate_tanh:
             _tanh_row(written, v)
             written = v
         states = _row(words, _STATES, b, t, d0, n)
@@ -327,16 +331,16 @@ def _forward_task(words, b, d0, n):
             states[:] = h
             states = y
         _update_row(h, f, w, written, states)
-        if shows:
-            if show_tanh:
+        if has_output:
+            if output_tanh:
                 _tanh_row(h, y)
             else:
                 y[:] = h
             _gate_row(_row(words, _OUTPUT, b, t, d0, n), f, w)
-            if skips:
-                _show_past_row(f, w, y, _row(words, _SKIP, b, t, d0, n), _row(words, _SHOWN, b, t, d0, n))
+            if has_skip:
+                _output_and_skip_row(f, w, y, _row(words, _SKIP, b, t, d0, n), _row(words, _GATED_OUTPUT, b, t, d0, n))
             else:
-                _show_row(f, y, _row(words, _SHOWN, b, t, d0, n))
+                _output_row(f, y, _row(words, _GATED_OUTPUT, b, t, d0, n))
     carry[:] = h
 
 
@@ -347,14 +351,14 @@ def _add_row(total, x):
 
 
 @compiled
-def _shown_row(g, grad, o, past, y, grad_output):
+def _grad_output_row(g, grad, o, past, y, grad_output):
     for i in range(g.size):
         g[i] += grad[i] * o[i]
         grad_output[i] = grad[i] * y[i] * o[i] * past[i]
 
 
 @compiled
-def _shown_past_row(g, grad, o, past, y, skip, grad_output, grad_skip):
+def _grad_output_and_skip_row(g, grad, o, past, y, skip, grad_output, grad_skip):
     for i in range(g.size):
         g[i] += grad[i] * o[i]
         grad_output[i] = grad[i] * (y[i] - skip[i]) * o[i] * past[i]
@@ -393,8 +397,9 @@ def _written_row(g, w, closed, v, grad_write, grad_written):
 
 @compiled
 def _backward_task(words, b, d0, n):
-    T, squash, show_tanh, delayed = words[_T], words[_SQUASH] != 0, words[_SHOW_TANH] != 0, words[_DELAYED] != 0
-    tied, shows, skips = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
+    T, delayed = words[_T], words[_DELAYED] != 0
+    candidate_tanh, output_tanh = words[_CANDIDATE_TANH] != 0, words[_OUTPUT_TANH] != 0
+    tied, has_output, has_skip = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
     scratch = np.zeros((6, n), np.float32)
     g, f, closed, v, y, zeros = (
         scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5],
@@ -405,8 +410,8 @@ def _backward_task(words, b, d0, n):
     for step in range(T):
         t = T - 1 - step
         if t >= distance:
-            _ask_for(words, _FORGET, _STATES + 1, b, t - distance, d0, n)
-            _ask_for(words, _GRAD_FORGET, _INITIAL, b, t - distance, d0, n)
+            _prefetch_rows(words, _FORGET, _STATES + 1, b, t - distance, d0, n)
+            _prefetch_rows(words, _GRAD_FORGET, _INITIAL, b, t - distance, d0, n)
         dropped = _reset_at(words, b, t)
         if dropped:
             before = zeros
@@ -417,29 +422,29 @@ def _backward_task(words, b, d0, n):
         else:
             before = _row(words, _INITIAL, b, 0, d0, n)
         # What arrives at c_t: from the output, and from those who read the states.
-        if shows:
-            grad = _row(words, _GRAD_SHOWN, b, t, d0, n)
+        if has_output:
+            grad = _row(words, _GRAD_GATED_OUTPUT, b, t, d0, n)
             state = _row(words, _STATES, b, t, d0, n)
             grad_output = _row(words, _GRAD_OUTPUT, b, t, d0, n)
             _gate_row(_row(words, _OUTPUT, b, t, d0, n), f, closed)
-            if show_tanh:
+            if output_tanh:
                 _tanh_row(state, y)
                 state = y
                 v[:] = g
                 g[:] = 0
-            if skips:
+            if has_skip:
                 skip, grad_skip = _row(words, _SKIP, b, t, d0, n), _row(words, _GRAD_SKIP, b, t, d0, n)
-                _shown_past_row(g, grad, f, closed, state, skip, grad_output, grad_skip)
+                _grad_output_and_skip_row(g, grad, f, closed, state, skip, grad_output, grad_skip)
             else:
-                _shown_row(g, grad, f, closed, state, grad_output)
-            if show_tanh:
+                _grad_output_row(g, grad, f, closed, state, grad_output)
+            if output_tanh:
                 _times_tanh_slope_row(g, y)
                 _add_row(g, v)
         if _there(words, _GRAD_STATES) and not delayed:
             _add_row(g, _row(words, _GRAD_STATES, b, t, d0, n))
         # What it hands to the gates and to the step before.
         written = _row(words, _CANDIDATE, b, t, d0, n)
-        if squash:
+        if candidate_tanh:
             _tanh_row(written, v)
             written = v
         grad_forget, grad_candidate = _row(words, _GRAD_FORGET, b, t, d0, n), _row(words, _GRAD_CANDIDATE, b, t, d0, n)
@@ -452,7 +457,7 @@ def _backward_task(words, b, d0, n):
             _gate_row(_row(words, _FORGET, b, t, d0, n), f, closed)
             _forget_row(g, f, closed, before, grad_forget)
             _times_row(g, f)
-        if squash:
+        if candidate_tanh:
             _times_tanh_slope_row(grad_candidate, v)
         if dropped:
             g[:] = 0
@@ -494,22 +499,23 @@ def _backward() -> Any:
     return c_function(run)
 
 
-def _launch(kernel: Callable, arrays: dict[str, Tensor | None], reset: Tensor | None, form: tuple) -> None:
-    arrays = {name: _with_rows(x) for name, x in arrays.items()}
-    reset = None if reset is None else reset.contiguous()
-    states: Any = arrays["states"]
-    B, T, C = states.shape
-    if B * C == 0:
-        return
+def _addressable(arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """The arrays that are there, with channels side by side; time and batch may have any stride, those of resets none.
+
+    The caller holds them until the kernel has run, which takes addresses.
+    """
+    given = {name: x for name, x in arrays.items() if x is not None}
+    return {name: x if x.stride(-1) == 1 and name != "reset" else x.contiguous() for name, x in given.items()}
+
+
+def _call(arrays: dict[str, Tensor], spec: GateSpec, output_tanh: bool) -> tuple:
+    """The arguments of ``launch`` after the kernel: chunks of time, rows, channels, width, threads and words."""
+    B, T, C = arrays["states"].shape
     table = []
     for name in _NAMES:
         x = arrays.get(name)
         table += (0, 0, 0) if x is None else (x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1) if x.ndim == 3 else 0)
-    words = (T, C, *form[1:4], 0 if reset is None else reset.data_ptr(), *table)
+    options = spec.candidate_tanh, output_tanh, spec.delayed
+    words = (T, C, *options, arrays["reset"].data_ptr() if "reset" in arrays else 0, *table)
     threads = threads_for(B * T * C)
-    launch(kernel(), 1, B, C, block_width(B, C, _WIDEST, 4, threads), threads, words)
-
-
-def _with_rows(x: Tensor | None) -> Tensor | None:
-    """x with channels that lie side by side; time and batch may have any stride."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return 1, B, C, block_width(B, C, _WIDEST, 4, threads), threads, words

@@ -1,8 +1,8 @@
 """m_t = A m_{t-1} + B u_t with A and B that never change, one copy per channel: one function per way to compute it.
 
     memory, final_state = lti(u, A, B, state)                        # everything at once
-    kernels = prepare(A, B, steps, dtype=u.dtype)                    # what depends on A and B only: keep it
-    memory, final_state = apply(u, kernels, state, reset=reset)      # what depends on u
+    system = prepare(A, B, steps, dtype=u.dtype)                     # what depends on A and B only: keep it
+    memory, final_state = apply(u, system, state, reset=reset)       # what depends on u
 
 A layer whose A and B are frozen calls ``prepare`` once and keeps the result; one with a trainable theta calls it in
 each pass, and the gradients of A and B flow through it. ``legato.legendre`` makes A and B of the delay network;
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from legato import _choices
 from legato._autocast import without_autocast
-from legato._checks import as_tensor_advice
+from legato._checks import check_device, check_initial_state, check_numbers, check_reset
 from legato._shapes import Bool, Float, Inexact, Tensor
 from legato._values import all_finite, examinable, in_range, is_mapped
+from legato.ops import backends
 
 METHODS = ("sequential", "toeplitz", "fft", "chunked")
 
 
-class Kernels(NamedTuple):
+class PreparedSystem(NamedTuple):
     """What ``apply`` needs of A and B, made by ``prepare``: ``inputs`` multiplies inputs, ``powers`` multiply states.
 
     =============  ========================================  =======================================
@@ -78,8 +78,10 @@ def lti(
         final_state: (B, C, N), m after the last step in the dtype of the carry.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown method, a method together with last_only,
-            "fft" with resets.
+        TypeError: an argument is not a tensor, or not of a floating, complex (u and initial_state) or boolean (reset)
+            dtype.
+        ValueError: shapes or devices that do not fit, an unknown method, a method together with last_only, "fft" with
+            resets.
 
     Example:
         >>> A, B = legato.delay_network(order=8, theta=100)
@@ -89,8 +91,8 @@ def lti(
     Source: Chilkuri & Eliasmith 2021, equations (19) to (26); the chunked form is derived in docs/maths/chunked.md.
     """
     _check_input(u)
-    kernels = prepare(A, B, u.shape[1], method=method, last_only=last_only, dtype=u.dtype)
-    return apply(u, kernels, initial_state, reset=reset)
+    system = prepare(A, B, u.shape[1], method=method, last_only=last_only, dtype=u.dtype)
+    return apply(u, system, initial_state, reset=reset)
 
 
 def prepare(
@@ -101,29 +103,29 @@ def prepare(
     method: str | None = None,
     last_only: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> Kernels:
+) -> PreparedSystem:
     """The powers of A and the impulse response A^k B that ``apply`` needs, formed in float64 by doubling.
 
     Keep the result while A and B stay as they are, and make it anew when the module moves to another device or dtype.
     "sequential" and "chunked" serve inputs of any length, and "chunked" is quickest up to ``steps`` and on lengths that
-    its chunk divides; the others serve inputs of up to ``steps``, so ask again when ``kernels.steps < u.shape[1]``.
+    its chunk divides; the others serve inputs of up to ``steps``, so ask again when ``system.steps < u.shape[1]``.
 
     Args:
         A, B, method, last_only: as for ``lti``.
         steps: the length of the inputs to come.
-        dtype: of the inputs to come; 16-bit ones get float32 kernels, complex ones real kernels.
+        dtype: of the inputs to come; a system for 16-bit inputs is in float32, one for complex inputs is real.
 
     Returns:
-        Kernels, differentiable in A and B.
+        The prepared system, differentiable in A and B.
 
     Raises:
-        ValueError: as ``lti``.
+        TypeError, ValueError: as ``lti``.
 
     Example:
-        >>> kernels = prepare(*legato.delay_network(8, 100), steps=300)
-        >>> memory, state = apply(torch.randn(4, 300, 2), kernels)
+        >>> system = prepare(*legato.delay_network(8, 100), steps=300)
+        >>> memory, state = apply(torch.randn(4, 300, 2), system)
     """
-    _check_system(A, B)
+    _check_matrices(A, B)
     if method is not None and last_only:
         raise ValueError(
             f"last_only gives the last state alone, method={method!r} the full sequence: leave method out, or use "
@@ -142,47 +144,47 @@ def prepare(
         why = "one step" if method == "sequential" else "the fastest measured for sequences"
     carry = _carry_dtype(dtype)
     with without_autocast(A):
-        kernels = _kernels_of(method, A, B, steps, carry)
-        if not _usable(kernels, A, B):
+        system = _system_of(method, A, B, steps, carry)
+        if not _usable(system, A, B):
             why = f"the powers of A overflow in {method!r}"
-            kernels = _kernels_of("chunked", A, B, steps, carry)
-            if not _usable(kernels, A, B):
-                kernels = _kernels_of("sequential", A, B, steps, carry)
-        return kernels._replace(why=why, last_only=last_only)
+            system = _system_of("chunked", A, B, steps, carry)
+            if not _usable(system, A, B):
+                system = _system_of("sequential", A, B, steps, carry)
+        return system._replace(why=why, last_only=last_only)
 
 
 def apply(
     u: Inexact[Tensor, "B T C"],
-    kernels: Kernels,
+    system: PreparedSystem,
     initial_state: Inexact[Tensor, "B C N"] | None = None,
     *,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Inexact[Tensor, "B *time C N"], Inexact[Tensor, "B C N"]]:
-    """``lti`` with its ``A``, ``B``, ``method`` and ``last_only`` in kernels: same arguments, results and errors."""
+    """``lti`` with its ``A``, ``B``, ``method`` and ``last_only`` in ``system``: same arguments, results and errors."""
     _check_input(u)
-    _check_fit(u, kernels, initial_state, reset)
+    _check_fit(u, system, initial_state, reset)
     if not torch.compiler.is_compiling():
-        _choices.record("lti", kernels.method, kernels.why)
+        backends.record("lti", system.method, system.why)
     if u.is_complex():
-        return _apply_to_parts(u, kernels, initial_state, reset)
+        return _apply_to_parts(u, system, initial_state, reset)
     with without_autocast(u):
-        carry = kernels.powers.dtype
+        carry = system.powers.dtype
         # One row a channel: (C, B, T). With channels first, each method is a plain matrix product.
-        narrow = kernels.method == "chunked" and reset is None and _multiplied_in_16_bits(u)
+        narrow = system.method == "chunked" and reset is None and _multiplied_in_16_bits(u)
         rows = (u if narrow else u.to(carry)).permute(2, 0, 1)
         state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
         if state is not None and reset is not None and reset.shape[1] > 0:
             # Before any product: its gradient by A would be 0 times a state that is not finite.
             state = torch.where(reset[:, :1], 0, state)
         if u.numel() == 0:
-            memory, final_state = _nothing(rows, kernels, state)
-        elif _channels_last(u, kernels, reset):
-            memory, final_state = _chunked_channels_last(rows.permute(1, 2, 0), kernels, state)
+            memory, final_state = _nothing(rows, system, state)
+        elif _channels_last(u, system, reset):
+            memory, final_state = _chunked_channels_last(rows.permute(1, 2, 0), system, state)
             return memory.to(u.dtype).mT, final_state.transpose(0, 1)
         else:
-            memory, final_state = _APPLY[kernels.method](rows, kernels, state, reset)
+            memory, final_state = _APPLY[system.method](rows, system, state, reset)
         final_state = final_state.transpose(0, 1)
-        if kernels.last_only:
+        if system.last_only:
             return final_state.to(u.dtype, copy=True), final_state
         return memory.to(u.dtype).permute(1, 2, 0, 3), final_state
 
@@ -205,18 +207,18 @@ def chunk_length(steps: int) -> int:
     return best
 
 
-def _kernels_of(method: str, A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> Kernels:
+def _system_of(method: str, A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> PreparedSystem:
     inputs, powers = _PREPARE[method](A.double().mT, B.double(), max(steps, 1), carry)
     spectrum = torch.complex64 if carry == torch.float32 else torch.complex128
-    return Kernels(method, "", steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
+    return PreparedSystem(method, "", steps, inputs.to(spectrum if method == "fft" else carry), powers.to(carry))
 
 
-def _usable(kernels: Kernels, A: Tensor, B: Tensor) -> bool:
-    """Whether products with the kernels are finite where those of the loop are, as far as values may be examined."""
-    if kernels.method == "sequential" or not examinable(kernels.inputs):
+def _usable(system: PreparedSystem, A: Tensor, B: Tensor) -> bool:
+    """Whether products with the system are finite where those of the loop are, as far as values may be examined."""
+    if system.method == "sequential" or not examinable(system.inputs):
         return True
     # The inputs of "chunked" hold A^L too, and its further powers are formed as far as they do not overflow.
-    fits = in_range(kernels.inputs) and (kernels.method == "chunked" or in_range(kernels.powers))
+    fits = in_range(system.inputs) and (system.method == "chunked" or in_range(system.powers))
     # Where A or B is not finite, the loop is not either.
     return fits or not (all_finite(A) and all_finite(B))
 
@@ -284,9 +286,9 @@ _PREPARE = {
 # The methods. u (C, B, T), state (C, B, N) or None, reset (B, T) or None -> memory (C, B, T, N), final_state (C, B, N).
 
 
-def _sequential(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sequential(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(19): m_t = A m_{t-1} + B u_t, a step at a time."""
-    A, B = kernels.powers[..., 0, :, :], kernels.inputs
+    A, B = system.powers[..., 0, :, :], system.inputs
     m = u.new_zeros(*u.shape[:2], A.shape[-1]) if state is None else state
     memory = []
     for t in range(u.shape[-1]):
@@ -297,7 +299,7 @@ def _sequential(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor
     return torch.stack(memory, dim=2), m
 
 
-def _toeplitz(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _toeplitz(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(24): m_{1:T} = H U, with every window of u written out: (C, B, T, T)."""
     steps = u.shape[-1]
     windows = _windows(u)
@@ -305,28 +307,28 @@ def _toeplitz(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor |
     if reset is not None:
         count = reset.cumsum(-1)
         windows = torch.where(_windows(count) == count.unsqueeze(-1), windows, 0)
-    H = kernels.inputs[..., -steps:, :]
+    H = system.inputs[..., -steps:, :]
     memory = _times(windows, H)
     if state is not None:
-        memory = memory + _free_response(state, kernels, steps, count)
+        memory = memory + _free_response(state, system, steps, count)
     return memory, memory[:, :, -1].clone()
 
 
-def _fft(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fft(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(26): m_{1:T} = irfft(rfft(H) rfft(u)), padded with zeros to twice the length so that nothing wraps around."""
-    memory = _convolved(u, kernels)
+    memory = _convolved(u, system)
     bad = _not_finite(u, memory[:, :, -1])
     if bad is not None:
-        memory = _spoiled(_convolved(_zeroed(u, bad), kernels), bad)
+        memory = _spoiled(_convolved(_zeroed(u, bad), system), bad)
     if state is not None:
-        memory = memory + _free_response(state, kernels, u.shape[-1], None)
+        memory = memory + _free_response(state, system, u.shape[-1], None)
     return memory, memory[:, :, -1].clone()
 
 
-def _convolved(u: Tensor, kernels: Kernels) -> Tensor:
-    padded = 2 * max(kernels.steps, 1)
+def _convolved(u: Tensor, system: PreparedSystem) -> Tensor:
+    padded = 2 * max(system.steps, 1)
     # Time is kept innermost, where the transforms are fastest, and only seen as (C, B, T, N).
-    spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-2) * kernels.inputs.unsqueeze(-3)
+    spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-2) * system.inputs.unsqueeze(-3)
     return torch.fft.irfft(spectrum, n=padded)[..., : u.shape[-1]].mT
 
 
@@ -335,13 +337,15 @@ def _multiplied_in_16_bits(u: Tensor) -> bool:
     return u.is_cuda and u.dtype in (torch.float16, torch.bfloat16)
 
 
-def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def _chunked(
+    u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
     """[u of the chunk, m before it] @ W for all chunks at once, after the m before each chunk is known.
 
-    That product has the dtype of u; what is carried from chunk to chunk, and the final state, that of the kernels.
+    That product has the dtype of u; what is carried from chunk to chunk, and the final state, that of the system.
     """
     channels, batch, steps = u.shape
-    W, order, carry = kernels.inputs, kernels.powers.shape[-1], kernels.powers.dtype
+    W, order, carry = system.inputs, system.powers.shape[-1], system.powers.dtype
     length = W.shape[-2] - order
     if steps <= length and reset is None:
         # A short input, such as a piece of a stream, takes the part of W that it needs.
@@ -359,14 +363,14 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     u = F.pad(u, (0, missing)).reshape(channels, batch, chunks, length)
     if reset is not None:
         reset = F.pad(reset, (0, missing)).reshape(batch, chunks, length)
-        memory = _chunked_with_reset(u, kernels, state, reset)[:, :, :steps]
+        memory = _chunked_with_reset(u, system, state, reset)[:, :, :steps]
         return memory, memory[:, :, -1].clone()
-    before = _before_chunks(_times(u.to(carry), W[..., :length, -order:]), kernels, state)
+    before = _before_chunks(_times(u.to(carry), W[..., :length, -order:]), system, state)
     # Not taken from the memory, because the gradient of memory[:, :, -1] is zeros of the size of the memory.
     end = (length - missing) * order
     last = torch.cat([u[:, :, -1].to(carry), before[:, :, -1]], dim=-1)
     final_state = _times(last, W[..., end - order : end])
-    if kernels.last_only:
+    if system.last_only:
         return None, final_state
     bad = _not_finite(u, final_state)
     rows = torch.cat([_zeroed(u, bad), before.to(u.dtype)], dim=-1)
@@ -374,21 +378,21 @@ def _chunked(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | 
     return _spoiled(memory, bad).flatten(2, 3)[:, :, :steps], final_state
 
 
-def _channels_last(u: Tensor, kernels: Kernels, reset: Tensor | None) -> bool:
+def _channels_last(u: Tensor, system: PreparedSystem, reset: Tensor | None) -> bool:
     """Whether "chunked" leaves the channels where they are: W stands on the left then, once a chunk of each row.
 
     Many channels in one system make that a matrix product too, and neither u nor the memory, N times as large, is
     turned round. A W with gradients would be copied for every chunk.
     """
-    shared = kernels.method == "chunked" and kernels.powers.ndim == 3 and not kernels.inputs.requires_grad
-    many = u.shape[2] >= 16 and kernels.powers.shape[-1] > 1
-    return u.device.type == "cpu" and shared and many and reset is None and not kernels.last_only
+    shared = system.method == "chunked" and system.powers.ndim == 3 and not system.inputs.requires_grad
+    many = u.shape[2] >= 16 and system.powers.shape[-1] > 1
+    return u.device.type == "cpu" and shared and many and reset is None and not system.last_only
 
 
-def _chunked_channels_last(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunked_channels_last(u: Tensor, system: PreparedSystem, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """W^T @ [u of the chunk, m before it] for u (B, T, C): memory (B, T, N, C), final_state (C, B, N)."""
     batch, steps, channels = u.shape
-    W, order = kernels.inputs.mT, kernels.powers.shape[-1]
+    W, order = system.inputs.mT, system.powers.shape[-1]
     length = W.shape[-1] - order
     if steps <= length:
         length = steps
@@ -398,7 +402,7 @@ def _chunked_channels_last(u: Tensor, kernels: Kernels, state: Tensor | None) ->
     u = F.pad(u, (0, 0, 0, missing)).unflatten(1, (chunks, length))
     if chunks > 1:
         ends = W[-order:, :length] @ u
-        before = _before_chunks(ends.permute(3, 0, 1, 2), kernels, state)
+        before = _before_chunks(ends.permute(3, 0, 1, 2), system, state)
     else:
         before = u.new_zeros(channels, batch, 1, order) if state is None else state.unsqueeze(2)
     before = before.permute(1, 2, 3, 0)  # (B, chunks, N, C)
@@ -411,27 +415,27 @@ def _chunked_channels_last(u: Tensor, kernels: Kernels, state: Tensor | None) ->
     return memory.flatten(1, 2)[:, :steps], final_state
 
 
-def _chunked_with_reset(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor) -> Tensor:
+def _chunked_with_reset(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor) -> Tensor:
     """The same, but with the chunks side by side a step at a time, so that not even a NaN gets past a reset.
 
     A product with W would multiply what a reset cuts off by zero, and 0 times NaN is NaN.
     """
-    W, order = kernels.inputs, kernels.powers.shape[-1]
+    W, order = system.inputs, system.powers.shape[-1]
     channels, batch, chunks, length = u.shape
     count = reset.cumsum(-1)  # resets since the start of the chunk
     ends = _times(torch.where(count == count[..., -1:], u, 0), W[..., :length, -order:])
-    before = _before_chunks(ends, kernels, state, count[..., -1:] == 0)
-    one_step = Kernels("sequential", kernels.why, length, W[..., :1, :order], W[..., None, length:, :order])
+    before = _before_chunks(ends, system, state, count[..., -1:] == 0)
+    one_step = PreparedSystem("sequential", system.why, length, W[..., :1, :order], W[..., None, length:, :order])
     memory, _ = _sequential(u.flatten(1, 2), one_step, before.flatten(1, 2), reset.flatten(0, 1))
     return memory.reshape(channels, batch, chunks * length, order)
 
 
-def _before_chunks(ends: Tensor, kernels: Kernels, state: Tensor | None, kept: Tensor | None = None) -> Tensor:
+def _before_chunks(ends: Tensor, system: PreparedSystem, state: Tensor | None, kept: Tensor | None = None) -> Tensor:
     """m before each chunk, (C, B, chunks, N), from what each chunk alone leaves at its end."""
     if state is None:
         state = torch.zeros_like(ends[:, :, 0])
     chunks = ends.shape[2]
-    prepared, powers = kernels.powers.unbind(-3), []
+    prepared, powers = system.powers.unbind(-3), []
     padded, overflows = 1, False
     while padded < chunks:
         padded *= 2
@@ -474,7 +478,7 @@ def _carried(states: Tensor, A: Tensor, kept: Tensor | None, chunks: int | slice
     return _times(states if kept is None else torch.where(kept[:, chunks], states, 0), A)
 
 
-def _last(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | None) -> tuple[None, Tensor]:
+def _last(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[None, Tensor]:
     """(25): m_T = H reverse(u), one matrix product; and A^T times the state."""
     steps = u.shape[-1]
     after = None
@@ -482,9 +486,9 @@ def _last(u: Tensor, kernels: Kernels, state: Tensor | None, reset: Tensor | Non
         count = reset.cumsum(-1)
         after = count == count[:, -1:]
         u = torch.where(after, u, 0)
-    final_state = _times(u, kernels.inputs[..., -steps:, :])
+    final_state = _times(u, system.inputs[..., -steps:, :])
     if state is not None:
-        for level, power in enumerate(kernels.powers.unbind(-3)):
+        for level, power in enumerate(system.powers.unbind(-3)):
             if steps >> level & 1:
                 state = _times(state, power)
         if reset is not None:
@@ -527,9 +531,9 @@ def _spoiled(memory: Tensor, bad: Tensor | None, time: int = -1, order: int = -1
     return memory + torch.where(after, torch.nan, memory.new_zeros(()))
 
 
-def _free_response(state: Tensor, kernels: Kernels, steps: int, resets_so_far: Tensor | None) -> Tensor:
+def _free_response(state: Tensor, system: PreparedSystem, steps: int, resets_so_far: Tensor | None) -> Tensor:
     """A^t m_0 for t = 1..T without input, (C, B, T, N), by doubling [F, A^k F]."""
-    powers = kernels.powers.unbind(-3)
+    powers = system.powers.unbind(-3)
     response = _times(state, powers[0]).unsqueeze(2)
     for power in powers:
         if response.shape[2] < steps:
@@ -551,22 +555,22 @@ def _times(rows: Tensor, matrix: Tensor) -> Tensor:
     return (rows.flatten(1, -2) @ matrix).unflatten(1, rows.shape[1:-1])
 
 
-def _nothing(u: Tensor, kernels: Kernels, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _nothing(u: Tensor, system: PreparedSystem, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """No step, sequence or channel: an empty memory and the state as it was."""
-    order = kernels.powers.shape[-1]
+    order = system.powers.shape[-1]
     empty = u.unsqueeze(-1).expand(*u.shape, order).clone()
     return empty, empty.sum(2) if state is None else state.clone()
 
 
 def _apply_to_parts(
-    u: Tensor, kernels: Kernels, initial_state: Tensor | None, reset: Tensor | None
+    u: Tensor, system: PreparedSystem, initial_state: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A and B are real: the real and the imaginary part are two batches."""
     if initial_state is not None:
         imaginary = initial_state.imag if initial_state.is_complex() else torch.zeros_like(initial_state)
         initial_state = torch.cat([initial_state.real, imaginary])
     reset = None if reset is None else torch.cat([reset, reset])
-    memory, final_state = apply(torch.cat([u.real, u.imag]), kernels, initial_state, reset=reset)
+    memory, final_state = apply(torch.cat([u.real, u.imag]), system, initial_state, reset=reset)
     return torch.complex(*memory.chunk(2)), torch.complex(*final_state.chunk(2))
 
 
@@ -577,70 +581,42 @@ def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
 # Checks, at the public edge.
 
 
-def _check_tensors(**given: Any) -> None:
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}: {as_tensor_advice(x, lengths=False)}")
-
-
 def _check_input(u: Any) -> None:
-    _check_tensors(u=u)
+    check_numbers(u=u)
     if u.ndim != 3:
         raise ValueError(f"u must be (batch, time, channels), got shape {tuple(u.shape)}: add the missing axes")
-    if not (u.is_floating_point() or u.is_complex()):
-        raise ValueError(f"u must be floating point or complex, got {u.dtype}: convert it with .float()")
 
 
-def _check_system(A: Any, B: Any) -> None:
-    _check_tensors(A=A, B=B)
+def _check_matrices(A: Any, B: Any) -> None:
+    check_numbers(real=True, A=A, B=B)
     if A.ndim not in (2, 3) or A.shape[-1] != A.shape[-2] or B.shape != A.shape[:-1]:
         raise ValueError(
             f"A must be (N, N) and B (N,), or (C, N, N) and (C, N), got {tuple(A.shape)} and {tuple(B.shape)}"
         )
-    if not (A.is_floating_point() and B.is_floating_point()):
-        raise ValueError(f"A and B must be real and floating point, got {A.dtype} and {B.dtype}")
-    if A.device != B.device:
-        raise ValueError(f"A and B must share a device, got {A.device} and {B.device}: move one with .to()")
+    check_device("A", A, "B", B)
 
 
-def _check_fit(u: Any, kernels: Kernels, initial_state: Any, reset: Any) -> None:
-    given = {"initial_state": initial_state, "reset": reset}
-    _check_tensors(**{name: x for name, x in given.items() if x is not None})
-    batch, steps, channels = u.shape
-    method, longest, powers = kernels.method, kernels.steps, kernels.powers
-    order = powers.shape[-1]
-    if u.device != powers.device:
-        raise ValueError(f"u and A must share a device, got {u.device} and {powers.device}: move one with .to()")
+def _check_fit(u: Tensor, system: PreparedSystem, initial_state: Any, reset: Any) -> None:
+    _check_system(u, system)
+    check_numbers(initial_state=initial_state)
+    batch, _, channels = u.shape
+    check_initial_state(initial_state, "(B, C, N)", (batch, channels, system.powers.shape[-1]), u=u)
+    check_reset(reset, "u", u)
+    if reset is not None and system.method == "fft":
+        raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
+
+
+def _check_system(u: Tensor, system: PreparedSystem) -> None:
+    method, powers, (_, steps, channels) = system.method, system.powers, u.shape
+    check_device("u", u, "A", powers)
     if _carry_dtype(u.dtype) != powers.dtype:
         raise ValueError(
-            f"the kernels were prepared for {powers.dtype}, got u in {u.dtype}: prepare them with dtype=u.dtype"
+            f"the system was prepared for {powers.dtype}, got u in {u.dtype}: prepare it with dtype=u.dtype"
         )
     if powers.ndim == 4 and powers.shape[0] != channels:
         raise ValueError(f"u must have one channel for each of the {powers.shape[0]} systems in A, got {channels}")
-    if method not in ("sequential", "chunked") and steps > longest:
+    if method not in ("sequential", "chunked") and steps > system.steps:
         raise ValueError(
-            f"kernels of method {method!r} were prepared for up to {longest} steps, got {steps}: prepare longer ones"
+            f"a system of method {method!r} was prepared for up to {system.steps} steps, got {steps}: prepare it for "
+            "more"
         )
-    if reset is not None and method == "fft":
-        raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
-    if reset is not None and reset.device != u.device:
-        raise ValueError(f"reset and u must share a device, got {reset.device} and {u.device}: move one with .to()")
-    if reset is not None and (reset.shape != (batch, steps) or reset.dtype != torch.bool):
-        raise ValueError(
-            f"reset must be bool (B, T) = {(batch, steps)}, got {reset.dtype} of shape {tuple(reset.shape)}"
-        )
-    if initial_state is None:
-        return
-    if initial_state.shape != (batch, channels, order):
-        raise ValueError(
-            f"initial_state must be (B, C, N) = {(batch, channels, order)}, got {tuple(initial_state.shape)}: it is "
-            "the final_state of a batch of the same size"
-        )
-    if initial_state.device != u.device:
-        raise ValueError(
-            f"initial_state and u must share a device, got {initial_state.device} and {u.device}: move one with .to()"
-        )
-    if not (initial_state.is_floating_point() or initial_state.is_complex()):
-        raise ValueError(f"initial_state must be floating point or complex, got {initial_state.dtype}")
-    if initial_state.is_complex() and not u.is_complex():
-        raise ValueError(f"initial_state is {initial_state.dtype} but u is {u.dtype}: give u as complex too")

@@ -1,7 +1,6 @@
 """Every method of the time-invariant recurrence against the loop that defines it."""
 
 import functools
-import sys
 
 import jaxtyping
 import pytest
@@ -12,7 +11,8 @@ import bounds
 import draws
 import legato
 from legato.legendre import delay_network
-from legato.ops.lti import METHODS, apply, chunk_length, lti, prepare
+from legato.ops import time_invariant
+from legato.ops.time_invariant import METHODS, apply, chunk_length, lti, prepare
 
 RESETTING = [method for method in METHODS if method != "fft"]
 ORDER = 5
@@ -165,12 +165,12 @@ def test_a_map_over_many_channels_is_the_loop_over_it():
 
 
 @pytest.mark.parametrize("pieces", [[1, 24, 25, 26, 49, 75], [200]])
-def test_kernels_of_many_channels_serve_pieces_of_any_length(pieces):
+def test_a_system_of_many_channels_serves_chunks_of_any_length(pieces):
     u, A, B, state = arguments = many_channels(200)
     want, want_state = by_loop(u, A, B, state)
-    kernels, memory = prepare(A, B, 200, dtype=torch.float64), []
+    system, memory = prepare(A, B, 200, dtype=torch.float64), []
     for piece in u.split(pieces, dim=1):
-        part, state = apply(piece, kernels, state)
+        part, state = apply(piece, system, state)
         memory.append(part)
     magnitude = bounds.sensitivity(lti, *arguments)
     assert_close((torch.cat(memory, dim=1), state), (want, want_state), magnitude, 200)
@@ -198,32 +198,32 @@ def test_an_empty_batch_and_no_channels_work(method, batch, channels):
 
 
 @pytest.mark.parametrize("method", [*METHODS, "last"])
-def test_kernels_serve_shorter_inputs_too(method):
+def test_a_system_serves_shorter_inputs_too(method):
     (u, A, B, state), _ = example(200)
     last = method == "last"
-    kernels = prepare(A, B, 200, method=None if last else method, last_only=last, dtype=u.dtype)
+    system = prepare(A, B, 200, method=None if last else method, last_only=last, dtype=u.dtype)
     for steps in (1, 31, 77, 200):
         memory, final_state = by_loop(u[:, :steps], A, B, state)
         magnitude = bounds.sensitivity(lambda *x: lti(*x, last_only=last), u[:, :steps], A, B, state)
-        got, want = apply(u[:, :steps], kernels, state), (final_state if last else memory, final_state)
-        # What the transforms of "fft" add up is as long as the kernels.
+        got, want = apply(u[:, :steps], system, state), (final_state if last else memory, final_state)
+        # What the transforms of "fft" add up is as long as the impulse response.
         assert_close(got, want, magnitude, 200)
 
 
 @pytest.mark.parametrize("method", ["sequential", "chunked"])
-def test_kernels_for_a_short_input_serve_a_long_one(method):
+def test_a_system_for_a_short_input_serves_a_long_one(method):
     (u, A, B, state), _ = example(700)
     got = apply(u, prepare(A, B, 40, method=method, dtype=u.dtype), state)
     assert_close(got, by_loop(u, A, B, state), bounds.sensitivity(lti, u, A, B, state), 700)
 
 
 @pytest.mark.parametrize("method", ["toeplitz", "fft", "last"])
-def test_kernels_too_short_for_the_input_are_refused(method):
+def test_a_system_too_short_for_the_input_raises(method):
     (u, A, B, _), _ = example(60)
     last = method == "last"
-    kernels = prepare(A, B, 50, method=None if last else method, last_only=last, dtype=u.dtype)
+    system = prepare(A, B, 50, method=None if last else method, last_only=last, dtype=u.dtype)
     with pytest.raises(ValueError, match="prepared for up to 50 steps, got 60"):
-        apply(u, kernels)
+        apply(u, system)
 
 
 @pytest.mark.parametrize("method", [*RESETTING, None])
@@ -294,19 +294,19 @@ def in_64_bits(order, theta):
     A, B = delay_network(order, theta)
     tensors = inputs(1000).bfloat16().half(), torch.randn(4, 1, order), torch.randn(4, 1000, 1, order).bfloat16().half()
     wide = [x.double() for x in tensors]
-    # The kernels are rounded to 16 bits too.
-    kernels = prepare(A, B, 1000, method="chunked", dtype=torch.float64)
+    # The system is rounded to 16 bits too.
+    system = prepare(A, B, 1000, method="chunked", dtype=torch.float64)
     return (
-        kernels,
+        system,
         tensors,
-        memory_and_gradients(kernels, *wide),
-        bounds.sensitivity(memory_and_gradients, kernels, *wide),
+        memory_and_gradients(system, *wide),
+        bounds.sensitivity(memory_and_gradients, system, *wide),
     )
 
 
-def memory_and_gradients(kernels, u, state, weight):
+def memory_and_gradients(system, u, state, weight):
     u, state = (x.detach().requires_grad_() for x in (u, state))
-    memory, final = apply(u, kernels, state)
+    memory, final = apply(u, system, state)
     return [memory, final, *torch.autograd.grad(memory, (u, state), weight)]
 
 
@@ -314,13 +314,13 @@ def memory_and_gradients(kernels, u, state, weight):
 @pytest.mark.parametrize(("order", "theta"), [(1, 100.0), (32, 50.0), (64, 512.0), (256, 784.0)])
 def test_products_of_16_bits_keep_the_error_bound_of_16_bits(order, theta, dtype, monkeypatch):
     """As on CUDA: 16-bit factors, sums in float32."""
-    module = sys.modules["legato.ops.lti"]
-    kernels, (u, state, weight), exact, magnitude = in_64_bits(order, theta)
-    kernels = kernels._replace(inputs=kernels.inputs.float(), powers=kernels.powers.float())
+    module = time_invariant
+    system, (u, state, weight), exact, magnitude = in_64_bits(order, theta)
+    system = system._replace(inputs=system.inputs.float(), powers=system.powers.float())
     tensors = u.to(dtype), state, weight.to(dtype)
-    plain = memory_and_gradients(kernels, *tensors)
+    plain = memory_and_gradients(system, *tensors)
     monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype in (torch.float16, torch.bfloat16))
-    got = memory_and_gradients(kernels, *tensors)
+    got = memory_and_gradients(system, *tensors)
     assert [x.dtype for x in got[:2]] == [dtype, torch.float32]
     assert not torch.equal(got[0], plain[0])  # another path
     assert torch.equal(got[1], plain[1])  # the final state is float32's
@@ -335,7 +335,7 @@ def test_products_of_16_bits_keep_the_error_bound_of_16_bits(order, theta, dtype
 @pytest.mark.parametrize(("order", "theta", "steps"), [(32, 50.0, 4000), (256, 784.0, 1000)])
 def test_factors_of_eleven_bits_keep_their_error_bound(order, theta, steps, monkeypatch):
     """What torch's switch for TF32 does on CUDA, the carry's products included: their roundings do not pile up."""
-    module = sys.modules["legato.ops.lti"]
+    module = time_invariant
     A, B = delay_network(order, theta)
     u, wide = inputs(steps), prepare(A, B, steps, method="chunked", dtype=torch.float64)
     exact, magnitude = apply(u.double(), wide), bounds.sensitivity(apply, u.double(), wide)
@@ -360,17 +360,17 @@ def test_factors_of_eleven_bits_keep_their_error_bound(order, theta, steps, monk
 
 
 def test_a_carry_of_32_bits_holds_over_a_million_steps_of_16_bits(monkeypatch):
-    module, steps = sys.modules["legato.ops.lti"], 2**20
+    module, steps = time_invariant, 2**20
     monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype == torch.bfloat16)
     A, B = delay_network(2, 100_000.0)
     u = torch.cat([torch.randn(1, steps, 1), torch.ones(1, steps, 1)]).bfloat16()
-    kernels = prepare(A, B, steps, method="chunked", dtype=torch.float64)
-    (memory, _), (exact, _) = lti(u, A, B, method="chunked"), apply(u.double(), kernels)
+    system = prepare(A, B, steps, method="chunked", dtype=torch.float64)
+    (memory, _), (exact, _) = lti(u, A, B, method="chunked"), apply(u.double(), system)
     # What is multiplied in 16 bits: the inputs of a chunk and the memory before it, by what they leave at each step.
     length = chunk_length(steps)
     before = torch.cat([torch.zeros(2, 1, 2, dtype=torch.float64), exact[:, length - 1 : -1 : length, 0]], dim=1)
     rows = torch.cat([u.double().view(2, -1, length), before], dim=-1)
-    magnitude = (rows.abs() @ kernels.inputs.abs()).view_as(exact)
+    magnitude = (rows.abs() @ system.inputs.abs()).view_as(exact)
     # The worst case, for inputs of one are all alike: either factor, and a carry in float32 over 2^15 chunks, whose
     # products and sums are to a rounding of 16 bits as 2^16 is to 2.
     bounds.assert_close(memory, exact, magnitude=magnitude, roundings=2 + 4, dtype=torch.bfloat16)
@@ -481,9 +481,9 @@ def test_a_long_input_takes_a_bounded_number_of_operations():
     counts = []
     for steps in (2**12, 2**18):
         u = torch.randn(1, steps, 1)
-        kernels = prepare(A, B, steps)
+        system = prepare(A, B, steps)
         with torch.profiler.profile() as profile:
-            memory, _ = apply(u, kernels)
+            memory, _ = apply(u, system)
         counts.append(len(profile.events()))
         # What came 2,000 steps before, 40 windows ago, has died away below float64.
         late = u[:, -2000:].double()
@@ -499,44 +499,64 @@ def test_the_chunk_divides_the_length_where_it_can():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
-        ({"u": [1.0]}, r"u must be a tensor, got list: wrap it with torch.as_tensor\(\)"),
-        ({"A": 0.5}, "A must be a tensor, got float"),
-        ({"initial_state": [0.0]}, "initial_state must be a tensor, got list"),
-        ({"reset": [True]}, "reset must be a tensor, got list"),
-        ({"u": torch.randn(4, 3)}, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
-        ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, "u must be floating point or complex, got torch.int64"),
-        ({"u": torch.randn(3, 10, 2, device="meta")}, "u and A must share a device, got meta and cpu"),
-        ({"A": torch.randn(5, 4)}, r"A must be \(N, N\) and B \(N,\), .* got \(5, 4\) and \(5,\)"),
-        ({"B": torch.randn(4)}, r"A must be \(N, N\) and B \(N,\), .* got \(5, 5\) and \(4,\)"),
-        ({"B": torch.ones(5, dtype=torch.int64)}, "A and B must be real and floating point"),
-        ({"B": torch.randn(5, device="meta")}, "A and B must share a device, got cpu and meta"),
-        ({"A": torch.randn(3, 5, 5), "B": torch.randn(3, 5)}, "one channel for each of the 3 systems in A, got 2"),
-        ({"initial_state": torch.randn(4, 2, 5)}, r"initial_state must be \(B, C, N\) = \(3, 2, 5\), got \(4, 2, 5\)"),
-        ({"initial_state": torch.randn(3, 2, 5, device="meta")}, "initial_state and u must share a device"),
-        ({"initial_state": torch.randn(3, 2, 5, dtype=torch.complex64)}, "give u as complex too"),
-        ({"initial_state": torch.ones(3, 2, 5, dtype=torch.int64)}, "initial_state must be floating point"),
-        ({"reset": torch.ones(3, 9, dtype=torch.bool)}, r"reset must be bool \(B, T\) = \(3, 10\)"),
-        ({"reset": torch.ones(3, 10)}, "reset must be bool .* got torch.float32"),
-        ({"reset": torch.ones(3, 10, dtype=torch.bool, device="meta")}, "reset and u must share a device"),
-        ({"method": "chunky"}, "did you mean 'chunked'"),
-        ({"method": "fft", "reset": torch.ones(3, 10, dtype=torch.bool)}, 'use "chunked", "toeplitz" or "sequential"'),
-        ({"method": "chunked", "last_only": True}, "last_only gives the last state alone"),
+        ({"u": [1.0]}, TypeError, r"u must be a tensor, got list: wrap it with torch.as_tensor\(\)"),
+        ({"A": 0.5}, TypeError, "A must be a tensor, got float"),
+        ({"initial_state": [0.0]}, TypeError, "initial_state must be a tensor, got list"),
+        ({"reset": [True]}, TypeError, "reset must be a tensor, got list"),
+        ({"u": torch.randn(4, 3)}, ValueError, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
+        ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, TypeError, "u must be floating or complex, got torch.int64"),
+        ({"u": torch.randn(3, 10, 2, device="meta")}, ValueError, "u and A must share a device, got meta and cpu"),
+        ({"A": torch.randn(5, 4)}, ValueError, r"A must be \(N, N\) and B \(N,\), .* got \(5, 4\) and \(5,\)"),
+        ({"B": torch.randn(4)}, ValueError, r"A must be \(N, N\) and B \(N,\), .* got \(5, 5\) and \(4,\)"),
+        ({"B": torch.ones(5, dtype=torch.int64)}, TypeError, "B must be floating, got torch.int64"),
+        ({"B": torch.randn(5, device="meta")}, ValueError, "A and B must share a device, got cpu and meta"),
+        (
+            {"A": torch.randn(3, 5, 5), "B": torch.randn(3, 5)},
+            ValueError,
+            "one channel for each of the 3 systems in A, got 2",
+        ),
+        (
+            {"initial_state": torch.randn(4, 2, 5)},
+            ValueError,
+            r"initial_state must be \(B, C, N\) = \(3, 2, 5\), got \(4, 2, 5\)",
+        ),
+        ({"initial_state": torch.randn(3, 2, 5, device="meta")}, ValueError, "initial_state and u must share a device"),
+        (
+            {"initial_state": torch.randn(3, 2, 5, dtype=torch.complex64)},
+            TypeError,
+            "initial_state is complex but u is real",
+        ),
+        (
+            {"initial_state": torch.ones(3, 2, 5, dtype=torch.int64)},
+            TypeError,
+            "initial_state must be floating or complex",
+        ),
+        ({"reset": torch.ones(3, 9, dtype=torch.bool)}, ValueError, r"reset must be \(batch, time\) = \(3, 10\)"),
+        ({"reset": torch.ones(3, 10)}, TypeError, "reset must be a boolean tensor, got torch.float32"),
+        ({"reset": torch.ones(3, 10, dtype=torch.bool, device="meta")}, ValueError, "reset and u must share a device"),
+        ({"method": "chunky"}, ValueError, "did you mean 'chunked'"),
+        (
+            {"method": "fft", "reset": torch.ones(3, 10, dtype=torch.bool)},
+            ValueError,
+            'use "chunked", "toeplitz" or "sequential"',
+        ),
+        ({"method": "chunked", "last_only": True}, ValueError, "last_only gives the last state alone"),
     ],
 )
 @pytest.mark.usefixtures("shape_checker_off")
-def test_arguments_that_do_not_fit_say_what_would(change, message):
+def test_arguments_that_do_not_fit_say_what_would(change, error, message):
     A, B = delay_network(ORDER, 20)
     arguments = {"u": torch.randn(3, 10, 2), "A": A, "B": B} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         lti(**arguments)
 
 
-def test_kernels_of_another_dtype_are_refused():
-    kernels = prepare(*delay_network(ORDER, 20), 10, dtype=torch.float32)
+def test_a_system_of_another_dtype_raises():
+    system = prepare(*delay_network(ORDER, 20), 10, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"prepared for torch\.float32, got u in torch\.float64"):
-        apply(torch.randn(3, 10, 2, dtype=torch.float64), kernels)
+        apply(torch.randn(3, 10, 2, dtype=torch.float64), system)
 
 
 @pytest.mark.compiled
@@ -568,14 +588,14 @@ def test_lengths_may_change_under_the_compiler(method):
 @pytest.mark.parametrize("channels", [2, 20])
 def test_new_lengths_reuse_the_compiled_chunked_graph(channels):
     (_, A, B, _), _ = example(1)
-    kernels = prepare(A.detach(), B.detach(), 4096, dtype=torch.float64)
+    system = prepare(A.detach(), B.detach(), 4096, dtype=torch.float64)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     torch._dynamo.reset()
     compiled = torch.compile(apply, fullgraph=True, dynamic=True, backend=counter)
     for steps in (520, 600, 777, 901, 1000):
         u = torch.randn(3, steps, channels, dtype=torch.float64)
         magnitude = bounds.sensitivity(lti, u, A, B)
-        assert_close(compiled(u, kernels), apply(u, kernels), magnitude, steps)
+        assert_close(compiled(u, system), apply(u, system), magnitude, steps)
     assert counter.frame_count <= 2
 
 
@@ -583,10 +603,10 @@ def test_new_lengths_reuse_the_compiled_chunked_graph(channels):
 def test_the_default_compiler_agrees():
     (u, A, B, state), _ = example(64)
     arguments = u, A.detach(), B.detach(), state
-    kernels = prepare(A.detach(), B.detach(), 64, dtype=u.dtype)
+    system = prepare(A.detach(), B.detach(), 64, dtype=u.dtype)
     compiled = torch.compile(apply, fullgraph=True)
-    got = with_gradients(lambda u, A, B, state: compiled(u, kernels, state), arguments)
-    want = with_gradients(lambda u, A, B, state: apply(u, kernels, state), arguments)
+    got = with_gradients(lambda u, A, B, state: compiled(u, system, state), arguments)
+    want = with_gradients(lambda u, A, B, state: apply(u, system, state), arguments)
     assert_close(got, want, magnitudes(arguments), 64)
 
 

@@ -8,11 +8,11 @@ import draws
 
 pytest.importorskip("triton")
 
-from legato.ops.kernels import triton_gpu
+from legato.ops.kernels import triton_recurrence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_gpu.INTERPRETED, reason="triton was imported before TRITON_INTERPRET was set"
+    DEVICE == "cpu" and not triton_recurrence.INTERPRETED, reason="triton was imported before TRITON_INTERPRET was set"
 )
 NAMES = ("states", "final_state", "grad_decay", "grad_impulse", "grad_initial")
 
@@ -55,8 +55,8 @@ def example(B, T, H, D, dtype, *, decay_shape=None, resets=False, initial=True):
 
 
 def kernels(decay, impulse, h_0, reset, reverse, grad_states, grad_final):
-    states, final_state = triton_gpu.forward(decay, impulse, h_0, reset, reverse)
-    grads = triton_gpu.backward(grad_states, grad_final, decay, states, h_0, reset, reverse)
+    states, final_state = triton_recurrence.forward(decay, impulse, h_0, reset, reverse)
+    grads = triton_recurrence.backward(grad_states, grad_final, decay, states, h_0, reset, reverse)
     return states, final_state, *grads
 
 
@@ -94,15 +94,17 @@ def quick_interpreter(monkeypatch):
 
 def quicken(monkeypatch):
     """The interpreter patches triton.language again at every call of a helper: once a launch is enough."""
-    if triton_gpu.INTERPRETED:
-        interpreted = type(triton_gpu._read)
+    if triton_recurrence.INTERPRETED:
+        interpreted = type(triton_recurrence._read)
         monkeypatch.setattr(interpreted, "__call__", lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs))
 
 
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Chunks as they come with a million steps, at lengths that the interpreter can walk."""
-    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16))
+    monkeypatch.setattr(
+        triton_recurrence, "TUNING", triton_recurrence.Tuning(shortest_chunk=9, shortest_cut=0, group_bytes=16)
+    )
 
 
 @pytest.mark.parametrize(("B", "T", "D"), [(2, 0, 3), (2, 1, 65), (1, 63, 3), (1, 65, 64), (1, 65, 1), (1, 200, 1)])
@@ -115,7 +117,7 @@ def test_values_and_gradients_are_the_loops_at_awkward_sizes(B, T, D, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_time_cut_into_chunks_gives_the_same(B, T, D, chunks, reverse, short_chunks):
     tensors = example(B, T, 1, D, torch.float32, resets=True)
-    assert triton_gpu._plan(tensors[1]).chunks == chunks
+    assert triton_recurrence._plan(tensors[1]).chunks == chunks
     check(*tensors, reverse=reverse)
 
 
@@ -147,7 +149,7 @@ def test_the_gradient_is_autograds(short_chunks):
         states.append(h)
     states = torch.stack(states, 1)
     expected = torch.autograd.grad((states, h), leaves, (grad_states, grad_final))
-    got = triton_gpu.backward(grad_states, grad_final, *(x.detach() for x in (decay, states, h_0)), reset, False)
+    got = triton_recurrence.backward(grad_states, grad_final, *(x.detach() for x in (decay, states, h_0)), reset, False)
 
     def definition(decay, impulse, h_0, grad_states, grad_final):
         return loop(decay, impulse, h_0, reset, False, grad_states, grad_final)[2:]
@@ -193,7 +195,7 @@ def test_nothing_passes_a_reset_not_even_nan(reverse, chunked, request):
 def test_programs_that_are_few_load_more_steps_together():
     def plan(B, T, D, dtype, *, deep):
         x = torch.empty((B, T, 1, D), dtype=dtype, device="meta")
-        return triton_gpu._plan(x, deep=deep)
+        return triton_recurrence._plan(x, deep=deep)
 
     assert [plan(8, 8192, 1536, torch.float32, deep=deep).steps for deep in (True, False)] == [16, 8]
     assert [plan(8, 8192, 1536, torch.bfloat16, deep=deep).steps for deep in (True, False)] == [32, 16]
@@ -204,13 +206,15 @@ def test_programs_that_are_few_load_more_steps_together():
 
 @pytest.mark.parametrize("tuning", [{"group_bytes": 8}, {"warps": 2}, {"group_bytes": 64, "few_programs": 0}], ids=str)
 def test_another_tuning_gives_the_same(tuning, monkeypatch):
-    monkeypatch.setattr(triton_gpu, "TUNING", triton_gpu.TUNING._replace(shortest_chunk=9, shortest_cut=0, **tuning))
+    monkeypatch.setattr(
+        triton_recurrence, "TUNING", triton_recurrence.TUNING._replace(shortest_chunk=9, shortest_cut=0, **tuning)
+    )
     check(*example(1, 41, 1, 70, torch.float16, resets=True))
 
 
 def test_batch_and_channels_that_fill_a_gpu_are_walked_in_one_pass_and_few_are_cut():
     def plan(*shape, dtype=torch.float32):
-        return triton_gpu._plan(torch.empty(shape, dtype=dtype, device="meta"), deep=True)
+        return triton_recurrence._plan(torch.empty(shape, dtype=dtype, device="meta"), deep=True)
 
     assert plan(8, 8192, 1, 1536).chunks == 1
     few = plan(1, 1 << 20, 1, 64)

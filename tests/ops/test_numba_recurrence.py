@@ -26,12 +26,12 @@ def three_threads():
 @pytest.fixture
 def many_pieces(three_threads, monkeypatch):
     """Time cut small for three threads, whatever the machine."""
-    from legato.ops.kernels import numba_cpu, numba_threads
+    from legato.ops.kernels import numba_recurrence, numba_threads
 
     monkeypatch.setattr(numba_threads, "_SERIAL_BELOW", 0)
-    monkeypatch.setattr(numba_cpu, "_PIECE_BYTES", 1 << 11)
-    monkeypatch.setattr(numba_cpu, "cores", lambda: 3)
-    return lambda decay, impulse: numba_cpu._plan(impulse[:, :, None], decay[:, :, None]).pieces
+    monkeypatch.setattr(numba_recurrence, "_PIECE_BYTES", 1 << 11)
+    monkeypatch.setattr(numba_recurrence, "cores", lambda: 3)
+    return lambda decay, impulse: numba_recurrence._plan(impulse[:, :, None], decay[:, :, None]).pieces
 
 
 def large(T=4000, C=9, B=2):
