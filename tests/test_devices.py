@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import legato
 from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, PairClassifier, SequenceClassifier, SequenceRegressor, Translator
 from legato.ops.lti import METHODS
 

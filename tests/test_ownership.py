@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import legato
 from legato._shapes import Tensor
 from legato.layers import GILR, GILRLSTM, LegendreMemory, LinearRNN
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
 from legato.ops.lti import METHODS
 
@@ -221,11 +221,11 @@ class Careless(RecurrentLayer):
         self.output, self.final = output, final
 
     def _state_shapes(self):
-        return OneState((self.hidden_size,))
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
         states = x.cumsum(1)
-        return self.output(self, x, states), OneState(self.final(self, x, states, state))
+        return self.output(self, x, states), OneState(states), OneState(self.final(self, x, states, state))
 
 
 OUTPUTS = {

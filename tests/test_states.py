@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from legato._shapes import Tensor
 from legato.layers import GILR, LMU, Stack
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, Translator
 
 
@@ -35,11 +35,11 @@ class Own(RecurrentLayer):
         self.hidden_size = 3
 
     def _state_shapes(self):
-        return OwnState((3,))
+        return ((3,),)
 
     def _sequence(self, x, state, lengths, reset):
         states = x.cumsum(1)
-        return states, OwnState(states[:, -1])
+        return states, OwnState(states), OwnState(states[:, -1])
 
     def _weight(self):
         return torch.empty(0)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato.layers import GILR, GILRLSTM, LMU, Bidirectional, LegendreMemory, Stack
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 
 
 class MeanState(NamedTuple):
@@ -30,11 +30,11 @@ class Sum(RecurrentLayer):
         self.linear = nn.Linear(input_size, hidden_size, bias=bias)
 
     def _state_shapes(self):
-        return MeanState((self.hidden_size,))
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
         states = self.linear(x).cumsum(1) + (0 if state is None else state.memory[:, None])
-        return states, MeanState(states[:, -1])
+        return states, MeanState(states), MeanState(states[:, -1])
 
 
 def test_a_stack_is_its_layers_in_turn():
@@ -128,7 +128,7 @@ def test_a_bidirectional_layer_cannot_step_and_nothing_is_computed():
     with pytest.raises(RuntimeError, match="got a bidirectional Stack: a stream has no future to read"):
         stack.step(torch.randn(2, 3), stack.initial_state(2))
     with pytest.raises(RuntimeError, match="got a bidirectional Stack"):
-        Stack(stack, GILR(2, 2)).step(torch.randn(2, 3), None)
+        Stack(stack, GILR(2, 2)).step(torch.randn(2, 3), ())
 
 
 @pytest.mark.bad_input

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from legato.layers import GILRLSTM, QRNN, SRU, Stack
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.ops import kernels
 from legato.ops.recurrence import linear_recurrence
 

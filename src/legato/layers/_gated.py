@@ -13,7 +13,8 @@ from torch import nn
 
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, whole
+from legato.layers._states import StateT
+from legato.layers.base import RecurrentLayer, StateShapes, activation_function, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -23,7 +24,7 @@ class GatedState(NamedTuple):
     memory: Float[Tensor, "B H"]
 
 
-class GatedLayer(RecurrentLayer):
+class GatedLayer(RecurrentLayer[StateT]):
     """z_t = W x_t + b; c_t = f_t c_{t-1} + (1 - f_t) g(candidate_t);
     output_t = o_t activation(c_t) + (1 - o_t) skip_t.
 
@@ -37,7 +38,6 @@ class GatedLayer(RecurrentLayer):
         taps: how many inputs the gates see at each step.
     """
 
-    State: Any = GatedState
     squash = False
     activation: str | Callable[[Tensor], Tensor] | None = None
 
@@ -75,23 +75,23 @@ class GatedLayer(RecurrentLayer):
         bound = (3 / block.shape[1]) ** 0.5
         nn.init.uniform_(block, -bound, bound)
 
-    def _state_shapes(self) -> Any:
-        return GatedState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
-        output, memory = self._from_input(x, x, None if state is None else state.memory, lengths, reset)
-        return output, GatedState(memory)
+        output, states, final = self._from_input(x, x, None if state is None else state[0], reset)
+        return output, self.State(states), self.State(final)
 
-    def _from_input(self, seen, x, initial, lengths, reset):
-        """Output and final memory, where the gates see ``seen``, (B, T, taps * input_size)."""
+    def _from_input(self, seen, x, initial, reset):
+        """Output, memories and final memory, where the gates see ``seen``, (B, T, taps * input_size)."""
         output, states, final = gated_unit(
             (seen,), (self.weight,), self._whole_bias(), self.blocks, initial, reset=reset, **self._form(x)
         )
-        return output.to(x.dtype), at_length(states, initial, final, lengths)
+        return output.to(x.dtype), states, final
 
     def _step(self, x_t, state):
-        output, memory = self._step_from_input(x_t, x_t, state.memory)
-        return output, GatedState(memory)
+        output, memory = self._step_from_input(x_t, x_t, state[0])
+        return output, self.State(memory)
 
     def _step_from_input(self, seen, x_t, memory):
         """Output and memory after one step, where the gates see ``seen``, (B, taps * input_size)."""

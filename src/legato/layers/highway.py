@@ -9,7 +9,7 @@ from torch import nn
 
 from legato._checks import positive_int, real_number
 from legato._shapes import Float, Tensor
-from legato.layers._base import activation_function, whole
+from legato.layers.base import activation_function, whole
 
 
 class Highway(nn.Module):

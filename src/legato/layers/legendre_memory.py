@@ -14,8 +14,8 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, at_length, never_narrowed, whole, zero_padding
 from legato.layers._fused import transforms_are_active
+from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed, whole, zero_padding
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, Kernels, apply, prepare
 
@@ -29,7 +29,7 @@ class LegendreMemoryState(NamedTuple):
     memory: Float[Tensor, "B C N"]
 
 
-class LegendreMemory(RecurrentLayer):
+class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
     """m_t = A m_{t-1} + B u_t in every channel, such that m_t holds u over the last theta steps; output scale * m_t.
 
     Coefficient i of a channel multiplies the shifted Legendre polynomial P_i(2r - 1) in u_{t - r theta}, r in [0, 1]
@@ -192,27 +192,34 @@ class LegendreMemory(RecurrentLayer):
         step = self._cached("step", 1)
         return step.powers, step.inputs
 
-    def _state_shapes(self) -> LegendreMemoryState:
-        return LegendreMemoryState((self.channels, self.order))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.channels, self.order),)
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory
         if not self.return_sequences:
             final = self.last(x, initial, lengths=lengths, reset=reset)
             output = final if x.shape[1] else torch.zeros_like(final)
-            return (output * self.scale).to(x.dtype), LegendreMemoryState(final)
-        # at_length must not pick a state that was rounded to 16 bits.
+            return (output * self.scale).to(x.dtype), None, LegendreMemoryState(final)
+        # A state that is picked at a length must not have been rounded to 16 bits.
         u = x if lengths is None else x.to(self._carry_dtype())
         memory, final = apply(u, self.kernels(x.shape[1]), initial, reset=reset)
-        final = at_length(memory, initial, final, lengths)
-        return memory.to(x.dtype) * self.scale.to(x.dtype), LegendreMemoryState(final)
+        output = memory.to(x.dtype) * self.scale.to(x.dtype)
+        return output, LegendreMemoryState(memory), LegendreMemoryState(final)
 
     def _step(self, x_t, state):
+        output, m = self.advance(x_t, state.memory)
+        return output, LegendreMemoryState(m)
+
+    def advance(
+        self, u_t: Float[Tensor, "B C"], m: Float[Tensor, "B C N"]
+    ) -> tuple[Float[Tensor, "B C N"], Float[Tensor, "B C N"]]:
+        """scale * m_t and m_t, from u_t and m_{t-1}."""
         A, B = self.transition()
-        with without_autocast(x_t):
-            m = (state.memory.transpose(0, 1) @ A).transpose(0, 1) if A.ndim == 3 else state.memory @ A
-            m = m + x_t.unsqueeze(-1) * B
-        return m.to(x_t.dtype) * self.scale.to(x_t.dtype), LegendreMemoryState(m)
+        with without_autocast(u_t):
+            m = (m.transpose(0, 1) @ A).transpose(0, 1) if A.ndim == 3 else m @ A
+            m = m + u_t.unsqueeze(-1) * B
+        return m.to(u_t.dtype) * self.scale.to(u_t.dtype), m
 
     def last(
         self,

@@ -8,7 +8,7 @@ import torch
 from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length
+from legato.layers.base import RecurrentLayer, StateShapes
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -18,7 +18,7 @@ class LinearRNNState(NamedTuple):
     memory: Float[Tensor, "B H"]
 
 
-class LinearRNN(RecurrentLayer):
+class LinearRNN(RecurrentLayer[LinearRNNState]):
     """a_t, b_t = gates(x_t); h_t = a_t h_{t-1} + b_t; o_t = read(h_t, x_t).
 
     Any recurrence whose gates see the input alone, from two functions or as a subclass that defines them; states,
@@ -66,6 +66,8 @@ class LinearRNN(RecurrentLayer):
     State = LinearRNNState
     _steps_are_new = False  # gates and read may return what they are given
 
+    _no_weight: Tensor
+
     def __init__(
         self,
         input_size: int,
@@ -93,14 +95,16 @@ class LinearRNN(RecurrentLayer):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Decay and impulse, (B, T, hidden_size), from x, (B, T, input_size)."""
-        return self.gates_function(x)  # pyright: ignore[reportOptionalCall]
+        if self.gates_function is None:
+            raise NotImplementedError("expected gates in a subclass, or as an argument of the constructor")
+        return self.gates_function(x)
 
     def read(self, states: Tensor, x: Tensor) -> Tensor:
         """The output from the states, (B, T, hidden_size), and x."""
         return states if self.read_function is None else self.read_function(states, x)
 
-    def _state_shapes(self) -> LinearRNNState:
-        return LinearRNNState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory
@@ -108,7 +112,7 @@ class LinearRNN(RecurrentLayer):
             decay, impulse = self._checked_gates(x.to(self._weight().dtype))
             states, final = linear_recurrence(decay, impulse, initial, reset=reset)
         output = self.read(states, x)
-        return output.to(x.dtype), LinearRNNState(at_length(states, initial, final, lengths))
+        return output.to(x.dtype), LinearRNNState(states), LinearRNNState(final)
 
     def _checked_gates(self, x):
         found = self.gates(x)
@@ -132,4 +136,4 @@ class LinearRNN(RecurrentLayer):
             super()._check_kind(name, x)
 
     def _weight(self) -> Tensor:
-        return next(self.parameters(), self._no_weight)  # pyright: ignore[reportReturnType, reportArgumentType]
+        return next(self.parameters(), self._no_weight)

@@ -14,8 +14,8 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._checks import dropout_rate, positive_int
 from legato._shapes import Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length
 from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
+from legato.layers.base import RecurrentLayer, StateShapes, activation_function, at_length
 from legato.layers.legendre_memory import (
     LegendreMemory,
     LegendreMemoryState,
@@ -39,7 +39,7 @@ class LMUState(NamedTuple):
     memory: Float[Tensor, "B C N"]
 
 
-class LMU(RecurrentLayer):
+class LMU(RecurrentLayer[LMUState]):
     """o_t = f2(W_m m_t + W_x x_t + b_o), m_t = A m_{t-1} + B u_t, u_t = f1(U_x x_t + b_u): output, memory, encoder.
 
     Nothing learned feeds back in time (the 2019 unit, ``RecurrentLMU``, has W_h, e_h and e_m): A and B are fixed by
@@ -149,10 +149,16 @@ class LMU(RecurrentLayer):
         self._check_arguments(x, None, lengths, None)
         self.memory.calibrate(self._encode(x), lengths=lengths)
 
-    def _state_shapes(self) -> LMUState:
-        return LMUState((self.memory.channels, self.memory.order))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.memory.channels, self.memory.order),)
 
     def _sequence(self, x, state, lengths, reset):
+        # No states over time: the memories of all steps may exist one segment at a time only, or not at all.
+        output, m = self._output_and_memory(x, state, lengths, reset)
+        return output, None, LMUState(m)
+
+    def _output_and_memory(self, x, state, lengths, reset):
+        """The output and m at the lengths."""
         if not all(
             can_be_read(child, kind)
             for child, kind in (
@@ -186,7 +192,7 @@ class LMU(RecurrentLayer):
         initial = [] if state is None else [state.memory]
         output, (m,) = over_segments(run, [self._encode(x), x], initial, weights, steps=max(length, 1), random=random)
         # A user-supplied activation may own parameters that we cannot find, so it is applied outside the segments.
-        return (output if isinstance(self.activation, str) else self._f2(output)), LMUState(m)
+        return (output if isinstance(self.activation, str) else self._f2(output)), m
 
     def _by_children(self, x, state, lengths, reset):
         """The layer by calls of its children, where one of them is not as it was built: the memories of all steps."""
@@ -194,9 +200,9 @@ class LMU(RecurrentLayer):
         memory, final = self.memory(self._encode(x), m, lengths=lengths, reset=reset)
         if not self.return_sequences:
             if x.shape[1] == 0:
-                return x.new_zeros(len(x), self.hidden_size), LMUState(final.memory)
+                return x.new_zeros(len(x), self.hidden_size), final.memory
             memory, x = (_last_of(sequence, lengths) for sequence in (memory, x))
-        return self._read(memory, x), LMUState(final.memory)
+        return self._read(memory, x), final.memory
 
     def _segment(self, u, x, m, weights, kernels, lengths, reset):
         """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
@@ -222,12 +228,12 @@ class LMU(RecurrentLayer):
         initial = None if state is None else state.memory
         if steps == 0:
             m = self.initial_state(batch).memory if state is None else state.memory
-            return x.new_zeros(batch, self.hidden_size), LMUState(m)
+            return x.new_zeros(batch, self.hidden_size), m
         if state is None and lengths is None and reset is None and self._input_first(x):
             m = self._last_input_first(x)
         else:
             m = self.memory.last(self._encode(x), initial, lengths=lengths, reset=reset)
-        return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), LMUState(m)
+        return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), m
 
     def _input_first(self, x: Tensor) -> bool:
         """Whether the memory of x itself can take the place of that of u: all is linear, and it costs no more."""
@@ -251,8 +257,8 @@ class LMU(RecurrentLayer):
             return m + self.encoder.bias.to(m.dtype)[:, None] * of_one
 
     def _step(self, x_t, state):
-        m, new = self.memory._step(self._encode(x_t), state)
-        return self._read(m, x_t), LMUState(new.memory)
+        scaled, m = self.memory.advance(self._encode(x_t), state.memory)
+        return self._read(scaled, x_t), LMUState(m)
 
     def _encode(self, x: Tensor) -> Tensor:
         """(18): u = f1(U_x x + b_u)."""
@@ -272,7 +278,7 @@ class LMU(RecurrentLayer):
         return z if f2 is None else f2(z)
 
     def _f2_in_place(self, z: Tensor) -> Tensor:
-        f2 = IN_PLACE.get(self.activation)  # pyright: ignore[reportArgumentType]
+        f2 = IN_PLACE.get(self.activation) if isinstance(self.activation, str) else None
         return self._f2(z) if f2 is None else f2(z)
 
     def _segment_length(self, x: Tensor) -> int:

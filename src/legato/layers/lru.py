@@ -10,7 +10,7 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._checks import positive_int, real_number
 from legato._shapes import Complex, Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length, never_narrowed
+from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -20,7 +20,7 @@ class LRUState(NamedTuple):
     memory: Float[Tensor, "B N 2"]
 
 
-class LRU(RecurrentLayer):
+class LRU(RecurrentLayer[LRUState]):
     """h_t = lambda h_{t-1} + gamma B x_t; y_t = Re(C h_t) + D x_t; lambda = exp(-exp(nu_log) + i exp(theta_log)).
 
     Units that ring and fade, each with its own learned frequency and decay, whatever the input: the layer is linear and
@@ -121,8 +121,8 @@ class LRU(RecurrentLayer):
         nu, theta = (x.to(self._carry_dtype()).exp() for x in (self.nu_log, self.theta_log))
         return torch.complex(-nu, theta).exp()
 
-    def _state_shapes(self) -> LRUState:
-        return LRUState((self.hidden_size, 2))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.hidden_size, 2),)
 
     def _sequence(self, x, state, lengths, reset):
         memory = None if state is None else state.memory
@@ -139,7 +139,7 @@ class LRU(RecurrentLayer):
         C = torch.stack([self.C[..., 0], -self.C[..., 1]], dim=-1)
         past = self.D * x if self.D.ndim == 1 else F.linear(x, self.D)
         output = F.linear(states.flatten(-2).to(x.dtype), C.flatten(1)) + past
-        return output.to(x.dtype), LRUState(at_length(states, memory, final, lengths))
+        return output.to(x.dtype), LRUState(states), LRUState(final)
 
     def _weight(self):
         return self.B

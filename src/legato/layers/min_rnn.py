@@ -4,12 +4,11 @@ import torch
 import torch.nn.functional as F
 
 from legato._checks import real_number
-from legato.layers._base import at_length
-from legato.layers._gated import GatedLayer
+from legato.layers._gated import GatedLayer, GatedState
 from legato.ops.gated import gated_recurrence, gated_step
 
 
-class MinGRU(GatedLayer):
+class MinGRU(GatedLayer[GatedState]):
     """f_t = sigmoid(V x_t + b_f); h_t = f_t h_{t-1} + (1 - f_t) (W x_t + b_h).
 
     A GRU without its reset gate, whose other gate sees x alone. The paper writes z_t = 1 - f_t, so V and b_f are its
@@ -36,6 +35,8 @@ class MinGRU(GatedLayer):
     Source: Feng, Tung, Ahmed, Bengio & Hajimirsadeghi 2024, arXiv 2410.01201, section 3.1.
     """
 
+    State = GatedState
+
     def __init__(
         self,
         input_size: int,
@@ -55,7 +56,7 @@ class MinGRU(GatedLayer):
         )
 
 
-class MinLSTM(GatedLayer):
+class MinLSTM(GatedLayer[GatedState]):
     """f_t, i_t = sigmoid(k_f), sigmoid(k_i), k = W_f x_t + b_f and W_i x_t + b_i;
     h_t = (f_t h_{t-1} + i_t (W x_t + b_h)) / (f_t + i_t).
 
@@ -84,6 +85,8 @@ class MinLSTM(GatedLayer):
     Source: Feng, Tung, Ahmed, Bengio & Hajimirsadeghi 2024, arXiv 2410.01201, section 3.2.
     """
 
+    State = GatedState
+
     def __init__(
         self,
         input_size: int,
@@ -99,10 +102,10 @@ class MinLSTM(GatedLayer):
             input_size, hidden_size, blocks=("forget", "write", "candidate"), biases=biases, device=device, dtype=dtype
         )
 
-    def _from_input(self, seen, x, initial, lengths, reset):
+    def _from_input(self, seen, x, initial, reset):
         share, candidate = self._gate_and_candidate(seen)
         states, final = gated_recurrence(share, candidate, None, initial, reset=reset)
-        return states.to(x.dtype), at_length(states, initial, final, lengths)
+        return states.to(x.dtype), states, final
 
     def _step_from_input(self, seen, x_t, memory):
         share, candidate = self._gate_and_candidate(seen)

@@ -14,9 +14,9 @@ from torch import nn
 from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, whole
 from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
+from legato.layers.base import RecurrentLayer, StateShapes, whole
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
@@ -39,7 +39,7 @@ class RecurrentLMUCellState(NamedTuple):
     cell: Float[Tensor, "B H"]
 
 
-class RecurrentLMU(RecurrentLayer):
+class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
     """h_t = f(W_x x_t + W_h h_{t-1} + W_m m_t), m_t = A m_{t-1} + B u_t, u_t = e_x x_t + e_h h_{t-1} + e_m m_{t-1}.
 
     The memory is that of ``LMU``; e_h, e_m and W_h feed back, which leaves only one step after another. Other cells
@@ -141,9 +141,9 @@ class RecurrentLMU(RecurrentLayer):
                 if W.bias is not None:
                     W.bias.zero_()
 
-    def _state_shapes(self) -> Any:
+    def _state_shapes(self) -> StateShapes:
         hidden = (self.hidden_size,)
-        return self.State(*((self.memory.channels, self.memory.order), hidden, hidden)[: len(self.State._fields)])
+        return ((self.memory.channels, self.memory.order), hidden, hidden)[: len(self.State._fields)]
 
     def _sequence(self, x, state, lengths, reset):
         batch, steps, _ = x.shape
@@ -151,7 +151,7 @@ class RecurrentLMU(RecurrentLayer):
         m, *hidden = self.initial_state(batch) if state is None else state
         if steps == 0:
             empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
-            return x.new_zeros(empty), self.State(m, *hidden)
+            return x.new_zeros(empty), None, self.State(m, *hidden)
         now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
         outputs = []
         fused = all(can_be_read(child, nn.Linear) for child in self._linear_children())
@@ -170,7 +170,8 @@ class RecurrentLMU(RecurrentLayer):
                 outputs.append(now[1])
         output = torch.stack(outputs, dim=1) if self.return_sequences else now[1]
         m, *hidden = now
-        return output.to(x.dtype), self.State(m.view(shape), *hidden)
+        # No states over time: a step of the memory takes far more room than a step of the output.
+        return output.to(x.dtype), None, self.State(m.view(shape), *hidden)
 
     def _linear_children(self) -> list[nn.Module | None]:
         return [
@@ -234,10 +235,14 @@ class RecurrentLMU(RecurrentLayer):
         return advance
 
     def _cell(self, z: Tensor, of_h: Tensor | None, h: Tensor, c: Tensor | None) -> list[Tensor]:
-        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and W_h h_{t-1}; None where z includes that."""
-        if self.hidden_cell == "gru":
-            return [_gru(z, of_h, h)]  # pyright: ignore[reportArgumentType]
-        z = z if of_h is None else z + of_h
+        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and W_h h_{t-1}; None where z includes that.
+
+        The "gru" needs both: r multiplies W_h h_{t-1} alone.
+        """
+        if of_h is not None:
+            if self.hidden_cell == "gru":
+                return [_gru(z, of_h, h)]
+            z = z + of_h
         if c is not None:
             return list(_lstm(z, c))
         return [torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]

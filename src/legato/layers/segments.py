@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,22 +13,24 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from legato._shapes import Shaped, Tensor
-from legato.layers._base import positive_int
 from legato.layers._fused import transforms_are_active
+from legato.layers.base import positive_int
+
+AnyState = TypeVar("AnyState")
 
 #: run(segments, leaves, part, tensors) -> (output, leaves); see ``over_segments``.
 Run = Callable[[list[Tensor], list[Tensor], slice, Sequence[Any]], tuple[Tensor, list[Tensor]]]
 
 
 def in_segments(
-    layer: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    layer: Callable[[Tensor, AnyState | None], tuple[Tensor, AnyState]],
     x: Shaped[Tensor, "B T *channels"],
-    state: Any = None,
+    state: AnyState | None = None,
     *,
     steps: int,
     last_only: bool = False,
     recompute: bool = True,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, AnyState]:
     """(output, state) = layer(x, state), exactly, with gradients through all of it, holding one segment at a time.
 
     The states between segments are kept, everything inside them is computed again in the backward: for a third more
@@ -69,11 +71,11 @@ def in_segments(
         raise ValueError("expected at least one step for the last output, got x with none: leave last_only out")
     if recompute and torch.is_grad_enabled() and x.shape[1] > steps and not transforms_are_active():
         return _recomputed_layer(layer, x, state, steps, last_only)
-    outputs = []
+    outputs, after = [], cast("AnyState", state)
     for segment in x.split(steps, dim=1):
-        output, state = layer(segment, state)
+        output, after = layer(segment, after)
         outputs = [output] if last_only else [*outputs, output]
-    return outputs[0][:, -1] if last_only else torch.cat(outputs, dim=1), state
+    return outputs[0][:, -1] if last_only else torch.cat(outputs, dim=1), after
 
 
 def over_segments(

@@ -6,11 +6,11 @@ import torch
 
 from legato._checks import real_number
 from legato._shapes import Tensor
-from legato.layers._base import activation_function
-from legato.layers._gated import GatedLayer
+from legato.layers._gated import GatedLayer, GatedState
+from legato.layers.base import activation_function
 
 
-class SRU(GatedLayer):
+class SRU(GatedLayer[GatedState]):
     """f_t = sigmoid(W_f x_t + b_f); r_t = sigmoid(W_r x_t + b_r); c_t = f_t c_{t-1} + (1 - f_t) W x_t;
     h_t = r_t g(c_t) + (1 - r_t) x_t.
 
@@ -40,6 +40,8 @@ class SRU(GatedLayer):
 
     Source: Lei, Zhang, Wang, Dai & Artzi 2017, arXiv 1709.02755v1, as in Martin & Cundy 2018.
     """
+
+    State = GatedState
 
     def __init__(
         self,

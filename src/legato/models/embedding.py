@@ -9,7 +9,7 @@ from torch import nn
 
 from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
-from legato.layers._base import checked_lengths, whole, zero_padding
+from legato.layers.base import checked_lengths, whole, zero_padding
 
 
 class Embedding(nn.Module):

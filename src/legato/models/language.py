@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import nn
 from legato._checks import positive_int, real_number, whole_number
 from legato._modes import evaluating
 from legato._shapes import Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, zero_padding
+from legato.layers._states import StateT
+from legato.layers.base import RecurrentLayer, activation_function, zero_padding
 from legato.layers.highway import Highway
 from legato.layers.legendre_memory import LegendreMemory
 from legato.layers.lmu import LMU
@@ -106,7 +107,7 @@ class LanguageModel(nn.Module):
         self.depths.fill_(1 / len(self.depths))
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
+        self, tokens: Int[Tensor, "B T"], state: Sequence[Any] | None = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T V"], tuple[Any, ...]]:
         """log p of every token at the step after each, and the state after the last step that counts.
 
@@ -123,7 +124,7 @@ class LanguageModel(nn.Module):
         return (log_p if lengths is None else zero_padding(log_p, lengths)), state
 
     def features(
-        self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
+        self, tokens: Int[Tensor, "B T"], state: Sequence[Any] | None = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], tuple[Any, ...]]:
         """y, what the softmax reads, and the state: for a classifier on top of a trained model."""
         tokens = without_padding("tokens", self._checked_tokens("tokens", tokens, 2), lengths)
@@ -141,7 +142,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
-        state: Any = None,
+        state: Sequence[Any] | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, "B T"], tuple[Any, ...]]:
@@ -171,7 +172,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
-        state: Any = None,
+        state: Sequence[Any] | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, ""], tuple[Any, ...]]:
@@ -180,20 +181,22 @@ class LanguageModel(nn.Module):
         steps = log_p.numel() if lengths is None else lengths.to(torch.int64).sum().clamp(min=1)
         return -log_p.sum() / steps, state
 
-    def step(self, token: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
+    def step(self, token: Int[Tensor, "B"], state: Sequence[Any]) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
         """log p of every token after this one, and the state to be given to the next step; call it in ``eval`` mode."""
         token = self._checked_tokens("token", token, 1)
         h = self.into(self.embedding(token))
         total, states = self.depths[0] * h, []
         for weight, block, old in zip(self.depths[1:], self.blocks, self._states(state), strict=True):
-            h, new = block.step(h, old)  # pyright: ignore[reportCallIssue]
+            h, new = cast(_Block, block).step(h, old)
             total = total + weight * h
             states.append(new)
         return self.output(self.top(total)), tuple(states)
 
-    def initial_state(self, batch_size: int, **options: Any) -> tuple[Any, ...]:
-        """The state before a text: that of every layer."""
-        return tuple(layer.initial_state(batch_size, **options) for layer in self.layers)
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        """The state before a text: the initial state of every layer."""
+        return tuple(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in self.layers)
 
     @torch.no_grad()
     def generate(
@@ -257,7 +260,7 @@ class LanguageModel(nn.Module):
             self.output.weight = self.embedding.weight
         return self
 
-    def _states(self, state: Any) -> tuple[Any, ...]:
+    def _states(self, state: Sequence[Any] | None) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
         if type(state) not in (tuple, list) or len(state) != len(self.blocks):  # a data loader makes lists
@@ -276,12 +279,12 @@ class LanguageModel(nn.Module):
         return tokens
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, Generic[StateT]):
     """h' = highways(f(W layer(h) + b)); without ``dense`` highways(layer(h))."""
 
     def __init__(
         self,
-        layer: RecurrentLayer,
+        layer: RecurrentLayer[StateT],
         size: int,
         dense: bool,
         highways: int,
@@ -296,11 +299,11 @@ class _Block(nn.Module):
         options = {"activation": activation, "gate_bias": gate_bias, **where}
         self.highways = nn.Sequential(*(Highway(size, **options) for _ in range(highways)))
 
-    def forward(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
-        output, state = self.layer(x, state, lengths=lengths)
-        return self._read(output.flatten(2)), state
+    def forward(self, x: Tensor, state: StateT | None, lengths: Tensor | None) -> tuple[Tensor, StateT]:
+        output, new = self.layer(x, state, lengths=lengths)
+        return self._read(output.flatten(2)), new
 
-    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
         output_t, state = self.layer.step(x_t, state)
         return self._read(output_t.flatten(1)), state
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 from legato._checks import dropout_rate, positive_int, real_number, whole_number
 from legato._modes import evaluating
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer
 from legato.layers._states import register_state
+from legato.layers.base import RecurrentLayer
 
 from .embedding import indices, without_padding
 from .sequence import check_embedding

@@ -19,7 +19,7 @@ from torch import nn
 
 from legato._shapes import Tensor
 from legato.layers import LegendreMemory
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, PairClassifier, SequenceClassifier
 from legato.models.sequence import last_output
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from legato._shapes import Int, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel
 
 from ..data.text8 import Text8, text8

@@ -1,36 +1,11 @@
-"""The contract of every layer, once: ``layer(x, state, lengths=..., reset=...) -> (output, state)``, ``layer.step``.
+"""The contract of every layer, once: ``RecurrentLayer`` and the functions that layers share.
 
-A new layer is a state, its sizes and one method; the checks, the padding and a default step come from here::
-
-    class LeakyState(NamedTuple):
-        memory: Tensor  # (B, C)
-
-    class Leaky(RecurrentLayer):
-        '''h_t = a * h_{t-1} + (1 - a) * (W x_t), one learned decay a = sigmoid(d) per unit.'''
-
-        State = LeakyState
-
-        def __init__(self, input_size: int, hidden_size: int):
-            super().__init__(input_size)
-            self.hidden_size = hidden_size
-            self.decay = nn.Parameter(torch.zeros(hidden_size))
-            self.weight = nn.Parameter(torch.randn(hidden_size, input_size) / input_size**0.5)
-
-        def _state_shapes(self):
-            return LeakyState((self.hidden_size,))
-
-        def _sequence(self, x, state, lengths, reset):
-            decay = self.decay.sigmoid()
-            initial = None if state is None else state.memory
-            states, final = linear_recurrence(decay, (1 - decay) * F.linear(x, self.weight), initial, reset=reset)
-            return states, LeakyState(at_length(states, initial, final, lengths))
-
-Export it from ``legato.layers`` and ``tests/test_contract.py`` tests it. Next: ``legendre_memory.py``, a real one.
+Next: ``legendre_memory.py``, a layer whose state has two axes, and ``_gated.py``, a family.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
-from legato.layers._states import own_storage, register_state
+from legato.layers._states import StateT, own_storage, rebuilt, register_state, state_names
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -51,24 +26,69 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+#: The shape of each tensor of a state, without the batch axis, in the order of the fields.
+StateShapes = tuple[tuple[int, ...], ...]
 
-class RecurrentLayer(nn.Module):
-    """(output, state) = layer(x, state): the base of every layer here; see the module docstring for how to write one.
 
-    A subclass sets ``State`` and ``hidden_size`` and defines ``_state_shapes`` and ``_sequence``; ``_step`` when one
-    step can be had for less than a sequence of one; ``_weight`` when its first parameter does not have the dtype of its
-    inputs; ``output_size`` when its output is not ``hidden_size`` wide.
+class RecurrentLayer(nn.Module, Generic[StateT]):
+    """(output, state) = layer(x, state): the base class of every layer, and of layers of your own.
+
+    A subclass sets ``State``, a NamedTuple of tensors, and ``hidden_size``, and defines two methods:
+
+        _state_shapes()                        the shape of each tensor of the state, without the batch axis
+        _sequence(x, state, lengths, reset)    (output, states, final) of a whole sequence
+
+    ``states`` is a ``State`` whose tensors have a time axis, (B, T, ...): the state after every step. From it the base
+    class picks the state at the length of each row. The base class also checks the arguments, clears the padding,
+    separates the storage of the results and registers the state with pickle, ``torch.load`` and ``torch.export``.
+
+    Optional: ``_step``, where one step costs less than a sequence of one; ``_weight``, where the first parameter does
+    not have the dtype of the input; ``output_size``, where the output does not have ``hidden_size`` channels.
+    ``legato.layers`` is written this way throughout.
+
+    Args:
+        input_size: channels of x.
+
+    Example:
+        >>> import torch
+        >>> from typing import NamedTuple
+        >>> from legato import RecurrentLayer, linear_recurrence
+        >>> class LeakyState(NamedTuple):
+        ...     memory: torch.Tensor  # (B, C)
+        >>> class Leaky(RecurrentLayer[LeakyState]):
+        ...     '''h_t = a * h_{t-1} + (1 - a) * (W x_t), one learned decay a = sigmoid(d) per channel.'''
+        ...
+        ...     State = LeakyState
+        ...
+        ...     def __init__(self, input_size: int, hidden_size: int):
+        ...         super().__init__(input_size)
+        ...         self.hidden_size = hidden_size
+        ...         self.decay = torch.nn.Parameter(torch.zeros(hidden_size))
+        ...         self.weight = torch.nn.Parameter(torch.randn(hidden_size, input_size) / input_size**0.5)
+        ...
+        ...     def _state_shapes(self):
+        ...         return ((self.hidden_size,),)
+        ...
+        ...     def _sequence(self, x, state, lengths, reset):
+        ...         decay = self.decay.sigmoid()
+        ...         impulse = (1 - decay) * (x @ self.weight.mT)
+        ...         initial = None if state is None else state.memory
+        ...         states, final = linear_recurrence(decay, impulse, initial, reset=reset)
+        ...         return states, LeakyState(states), LeakyState(final)
+        >>> output, state = Leaky(4, 8)(torch.randn(2, 100, 4), lengths=torch.tensor([100, 60]))
+        >>> output.shape, state.memory.shape
+        (torch.Size([2, 100, 8]), torch.Size([2, 8]))
     """
 
-    #: The layer's own NamedTuple of tensors, memory first; each has shape (B, *what _state_shapes says).
-    State: Any
+    #: A NamedTuple of tensors, memory first; each has shape (B, *shape) with the shapes of ``_state_shapes``.
+    State: type[StateT]
     #: False where the output is that of the last step only: (B, channels) in place of (B, T, channels).
     return_sequences: bool = True
-    #: True where an output needs later steps, so that there is no ``step``.
+    #: True where an output depends on later steps, so that there is no ``step``.
     bidirectional: bool = False
-    #: Channels of the output, unless the layer says otherwise.
+    #: Channels of the output, unless the layer defines ``output_size``.
     hidden_size: int
-    #: True where ``_step`` is known to return no tensor that it was given: set for each class, not inherited.
+    #: True where ``_step`` never returns a tensor that it was given: set for each class, not inherited.
     _steps_are_new: bool = False
 
     def __init_subclass__(cls, **options: Any):
@@ -89,11 +109,11 @@ class RecurrentLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        state: Any = None,
+        state: StateT | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, StateT]:
         """output_t, state_t = step(x_t, state_{t-1}) for every t, computed for all t at once where the layer can.
 
         Args:
@@ -114,16 +134,11 @@ class RecurrentLayer(nn.Module):
         """
         lengths = self._check_arguments(x, state, lengths, reset)
         if lengths is None:
-            return self._own(*self._sequence(x, state, None, reset), x, state)
-        reset = None if reset is None else zero_padding(reset, lengths)
-        output, new = self._sequence(zero_padding(x, lengths), state, lengths, reset)
-        if self.return_sequences:
-            output = zero_padding(output, lengths)
-        else:
-            output = torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0)
-        return self._own(output, new, x, state)
+            output, _, new = self._sequence(x, state, None, reset)
+            return self._own(output, new, x, state)
+        return self._padded(self._sequence, x, state, lengths, reset)
 
-    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, Any]:
+    def step(self, x_t: Float[Tensor, "B C"], state: StateT) -> tuple[Tensor, StateT]:
         """output_t, state_t = step(x_t, state_{t-1}): one step of a stream.
 
         Args:
@@ -143,37 +158,60 @@ class RecurrentLayer(nn.Module):
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
+    ) -> StateT:
         """state_0 = 0 for ``batch_size`` rows, on the layer's device, in float32 or wider, unless told otherwise."""
-        weight = self._weight()
-        return self.State(
-            *(
-                torch.zeros(batch_size, *shape, device=device or weight.device, dtype=dtype or self._carry_dtype())
-                for shape in self._state_shapes()
-            )
-        )
+        device, dtype = device or self._weight().device, dtype or self._carry_dtype()
+        zeros = (torch.zeros(batch_size, *shape, device=device, dtype=dtype) for shape in self._state_shapes())
+        return self.State(*zeros)
 
-    # What a layer says about itself.
+    # What a layer defines.
 
-    def _state_shapes(self) -> Any:
-        """The layer's State with a shape, without the batch axis, in place of each tensor."""
+    def _state_shapes(self) -> StateShapes:
+        """The shape of each tensor of the state, without the batch axis, in the order of the fields of ``State``."""
         raise NotImplementedError
 
-    def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
-        """Output and final state for checked arguments. ``x`` and ``reset`` are zero from ``lengths`` on and the caller
-        clears the outputs there; the final state must be that at the length (``at_length``). ``state`` None: zeros."""
+    def _sequence(
+        self, x: Tensor, state: StateT | None, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, StateT | None, StateT]:
+        """The output, the state after every step, (B, T, ...), and the state after step T, for checked arguments.
+
+        ``state`` None means zeros. ``x`` and ``reset`` are zero from ``lengths`` on; the base class clears the output
+        there and picks the final state. A layer that does not compute all states returns None in place of them, or of
+        one of their tensors: the final state must then be that at ``lengths``.
+        """
         raise NotImplementedError
 
-    def _step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def _step(self, x_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
         """One step for checked arguments; by default a sequence of one."""
-        output, state = self._sequence(x_t[:, None], state, None, None)
+        output, _, state = self._sequence(x_t[:, None], state, None, None)
         return (output[:, 0] if self.return_sequences else output), state
 
     def _weight(self) -> Tensor:
         """A tensor with the dtype and device that inputs must have."""
         return next(self.parameters())
 
-    def _own(self, output: Tensor, state: Any, x: Tensor, before: Any) -> tuple[Tensor, Any]:
+    # What the base class does for it.
+
+    def _padded(
+        self,
+        sequence: Callable[..., tuple[Tensor, StateT | None, StateT]],
+        x: Tensor,
+        state: StateT | None,
+        lengths: Tensor,
+        reset: Tensor | None,
+    ) -> tuple[Tensor, StateT]:
+        """``sequence``, such as ``_sequence``, on rows that end at their ``lengths``."""
+        reset = None if reset is None else zero_padding(reset, lengths)
+        output, states, final = sequence(zero_padding(x, lengths), state, lengths, reset)
+        if states is not None:
+            final = _at_lengths(states, state, final, lengths)
+        if self.return_sequences:
+            output = zero_padding(output, lengths)
+        else:
+            output = torch.where((lengths > 0).view(-1, *[1] * (output.ndim - 1)), output, 0)
+        return self._own(output, final, x, state)
+
+    def _own(self, output: Tensor, state: StateT, x: Tensor, before: StateT | None) -> tuple[Tensor, StateT]:
         """Both, without storage in common with each other, with what was given, or with the layer's own tensors."""
         return own_storage(output, state, (x, before, *self._parameters.values(), *self._buffers.values()))
 
@@ -182,12 +220,12 @@ class RecurrentLayer(nn.Module):
 
     # The checks.
 
-    def _check_arguments(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
+    def _check_arguments(self, x: Tensor, state: object, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
         """Returns lengths in int64 on x's device: these are what computations need."""
         self._check_input(x, "(B, T, input_size)", 3)
         return self._check_options(x, state, lengths, reset)
 
-    def _check_options(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
+    def _check_options(self, x: Tensor, state: object, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
         if state is not None:
             self._check_state(state, x.shape[0])
         if reset is not None:
@@ -213,23 +251,24 @@ class RecurrentLayer(nn.Module):
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to()")
 
-    def _check_state(self, state: Any, batch: int) -> None:
-        self._check_state_type(state)
+    def _check_state(self, state: object, batch: int) -> None:
+        tensors = self._checked_state(state)
         weight = self._weight()
         dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
-        for name, tensor, shape in zip(state._fields, state, self._state_shapes(), strict=True):
+        for number, (tensor, shape) in enumerate(zip(tensors, self._state_shapes(), strict=True)):
             shape = (batch, *shape)
             if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
-                self._check_state_tensor(f"state.{name}", tensor, shape)
+                self._check_state_tensor(state_names(tensors)[number], tensor, shape)
 
-    def _check_state_type(self, state: Any) -> None:
-        if type(state) is not self.State:
+    def _checked_state(self, state: object) -> StateT:
+        if not isinstance(state, self.State) or type(state) is not self.State:
             raise ValueError(
                 f"expected a {self.State.__name__}, got {type(state).__name__}: "
                 f"use initial_state() or what this {type(self).__name__} returned"
             )
+        return state
 
-    def _check_state_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    def _check_state_tensor(self, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
         check_tensor(name, tensor)
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -241,6 +280,17 @@ class RecurrentLayer(nn.Module):
             raise ValueError(
                 f"expected {name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: convert it with .to()"
             )
+
+
+def flat_output_size(layer: RecurrentLayer[Any], name: str) -> int:
+    """``layer.output_size``; an error where the output has more axes than (batch, time, channels)."""
+    size = getattr(layer, "output_size", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"expected {name} to give outputs of shape (B, T, channels), got a {type(layer).__name__} whose "
+            f"output_size is {size}: use a layer with one axis of channels"
+        )
+    return size
 
 
 # Pruning and torch's older weight and spectral norms make a weight in a hook that a call of the module runs.
@@ -294,16 +344,26 @@ def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) 
     return x.masked_fill(outside.view(*outside.shape, *[1] * (x.ndim - 2)), 0)
 
 
+def _at_lengths(states: StateT, initial: StateT | None, final: StateT, lengths: Tensor) -> StateT:
+    """The state after ``lengths`` steps; a tensor without all steps in ``states`` is the one of ``final``."""
+    starts = (None,) * len(final) if initial is None else initial
+    parts = [
+        last if of_steps is None else at_length(of_steps, start, last, lengths)
+        for of_steps, start, last in zip(states, starts, final, strict=True)
+    ]
+    return rebuilt(final, parts)
+
+
 def at_length(
     states: Shaped[Tensor, "B T *channels"],
     initial: Shaped[Tensor, "B *channels"] | None,
     final: Shaped[Tensor, "B *channels"],
-    lengths: Int[Tensor, "B"] | None,
+    lengths: Int[Tensor, "B"],
 ) -> Shaped[Tensor, "B *channels"]:
     """The state after ``lengths`` steps: states[b, lengths[b] - 1]; ``initial`` (None: zeros) where a length is 0."""
-    if lengths is None or states.shape[1] == 0:
+    if states.shape[1] == 0:
         return final
-    rows, lengths = torch.arange(states.shape[0], device=states.device), lengths.to(states.device, torch.int64)
+    rows = torch.arange(states.shape[0], device=states.device)
     picked = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
     some = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
     return torch.where(some, picked, 0 if initial is None else initial)
