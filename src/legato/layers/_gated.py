@@ -75,6 +75,9 @@ class GatedLayer(RecurrentLayer[StateT]):
         bound = (3 / block.shape[1]) ** 0.5
         nn.init.uniform_(block, -bound, bound)
 
+    def _arguments(self) -> dict[str, Any]:
+        return {"forget_bias": self.biases[0]}
+
     def _state_shapes(self) -> StateShapes:
         return ((self.hidden_size,),)
 

@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
+from legato.layers._repr import constructor_arguments
 from legato.layers._states import StateT, own_storage, rebuilt, register_state, state_names
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -164,6 +165,10 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         zeros = (torch.zeros(batch_size, *shape, device=device, dtype=dtype) for shape in self._state_shapes())
         return self.State(*zeros)
 
+    def extra_repr(self) -> str:
+        """The positional arguments of the constructor, then the options that differ from their defaults."""
+        return constructor_arguments(self, self._arguments())
+
     # What a layer defines.
 
     def _state_shapes(self) -> StateShapes:
@@ -189,6 +194,10 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
     def _weight(self) -> Tensor:
         """A tensor with the dtype and device that inputs must have."""
         return next(self.parameters())
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments of the constructor, for ``repr``, that are not attributes of the same name."""
+        return {}
 
     # What the base class does for it.
 

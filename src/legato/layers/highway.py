@@ -9,6 +9,7 @@ from torch import nn
 
 from legato._checks import positive_int, real_number
 from legato._shapes import Float, Tensor
+from legato.layers._repr import constructor_arguments
 from legato.layers.base import activation_function, whole
 
 
@@ -75,4 +76,5 @@ class Highway(nn.Module):
         return (x + gate.sigmoid() * (new - x)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, activation={self.activation!r}"
+        """The arguments of the constructor that are not defaults."""
+        return constructor_arguments(self, {})

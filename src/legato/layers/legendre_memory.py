@@ -15,6 +15,7 @@ from legato._autocast import without_autocast
 from legato._checks import positive_int
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._fused import transforms_are_active
+from legato.layers._repr import constructor_arguments
 from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed, whole, zero_padding
 from legato.legendre import delay_network
 from legato.ops.lti import METHODS, Kernels, apply, prepare
@@ -112,8 +113,14 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
                 log_theta.copy_((window - 1).log())
 
     def extra_repr(self) -> str:
-        window = "trainable" if self.trainable_theta else self._theta
-        return f"{self.channels}, order={self.order}, theta={window}, discretizer={self.discretizer!r}"
+        """The arguments of the constructor that are not defaults; of a trained theta its initial value."""
+        return constructor_arguments(self, {"theta": self.given_theta()}, named=("theta",))
+
+    def given_theta(self) -> float | int | list[float | int]:
+        """theta in plain numbers, whole ones as int; of a trained theta its initial value."""
+        windows = self._theta if isinstance(self._theta, list) else [self._theta]
+        numbers = [int(window) if window == int(window) else window for window in windows]
+        return numbers if isinstance(self._theta, list) else numbers[0]
 
     @property
     def output_size(self) -> tuple[int, int]:

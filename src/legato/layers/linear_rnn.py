@@ -1,7 +1,7 @@
 """A diagonal linear recurrence of the user's own gates and read-out."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -102,6 +102,10 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
     def read(self, states: Tensor, x: Tensor) -> Tensor:
         """The output from the states, (B, T, hidden_size), and x."""
         return states if self.read_function is None else self.read_function(states, x)
+
+    def _arguments(self) -> dict[str, Any]:
+        output_size = None if self._output_size == self.hidden_size else self._output_size
+        return {"gates": self.gates_function, "read": self.read_function, "output_size": output_size}
 
     def _state_shapes(self) -> StateShapes:
         return ((self.hidden_size,),)

@@ -149,6 +149,22 @@ class LMU(RecurrentLayer[LMUState]):
         self._check_arguments(x, None, lengths, None)
         self.memory.calibrate(self._encode(x), lengths=lengths)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _arguments(self) -> dict[str, Any]:
+        memory = self.memory
+        return {
+            "memory_size": memory.channels,
+            "order": memory.order,
+            "theta": memory.given_theta(),
+            "discretizer": memory.discretizer,
+            "trainable_theta": memory.trainable_theta,
+            "method": memory.method,
+            "input_to_output": self.input_to_output is not None,
+            "bias": self.memory_to_output.bias is not None,
+        }
+
     def _state_shapes(self) -> StateShapes:
         return ((self.memory.channels, self.memory.order),)
 

@@ -121,6 +121,9 @@ class LRU(RecurrentLayer[LRUState]):
         nu, theta = (x.to(self._carry_dtype()).exp() for x in (self.nu_log, self.theta_log))
         return torch.complex(-nu, theta).exp()
 
+    def _arguments(self) -> dict[str, Any]:
+        return {"output_size": None if self.output_size == self.hidden_size else self.output_size}
+
     def _state_shapes(self) -> StateShapes:
         return ((self.hidden_size, 2),)
 

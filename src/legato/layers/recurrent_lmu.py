@@ -141,6 +141,23 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
                 if W.bias is not None:
                     W.bias.zero_()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _arguments(self) -> dict[str, Any]:
+        memory = self.memory
+        return {
+            "memory_size": memory.channels,
+            "order": memory.order,
+            "theta": memory.given_theta(),
+            "discretizer": memory.discretizer,
+            "trainable_theta": memory.trainable_theta,
+            "hidden_to_memory": self.hidden_to_memory is not None,
+            "memory_to_memory": self.memory_to_memory is not None,
+            "input_to_hidden": self.input_to_hidden is not None,
+            "bias": self.memory_to_hidden.bias is not None,
+        }
+
     def _state_shapes(self) -> StateShapes:
         hidden = (self.hidden_size,)
         return ((self.memory.channels, self.memory.order), hidden, hidden)[: len(self.State._fields)]

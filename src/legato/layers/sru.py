@@ -1,6 +1,7 @@
 """The simple recurrent unit, in its first version."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -60,6 +61,9 @@ class SRU(GatedLayer[GatedState]):
         super().__init__(input_size, hidden_size, blocks=blocks, biases=biases, device=device, dtype=dtype)
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"forget_bias": self.biases[0], "highway_bias": self.biases[1]}
 
     def _skip(self, x):
         return None if "skip" in self.blocks else x
