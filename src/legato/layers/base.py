@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
+from legato._dtypes import carry_dtype
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
 from legato.layers._repr import constructor_arguments
 from legato.layers._states import StateT, own_storage, rebuilt, register_state, state_names
@@ -225,7 +226,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         return own_storage(output, state, (x, before, *self._parameters.values(), *self._buffers.values()))
 
     def _carry_dtype(self) -> torch.dtype:
-        return torch.promote_types(self._weight().dtype, torch.float32)
+        return carry_dtype(self._weight().dtype)
 
     # The checks.
 
@@ -263,7 +264,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
     def _check_state(self, state: object, batch: int) -> None:
         tensors = self._checked_state(state)
         weight = self._weight()
-        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
+        dtype, device = carry_dtype(weight.dtype), weight.device
         for number, (tensor, shape) in enumerate(zip(tensors, self._state_shapes(), strict=True)):
             shape = (batch, *shape)
             if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):

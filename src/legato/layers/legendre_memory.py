@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int
+from legato._dtypes import without_autocast
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._fused import transforms_are_active
 from legato.layers._repr import constructor_arguments

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int
+from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
 from legato.layers.base import RecurrentLayer, StateShapes
 from legato.ops.recurrence import linear_recurrence

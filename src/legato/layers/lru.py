@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int, real_number
+from legato._dtypes import carry_dtype, without_autocast
 from legato._shapes import Complex, Float, Tensor
 from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed
 from legato.ops.recurrence import linear_recurrence
@@ -84,7 +84,7 @@ class LRU(RecurrentLayer[LRUState]):
             raise ValueError(f"expected max_phase above 0 radians a step, got {max_phase}")
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
+        exact = {"device": device, "dtype": carry_dtype(dtype or torch.get_default_dtype())}
         self.B = nn.Parameter(torch.empty(hidden_size, 2, self.input_size, **where))
         self.C = nn.Parameter(torch.empty(outputs, hidden_size, 2, **where))
         self.D = nn.Parameter(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from legato._checks import real_number
+from legato._dtypes import carry_dtype
 from legato.layers._gated import GatedLayer, GatedState
 from legato.ops.gated import gated_recurrence, gated_step
 
@@ -115,5 +116,5 @@ class MinLSTM(GatedLayer[GatedState]):
     def _gate_and_candidate(self, seen):
         """log(f / i), whose sigmoid is f / (f + i), and what is written."""
         keep, write, candidate = F.linear(seen, self.weight, self.bias).chunk(3, dim=-1)
-        carry = torch.promote_types(keep.dtype, torch.float32)
+        carry = carry_dtype(keep.dtype)
         return F.logsigmoid(keep.to(carry)) - F.logsigmoid(write.to(carry)), candidate

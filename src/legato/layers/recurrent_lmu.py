@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int
+from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
 from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._checks import positive_int, real_number, whole_number
+from legato._dtypes import carry_dtype
 from legato._modes import evaluating
 from legato._shapes import Float, Int, Tensor
 from legato.layers._states import StateT
@@ -341,10 +342,11 @@ class _Softmax(nn.Module):
             return self.log_prob(features)
         # No target is ignored: torch's own -100 would count as one of probability 1.
         options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
-        return -F.cross_entropy(self._scores(features).to(_wide(features)), targets.to(torch.int64), **options)
+        scores = self._scores(features).to(carry_dtype(features.dtype))
+        return -F.cross_entropy(scores, targets.to(torch.int64), **options)
 
     def log_prob(self, features: Tensor) -> Tensor:
-        return F.log_softmax(self._scores(features), dim=-1, dtype=_wide(features))
+        return F.log_softmax(self._scores(features), dim=-1, dtype=carry_dtype(features.dtype))
 
     def _scores(self, features: Tensor) -> Tensor:
         return F.linear(self.into(features), self.weight, self.bias)
@@ -434,4 +436,4 @@ def _width(layer: RecurrentLayer) -> int:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return carry_dtype(x.dtype)

@@ -17,7 +17,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
 from legato import _choices
-from legato._autocast import without_autocast
+from legato._dtypes import carry_dtype, without_autocast
 from legato._shapes import Bool, Float, Tensor
 from legato.ops import kernels
 from legato.ops.recurrence import linear_recurrence
@@ -77,7 +77,7 @@ def gated_step(
 
 
 def _decay_and_impulse(forget: Tensor, candidate: Tensor, write: Tensor | None, squash: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(candidate.dtype, torch.float32)
+    dtype = carry_dtype(candidate.dtype)
     forget, candidate = forget.to(dtype), candidate.to(dtype)
     gate = (-forget if write is None else write.to(dtype)).sigmoid()
     return forget.sigmoid(), gate * (candidate.tanh() if squash else candidate)

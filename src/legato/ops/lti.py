@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from legato import _choices
-from legato._autocast import without_autocast
 from legato._checks import as_tensor_advice
+from legato._dtypes import real_carry_dtype, without_autocast
 from legato._shapes import Bool, Float, Inexact, Tensor
 from legato._values import all_finite, examinable, in_range, is_mapped
 
@@ -140,7 +140,7 @@ def prepare(
     elif method is None:
         method = choose_method(steps)
         why = "one step" if method == "sequential" else "the fastest measured for sequences"
-    carry = _carry_dtype(dtype)
+    carry = real_carry_dtype(dtype)
     with without_autocast(A):
         kernels = _kernels_of(method, A, B, steps, carry)
         if not _usable(kernels, A, B):
@@ -570,10 +570,6 @@ def _apply_to_parts(
     return torch.complex(*memory.chunk(2)), torch.complex(*final_state.chunk(2))
 
 
-def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 # Checks, at the public edge.
 
 
@@ -611,7 +607,7 @@ def _check_fit(u: Any, kernels: Kernels, initial_state: Any, reset: Any) -> None
     order = powers.shape[-1]
     if u.device != powers.device:
         raise ValueError(f"u and A must share a device, got {u.device} and {powers.device}: move one with .to()")
-    if _carry_dtype(u.dtype) != powers.dtype:
+    if real_carry_dtype(u.dtype) != powers.dtype:
         raise ValueError(
             f"the kernels were prepared for {powers.dtype}, got u in {u.dtype}: prepare them with dtype=u.dtype"
         )

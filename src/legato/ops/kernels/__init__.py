@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from legato import _dtypes
+
 # name: (module, device type it needs or None, package it needs or None)
 BACKENDS = {
     "reference": ("reference", None, None),
@@ -125,7 +127,7 @@ def _prepared(name: str, dtype: torch.dtype | None, adjoint: bool) -> ModuleType
 
     A failure counts for the whole module: its forward and backward, in every dtype.
     """
-    carry_dtype = None if dtype is None else torch.promote_types(dtype, torch.float32)
+    carry_dtype = None if dtype is None else _dtypes.carry_dtype(dtype)
     try:
         module = _load(name)
         if carry_dtype is not None and hasattr(module, "prepare"):
