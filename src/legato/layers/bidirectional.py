@@ -103,6 +103,10 @@ class Bidirectional(RecurrentLayer[BidirectionalState]):
         layers = (self.forward_layer, self.backward_layer)
         return BidirectionalState(*(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in layers))
 
+    def _calibrate(self, x, lengths):
+        self.forward_layer.calibrate(x, lengths=lengths)
+        self.backward_layer.calibrate(_reversed(x, lengths), lengths=lengths)
+
     def _check_state(self, state: object, batch: int) -> None:
         self._checked_state(state)  # the layers check their own
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from legato._checks import dropout_rate, positive_int
 from legato._dtypes import without_autocast
-from legato._shapes import Float, Int, Tensor
+from legato._shapes import Float, Tensor
 from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
 from legato.layers.base import RecurrentLayer, StateShapes, activation_function, at_length
 from legato.layers.legendre_memory import (
@@ -139,15 +139,6 @@ class LMU(RecurrentLayer[LMUState]):
         for linear in (self.encoder, self.memory_to_output):
             if linear.bias is not None:
                 linear.bias.zero_()
-
-    @torch.no_grad()
-    def calibrate(self, x: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
-        """memory.scale = 1 / std(m) over all rows and steps of typical input ``x``; see ``LegendreMemory.calibrate``.
-
-        Call it before training, after the last change to the encoder by hand.
-        """
-        self._check_arguments(x, None, lengths, None)
-        self.memory.calibrate(self._encode(x), lengths=lengths)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -275,6 +266,9 @@ class LMU(RecurrentLayer[LMUState]):
     def _step(self, x_t, state):
         scaled, m = self.memory.advance(self._encode(x_t), state.memory)
         return self._read(scaled, x_t), LMUState(m)
+
+    def _calibrate(self, x, lengths):
+        self.memory.calibrate(self._encode(x), lengths=lengths)
 
     def _encode(self, x: Tensor) -> Tensor:
         """(18): u = f1(U_x x + b_u)."""

@@ -74,7 +74,8 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         (torch.Size([2, 212]), 99897)
 
     Source: Voelker, Kajic & Eliasmith 2019, (6) to (9), with their start: e_x, e_h LeCun-uniform, e_m zero, each W
-    Glorot-normal. ``memory.scale``, ones unless set, multiplies m where e_m and W_m read it.
+    Glorot-normal. ``memory.scale``, ones unless set, multiplies m where e_m and W_m read it;
+    ``calibrate`` leaves it unchanged.
     """
 
     def __init__(

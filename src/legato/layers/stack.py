@@ -142,6 +142,13 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
         """Zeros for every layer."""
         return tuple(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in self._members())
 
+    def _calibrate(self, x, lengths):
+        *below, last = self._members()
+        for layer in below:
+            layer.calibrate(x, lengths=lengths)
+            x, _ = layer(x, lengths=lengths)
+        last.calibrate(x, lengths=lengths)
+
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}" if self.dropout else ""
 

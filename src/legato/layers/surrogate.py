@@ -123,6 +123,9 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
         own = self.State._fields[1:]
         return self.State(memory, *(torch.zeros(batch_size, self.hidden_size, **where) for _ in own))
 
+    def _calibrate(self, x, lengths):
+        self.surrogate.calibrate(x, lengths=lengths)
+
     def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
         """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
         s = self.cell(x, before) if self._input_comes_first else self.cell(before, x)

@@ -15,8 +15,6 @@ from legato._shapes import Float, Int, Tensor
 from legato.layers._states import StateT
 from legato.layers.base import RecurrentLayer, activation_function, zero_padding
 from legato.layers.highway import Highway
-from legato.layers.legendre_memory import LegendreMemory
-from legato.layers.lmu import LMU
 
 from .embedding import Embedding, LockedDropout, indices, without_padding
 
@@ -243,17 +241,14 @@ class LanguageModel(nn.Module):
         return [cast(_Block, block).layer for block in self.blocks]
 
     @torch.no_grad()
-    def calibrate(self, tokens: Int[Tensor, "B T"]) -> None:
-        """Scale each Legendre memory to a standard deviation of one on these texts, from the lowest block up.
-
-        Call it before training; other layers stay as they are.
-        """
+    def calibrate(self, tokens: Int[Tensor, "B T"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
+        """``RecurrentLayer.calibrate`` for every layer on these texts, from the first block to the last."""
+        tokens = without_padding("tokens", self._checked_tokens("tokens", tokens, 2), lengths)
         with evaluating(self):
             h = self.into(self.embedding(tokens))
             for layer, block in zip(self.layers, self.blocks, strict=True):
-                if isinstance(layer, LMU | LegendreMemory):
-                    layer.calibrate(h)
-                h, _ = block(h, None, None)
+                layer.calibrate(h, lengths=lengths)
+                h, _ = block(h, None, lengths)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -342,8 +337,9 @@ class _Softmax(nn.Module):
             return self.log_prob(features)
         # No target is ignored: torch's own -100 would count as one of probability 1.
         options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
-        scores = self._scores(features).to(carry_dtype(features.dtype))
-        return -F.cross_entropy(scores, targets.to(torch.int64), **options)
+        return -F.cross_entropy(
+            self._scores(features).to(carry_dtype(features.dtype)), targets.to(torch.int64), **options
+        )
 
     def log_prob(self, features: Tensor) -> Tensor:
         return F.log_softmax(self._scores(features), dim=-1, dtype=carry_dtype(features.dtype))

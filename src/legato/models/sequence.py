@@ -5,6 +5,7 @@ from typing import Any, Generic
 import torch
 from torch import nn
 
+from legato._modes import evaluating
 from legato._shapes import Bool, Int, Shaped, Tensor
 from legato.layers._fused import can_be_read
 from legato.layers._states import StateT
@@ -61,6 +62,14 @@ class SequenceRegressor(nn.Module, Generic[StateT]):
     ) -> StateT:
         """The layer's initial state."""
         return self.layer.initial_state(batch_size, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def calibrate(self, x: Shaped[Tensor, "B T *C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
+        """``RecurrentLayer.calibrate`` for the layer, on inputs (B, T, C) or tokens (B, T)."""
+        with evaluating(self):
+            if self.embedding is not None:
+                x = self.embedding(without_padding("x", x, lengths))
+            self.layer.calibrate(x, lengths=lengths)
 
     def _embed(self, x: Tensor) -> Tensor:
         return x if self.embedding is None else self.embedding(x)
