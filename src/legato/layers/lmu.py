@@ -161,50 +161,57 @@ class LMU(RecurrentLayer[LMUState]):
 
     def _sequence(self, x, state, lengths, reset):
         # No states over time: the memories of all steps may exist one segment at a time only, or not at all.
-        output, m = self._output_and_memory(x, state, lengths, reset)
+        m = None if state is None else state.memory
+        if not self._children_are_as_built():
+            output, m = self._by_children(x, m, lengths, reset)
+        elif not self.return_sequences:
+            output, m = self._last(x, m, lengths, reset)
+        else:
+            length = self._segment_length(x)
+            kernels, u = self.memory.kernels(length), self._encode(x)
+            if x.shape[1] <= length:
+                output, m = self._segment(u, x, m, self._read_out(), kernels, lengths, reset)
+            else:
+                output, m = self._in_segments(u, x, m, kernels, length, lengths, reset)
+            if not isinstance(self.activation, str):
+                # A user-supplied activation may own parameters that we cannot find: outside the recomputed segments.
+                output = self._f2(output)
         return output, None, LMUState(m)
 
-    def _output_and_memory(self, x, state, lengths, reset):
-        """The output and m at the lengths."""
-        if not all(
-            can_be_read(child, kind)
-            for child, kind in (
-                (self.memory, LegendreMemory),
-                (self.memory_to_output, nn.Linear),
-                (self.input_to_output, nn.Linear),
-            )
-        ):
-            return self._by_children(x, state, lengths, reset)
-        if not self.return_sequences:
-            return self._last(x, state, lengths, reset)
-        length = self._segment_length(x)
-        kernels = self.memory.kernels(length)
-        random = self.training and self.memory_dropout > 0
+    def _children_are_as_built(self) -> bool:
+        """Whether the weights of the children may be read in place of calling them."""
+        return (
+            can_be_read(self.memory, LegendreMemory)
+            and can_be_read(self.memory_to_output, nn.Linear)
+            and can_be_read(self.input_to_output, nn.Linear)
+        )
 
-        def run(segments, leaves, part, weights):
-            m = leaves[0] if leaves else None
+    def _read_out(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """W_m of memories that are not scaled, b_o and W_x."""
+        W_x = None if self.input_to_output is None else self.input_to_output.weight
+        return _scaled(self.memory_to_output.weight, self.memory.scale), self.memory_to_output.bias, W_x
+
+    def _in_segments(self, u, x, m, kernels, length, lengths, reset):
+        """``_segment`` for one segment of time after the other, recomputed in the backward pass."""
+
+        def run(segments, leaves, part, tensors):
+            *weights, inputs, powers = tensors
             u, x = segments
             until = None if lengths is None else (lengths - part.start).clamp(0, u.shape[1])
             drop = None if reset is None else reset[:, part]
-            z, m = self._segment(u, x, m, weights, kernels, until, drop)
+            m = leaves[0] if leaves else None
+            z, m = self._segment(u, x, m, weights, kernels._replace(inputs=inputs, powers=powers), until, drop)
             return z, [m]
 
-        weights = [
-            _scaled(self.memory_to_output.weight, self.memory.scale),
-            self.memory_to_output.bias,
-            None if self.input_to_output is None else self.input_to_output.weight,
-            kernels.inputs,
-            kernels.powers,
-        ]
-        initial = [] if state is None else [state.memory]
-        output, (m,) = over_segments(run, [self._encode(x), x], initial, weights, steps=max(length, 1), random=random)
-        # A user-supplied activation may own parameters that we cannot find, so it is applied outside the segments.
-        return (output if isinstance(self.activation, str) else self._f2(output)), m
+        tensors = [*self._read_out(), kernels.inputs, kernels.powers]
+        random = self.training and self.memory_dropout > 0
+        output, (m,) = over_segments(run, [u, x], [] if m is None else [m], tensors, steps=length, random=random)
+        return output, m
 
-    def _by_children(self, x, state, lengths, reset):
+    def _by_children(self, x, m, lengths, reset):
         """The layer by calls of its children, where one of them is not as it was built: the memories of all steps."""
-        m = None if state is None else LegendreMemoryState(state.memory)
-        memory, final = self.memory(self._encode(x), m, lengths=lengths, reset=reset)
+        before = None if m is None else LegendreMemoryState(m)
+        memory, final = self.memory(self._encode(x), before, lengths=lengths, reset=reset)
         if not self.return_sequences:
             if x.shape[1] == 0:
                 return x.new_zeros(len(x), self.hidden_size), final.memory
@@ -213,10 +220,10 @@ class LMU(RecurrentLayer[LMUState]):
 
     def _segment(self, u, x, m, weights, kernels, lengths, reset):
         """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
-        W_m, b_o, W_x, inputs, powers = weights
+        W_m, b_o, W_x = weights
         # at_length must not pick a state that was rounded to 16 bits.
         wide = u if lengths is None else u.to(self._carry_dtype())
-        memory, final = apply(wide, kernels._replace(inputs=inputs, powers=powers), m, reset=reset)
+        memory, final = apply(wide, kernels, m, reset=reset)
         if lengths is not None:  # a row that ended before this segment keeps its m
             final = at_length(memory, m, final, lengths)
         if memory.stride(-2) == 1:  # (B, S, N, C) in the store: W_m is turned round, not the memory
@@ -229,17 +236,16 @@ class LMU(RecurrentLayer[LMUState]):
             z = self._f2_in_place(z)
         return z.unflatten(0, u.shape[:2]), final
 
-    def _last(self, x, state, lengths, reset):
+    def _last(self, x, m, lengths, reset):
         """(25) and (20) at the last step that counts."""
         batch, steps, _ = x.shape
-        initial = None if state is None else state.memory
         if steps == 0:
-            m = self.initial_state(batch).memory if state is None else state.memory
+            m = self.initial_state(batch).memory if m is None else m
             return x.new_zeros(batch, self.hidden_size), m
-        if state is None and lengths is None and reset is None and self._input_first(x):
+        if m is None and lengths is None and reset is None and self._input_first(x):
             m = self._last_input_first(x)
         else:
-            m = self.memory.last(self._encode(x), initial, lengths=lengths, reset=reset)
+            m = self.memory.last(self._encode(x), m, lengths=lengths, reset=reset)
         return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), m
 
     def _input_first(self, x: Tensor) -> bool:

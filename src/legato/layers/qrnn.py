@@ -76,15 +76,11 @@ class QRNN(GatedLayer[QRNNState]):
 
     def _sequence(self, x, state, lengths, reset):
         memory, inputs = (None, None) if state is None else state
-        windows = self._windows(x, inputs, reset)
+        windows, last = self._windows(x, inputs, reset)
         output, states, final = self._from_input(windows, x, memory, reset)
         # A step's window without its oldest input is what the next step needs.
         recent = windows.unflatten(2, (self.kernel_size, self.input_size))[:, :, 1:]  # (B, T, k - 1, C)
-        if x.shape[1]:
-            inputs = recent[:, -1].to(self._carry_dtype())
-        elif inputs is None:
-            inputs = recent.new_zeros(len(x), *recent.shape[2:], dtype=self._carry_dtype())
-        return output, QRNNState(states, recent), QRNNState(final, inputs)
+        return output, QRNNState(states, recent), QRNNState(final, last.to(self._carry_dtype()))
 
     def _step(self, x_t, state):
         row = torch.cat([state.inputs.to(x_t.dtype), x_t[:, None]], dim=1)  # (B, k, C)
@@ -92,16 +88,18 @@ class QRNN(GatedLayer[QRNNState]):
         return output, QRNNState(memory, row[:, 1:].to(self._carry_dtype(), copy=True))
 
     def _windows(self, x, inputs, reset):
-        """The inputs that each step sees, (B, T, k C), the oldest first."""
+        """The inputs that each step sees, (B, T, k C), the oldest first, and the last k - 1, (B, k - 1, C)."""
         (B, T), k = x.shape[:2], self.kernel_size
         inputs = x.new_zeros(B, k - 1, self.input_size) if inputs is None else inputs.to(x.dtype)
         row = torch.cat([inputs, x], dim=1)  # (B, k - 1 + T, C)
-        seen = [row[:, j : j + T] for j in range(k)]
+        # The last inputs are not taken from the windows: their gradient would be k times the size of x.
+        seen, last = [row[:, j : j + T] for j in range(k)], row[:, T:]
         if reset is not None:
             # A step sees the inputs that came after as many resets as it did.
             resets = torch.cat([reset.new_zeros(B, k - 1), reset], dim=1).cumsum(1)
             seen = [
                 s.masked_fill((resets[:, j : j + T] < resets[:, k - 1 :])[..., None], 0) for j, s in enumerate(seen)
             ]
+            last = last.masked_fill((resets[:, T:] < resets[:, -1:])[..., None], 0)
         # One product of k C columns; k shifted ones, which copy nothing, are within a tenth of its time or slower.
-        return torch.cat(seen, dim=2)
+        return torch.cat(seen, dim=2), last

@@ -97,10 +97,10 @@ def over_segments(
         sequences: one or more, (B, T, *channels) each.
         leaves: the tensors of the state before the first segment; an empty list for none.
         tensors: everything else that needs a gradient; None entries are passed on.
-        steps: length of a segment.
+        steps: length of a segment, less than T.
         random: whether ``run`` draws random numbers; the recomputation draws the same ones again.
     """
-    if sequences[0].shape[1] <= steps or transforms_are_active():
+    if transforms_are_active():
         return _in_turn(run, sequences, leaves, tensors, steps, False)
     return _recomputed(_Plan(run, steps, sequences[0].device, random=random), sequences, leaves, tensors)
 
