@@ -63,7 +63,7 @@ TOKENS = {
 @pytest.mark.parametrize("lengths", [None, torch.tensor([7, 5])])
 def test_tokens_that_are_no_tensor_get_advice(make, lengths):
     layer, embedding = GILR(3, 3), Embedding(9, 3)
-    language = LanguageModel(embedding, lambda size: GILR(size, size), blocks=1)
+    language = LanguageModel(embedding, lambda size: GILR(size, size), num_layers=1)
     translator = Translator(layer, layer, embedding, embedding)
     for call in (
         lambda: embedding(make()),

@@ -31,7 +31,10 @@ NETWORKS = {
     "SequenceRegressor": (lambda: SequenceRegressor(flat(), nn.Identity()), 2),
     "SequenceClassifier": (lambda: SequenceClassifier(lmu(return_sequences=False), nn.Identity()), 1),
     "words": (lambda: SequenceClassifier(flat(), nn.Identity(), Embedding(WORDS, WIDTH, dropout=0.5)), 2),
-    "LanguageModel": (lambda: LanguageModel(Embedding(WORDS, WIDTH), lambda size: flat(), blocks=2, dropout=0.5), 4),
+    "LanguageModel": (
+        lambda: LanguageModel(Embedding(WORDS, WIDTH), lambda size: flat(), num_layers=2, dropout=0.5),
+        4,
+    ),
 }
 
 

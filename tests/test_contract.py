@@ -21,7 +21,7 @@ import legato.layers
 from legato.layers import GILR, LMU, Bidirectional, LinearRNN, LinearSurrogate, Stack
 from legato.layers.base import RecurrentLayer
 
-ARGUMENTS = {"input_size": 3, "hidden_size": 4, "channels": 3, "order": 4, "theta": 6.0}
+ARGUMENTS = {"input_size": 3, "hidden_size": 4, "order": 4, "theta": 6.0}
 OPTIONS = {
     "LRU": [{"output_size": 3, "r_min": 0.5, "r_max": 0.99, "max_phase": 0.5}],
     "LegendreMemory": [

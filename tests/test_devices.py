@@ -22,7 +22,7 @@ tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])
 
 
 def language_model(**options):
-    return LanguageModel(Embedding(27, 8), lambda size: SRU(size, size), blocks=2, highways=1, **options)
+    return LanguageModel(Embedding(27, 8), lambda size: SRU(size, size), num_layers=2, highways=1, **options)
 
 
 def translator(**options):
@@ -41,7 +41,7 @@ MODELS = {
     "pair": lambda: PairClassifier(LRU(8, 6), nn.Linear(24, 2), Embedding(27, 8)),
     "language model": language_model,
     "tied": lambda: language_model(tied=True),
-    "adaptive softmax": lambda: language_model(cutoffs=(5, 9), channels=6),
+    "adaptive softmax": lambda: language_model(cutoffs=(5, 9), hidden_size=6),
     "translator": translator,
     "tied translator": lambda: translator(tied=True),
 }
@@ -120,8 +120,8 @@ def test_a_model_is_built_where_its_embedding_is(elsewhere):
     where = {"device": "cpu", "dtype": torch.float64}
     elsewhere()
     embedding = Embedding(27, 8, **where)
-    for options in ({}, {"channels": 6}, {"tied": True, "channels": 6}, {"cutoffs": (5, 9)}):
-        model = LanguageModel(embedding, lambda size: GILR(size, size, **where), blocks=1, **options)
+    for options in ({}, {"hidden_size": 6}, {"tied": True, "hidden_size": 6}, {"cutoffs": (5, 9)}):
+        model = LanguageModel(embedding, lambda size: GILR(size, size, **where), num_layers=1, **options)
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
     model = Translator(GILR(8, 4, **where), GILR(8, 4, **where), embedding, embedding)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
@@ -238,7 +238,7 @@ LARGE = {
     "Highway": lambda: Highway(40),
     "LMU": lambda: LMU(40, 50, memory_size=30, order=5, theta=9.0),
     "Embedding": lambda: Embedding(40, 50),
-    "language model": lambda: LanguageModel(Embedding(40, 50), lambda size: GILR(size, size), blocks=2),
+    "language model": lambda: LanguageModel(Embedding(40, 50), lambda size: GILR(size, size), num_layers=2),
     "translator": lambda: Translator(GILR(50, 50), GILR(50, 50), Embedding(40, 50), Embedding(40, 50)),
 }
 

@@ -19,13 +19,13 @@ MEMORIES = {
     "lstm": lambda size: LSTM(size, 9),
     "stack": lambda size: Stack(SRU(size, 5), GILRLSTM(5, 6)),
 }
-OUTPUTS = {"plain": {}, "adaptive": {"cutoffs": (8, 20)}, "tied": {"tied": True, "channels": 10}}
+OUTPUTS = {"plain": {}, "adaptive": {"cutoffs": (8, 20)}, "tied": {"tied": True, "hidden_size": 10}}
 
 
 def model_of(memory="lmu", output="plain", **options):
     """A small model in float64, all of whose weights are drawn, biases included."""
     model = LanguageModel(
-        Embedding(VOCABULARY, 8, padding=None), MEMORIES[memory], blocks=2, **OUTPUTS[output], **options
+        Embedding(VOCABULARY, 8, padding_idx=None), MEMORIES[memory], num_layers=2, **OUTPUTS[output], **options
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -184,7 +184,7 @@ def test_calibration_brings_every_memory_to_a_deviation_of_one():
 
 
 def test_calibration_drops_no_words():
-    model = LanguageModel(Embedding(VOCABULARY, 8, dropout=0.5), MEMORIES["lmu"], blocks=2)
+    model = LanguageModel(Embedding(VOCABULARY, 8, dropout=0.5), MEMORIES["lmu"], num_layers=2)
     tokens, scales = text(steps=50), []
     for _ in range(2):
         model.calibrate(tokens)

@@ -58,9 +58,9 @@ def test_what_is_no_dropout_rate_is_refused(wrong):
 
 def language_model(i, r):
     make = lambda size: GILR(size, size)  # noqa: E731
-    embedding = Embedding(i(9), i(4), padding=i(0), dropout=r(0.5))
-    options = {"channels": i(5), "highways": i(1), "top_highways": i(0), "gate_bias": r(-1), "dropout": r(0.25)}
-    return LanguageModel(embedding, make, blocks=i(2), cutoffs=[i(4), i(6)], **options)
+    embedding = Embedding(i(9), i(4), padding_idx=i(0), dropout=r(0.5))
+    options = {"hidden_size": i(5), "highways": i(1), "top_highways": i(0), "gate_bias": r(-1), "dropout": r(0.25)}
+    return LanguageModel(embedding, make, num_layers=i(2), cutoffs=[i(4), i(6)], **options)
 
 
 def translator(i, r):

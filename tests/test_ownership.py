@@ -317,7 +317,7 @@ def test_models_share_nothing(mode):
     layer = GILR(3, 8)
     tokens, x = torch.randint(1, 9, (2, 7)), torch.randn(2, 7, 3)
     bag = LegendreMemory(3, 1, 9.0, return_sequences=False)
-    language = LanguageModel(Embedding(9, 4), lambda size: GILR(size, size), blocks=2)
+    language = LanguageModel(Embedding(9, 4), lambda size: GILR(size, size), num_layers=2)
     models = [
         (SequenceRegressor(layer, nn.Identity()), x),
         (SequenceClassifier(layer, nn.Identity()), x),

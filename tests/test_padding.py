@@ -56,7 +56,7 @@ def test_products_take_lengths_of_any_integer_dtype():
 
 def language_model(**options):
     draws.seed(0)
-    return LanguageModel(Embedding(WORDS, 8), lambda size: SRU(size, size), blocks=2, highways=1, **options).eval()
+    return LanguageModel(Embedding(WORDS, 8), lambda size: SRU(size, size), num_layers=2, highways=1, **options).eval()
 
 
 def translator():
@@ -114,7 +114,7 @@ def of_log_probabilities():
 RUNS = {
     "classifier": lambda: of_tokens(read(SequenceClassifier)),
     "regressor": lambda: of_tokens(read(SequenceRegressor)),
-    "no padding token": lambda: of_tokens(read(SequenceClassifier, padding=None)),
+    "no padding token": lambda: of_tokens(read(SequenceClassifier, padding_idx=None)),
     "bag of words": lambda: of_tokens(bag()),
     "encoded inputs": encoded_inputs,
     "pair": of_pairs,

@@ -85,7 +85,7 @@ def test_a_state_in_a_checkpoint_comes_back(case, copied):
 @every_copy
 def test_states_of_models_and_own_layers_come_back(copied):
     encoder, words = GILR(4, 4), Embedding(9, 4)
-    language = LanguageModel(words, lambda size: LMU(size, size, order=2, theta=4.0), blocks=2)
+    language = LanguageModel(words, lambda size: LMU(size, size, order=2, theta=4.0), num_layers=2)
     translator = Translator(encoder, GILR(4, 4), words, words)
     tokens = torch.randint(1, 9, (2, 5))
     with torch.no_grad():

@@ -26,11 +26,11 @@ from legato import (
 
 LINES = [
     (lambda: GILR(4, 8), "GILR(4, 8)"),
-    (lambda: GILR(4, 8, forget_bias=1.0), "GILR(4, 8, forget_bias=1.0)"),
+    (lambda: GILR(4, 8, forget_bias=1.0), "GILR(4, 8, forget_bias=1)"),
     (lambda: GILRLSTM(4, 8), "GILRLSTM(4, 8)"),
     (lambda: GILRLSTM(4, 8, activation=torch.sin), "GILRLSTM(4, 8, activation=sin)"),
     (lambda: Highway(8), "Highway(8)"),
-    (lambda: Highway(8, activation="tanh", gate_bias=-3.0), "Highway(8, activation='tanh', gate_bias=-3.0)"),
+    (lambda: Highway(8, activation="tanh", gate_bias=-3.0), "Highway(8, activation='tanh', gate_bias=-3)"),
     (lambda: LMU(1, 8, order=4, theta=10), "LMU(1, 8, order=4, theta=10)"),
     (
         lambda: LMU(1, 8, memory_size=2, order=4, theta=[10, 20.5], bias=False, input_to_output=False, method="fft"),
@@ -45,7 +45,7 @@ LINES = [
     ),
     (lambda: LinearRNN(4, 8, torch.sin), "LinearRNN(4, 8, gates=sin)"),
     (lambda: MinGRU(4, 8), "MinGRU(4, 8)"),
-    (lambda: MinLSTM(4, 8, forget_bias=2.0), "MinLSTM(4, 8, forget_bias=2.0)"),
+    (lambda: MinLSTM(4, 8, forget_bias=2.0), "MinLSTM(4, 8, forget_bias=2)"),
     (lambda: QRNN(4, 8, kernel_size=3), "QRNN(4, 8, kernel_size=3)"),
     (lambda: RecurrentLMU(1, 8, order=4, theta=10), "RecurrentLMU(1, 8, order=4, theta=10)"),
     (
@@ -53,7 +53,7 @@ LINES = [
         "RecurrentLMU(1, 8, order=4, theta=10, hidden_cell='lstm', memory_to_memory=False, bias=True)",
     ),
     (lambda: SRU(4, 8), "SRU(4, 8)"),
-    (lambda: SRU(4, 8, activation=None, highway_bias=-2.0), "SRU(4, 8, activation=None, highway_bias=-2.0)"),
+    (lambda: SRU(4, 8, activation=torch.sin, highway_bias=-2.0), "SRU(4, 8, activation=sin, highway_bias=-2)"),
     (lambda: StronglyTypedRNN(4, 8, dtype=torch.float64), "StronglyTypedRNN(4, 8)"),
     (lambda: Stack(GILR(4, 8)), "Stack(\n  (layers): ModuleList(\n    (0): GILR(4, 8)\n  )\n)"),
     (

@@ -4,7 +4,6 @@ A member says what the blocks of rows of its weight are and which of them carry 
 shortest. Next: ``ops/gated.py``, the recurrence.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from legato._checks import positive_int
 from legato._shapes import Float, Tensor
 from legato.layers._states import StateT
-from legato.layers.base import RecurrentLayer, StateShapes, activation_function, whole
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -39,7 +38,7 @@ class GatedLayer(RecurrentLayer[StateT]):
     """
 
     squash = False
-    activation: str | Callable[[Tensor], Tensor] | None = None
+    activation: Activation = "identity"
 
     def __init__(
         self,

@@ -26,7 +26,15 @@ def constructor_arguments(module: nn.Module, values: dict[str, Any], named: tupl
             continue  # parameters and sub-modules are not arguments that fit into a line
         if default is not inspect.Parameter.empty and value == default:
             continue
-        text = getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)
+        text = _text(value)
         positional = default is inspect.Parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
         parts.append(text if positional and name not in named else f"{name}={text}")
     return ", ".join(parts)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, float) and value.is_integer():
+        return repr(int(value))
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else repr(value)

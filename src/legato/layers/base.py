@@ -29,6 +29,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+#: An activation function, by its name in ``ACTIVATIONS``, "identity", or as a callable.
+Activation = str | Callable[[Tensor], Tensor]
+
 #: The shape of each tensor of a state, without the batch axis, in the order of the fields.
 StateShapes = tuple[tuple[int, ...], ...]
 
@@ -406,17 +409,19 @@ def at_length(
     return torch.where(some, picked, 0 if initial is None else initial)
 
 
-def activation_function(name: str | Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
-    """The function for a name in ACTIVATIONS; None and "identity" give None, a callable gives itself."""
-    if name is None or name == "identity":
-        return None
-    if callable(name):
-        return name
-    if name not in ACTIVATIONS:
+def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | None:
+    """The function for a name in ACTIVATIONS or a callable; None for "identity"."""
+    if isinstance(activation, str):
+        if activation == "identity":
+            return None
+        if activation in ACTIVATIONS:
+            return ACTIVATIONS[activation]
         raise ValueError(
-            f"expected an activation among {', '.join(['identity', *ACTIVATIONS])} or a callable, got {name!r}"
+            f"expected an activation among {', '.join(['identity', *ACTIVATIONS])} or a callable, got {activation!r}"
         )
-    return ACTIVATIONS[name]
+    if not callable(activation):
+        raise TypeError(f"expected an activation by its name or as a callable, got {type(activation).__name__}")
+    return activation
 
 
 def checked_lengths(lengths: Tensor, x: Tensor) -> Int[Tensor, "B"]:

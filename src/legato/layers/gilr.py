@@ -1,6 +1,5 @@
 """The gated impulse linear recurrence, and the LSTM whose gates read it in place of the LSTM's own output."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from legato._checks import positive_int, real_number
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._gated import GatedLayer, GatedState
-from legato.layers.base import RecurrentLayer, StateShapes, activation_function, whole
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -106,7 +105,7 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
         input_size: int,
         hidden_size: int,
         *,
-        activation: str | Callable[[Tensor], Tensor] = "identity",
+        activation: Activation = "identity",
         forget_bias: float = 5.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

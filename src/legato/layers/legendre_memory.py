@@ -39,7 +39,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
     not invalidate it.
 
     Args:
-        channels: C, channels of the input, each with a memory of its own.
+        input_size: C, channels of the input, each with a memory of its own.
         order: N, numbers kept a channel, 1 or more.
         theta: length of the window in steps, 1 or more: a number, or a sequence or tensor of one per channel.
         discretizer: "zoh", "euler" or "bilinear"; see ``legato.legendre.delay_network``.
@@ -49,11 +49,11 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
         device, dtype: of the scale, hence of the input; theta itself is kept in float32 or wider.
 
-    Shapes: input (B, T, channels), output (B, T, channels, order) or (B, channels, order), state.memory
-    (B, channels, order).
+    Shapes: input (B, T, input_size), output (B, T, input_size, order) or (B, input_size, order), state.memory
+    (B, input_size, order).
 
     Example:
-        >>> layer = LegendreMemory(channels=1, order=6, theta=100)
+        >>> layer = LegendreMemory(input_size=1, order=6, theta=100)
         >>> memory, state = layer(torch.randn(8, 500, 1))
         >>> memory.shape, state.memory.shape
         (torch.Size([8, 500, 1, 6]), torch.Size([8, 1, 6]))
@@ -68,7 +68,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
 
     def __init__(
         self,
-        channels: int,
+        input_size: int,
         order: int,
         theta: Theta,
         *,
@@ -79,9 +79,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        channels = positive_int(channels, "channels")
-        super().__init__(channels)
-        self.channels = channels
+        super().__init__(input_size)
         self.order = positive_int(order, "order")
         self.discretizer = discretizer
         self.trainable_theta = bool(trainable_theta)
@@ -90,11 +88,11 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         if method is not None and method not in METHODS:
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
         self.method = method
-        window = _window(theta, self.channels)
+        window = _window(theta, self.input_size)
         delay_network(self.order, window, discretizer=discretizer)  # raises when they do not go together
         if trainable_theta and window.min() <= 1:
             raise ValueError(f"expected a trainable theta to start above 1 step, got {window.min().item()}")
-        self.register_buffer("scale", torch.ones(self.channels, self.order, device=device, dtype=dtype))
+        self.register_buffer("scale", torch.ones(self.input_size, self.order, device=device, dtype=dtype))
         #: The window in steps as plain numbers; of a trained theta its initial value.
         self._theta = window.tolist()
         if trainable_theta:
@@ -114,18 +112,12 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
 
     def extra_repr(self) -> str:
         """The arguments of the constructor that are not defaults; of a trained theta its initial value."""
-        return constructor_arguments(self, {"theta": self.given_theta()}, named=("theta",))
-
-    def given_theta(self) -> float | int | list[float | int]:
-        """theta in plain numbers, whole ones as int; of a trained theta its initial value."""
-        windows = self._theta if isinstance(self._theta, list) else [self._theta]
-        numbers = [int(window) if window == int(window) else window for window in windows]
-        return numbers if isinstance(self._theta, list) else numbers[0]
+        return constructor_arguments(self, {"theta": self._theta}, named=("theta",))
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """(channels, order)."""
-        return self.channels, self.order
+        """(input_size, order)."""
+        return self.input_size, self.order
 
     def window(self) -> Float[Tensor, "*channels"]:
         """theta in steps, float64, of shape () or (C,); differentiable when it is trained."""
@@ -161,7 +153,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         return step.powers, step.inputs
 
     def _state_shapes(self) -> StateShapes:
-        return ((self.channels, self.order),)
+        return ((self.input_size, self.order),)
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory

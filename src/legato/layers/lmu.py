@@ -4,7 +4,6 @@
 The memory itself is ``legendre_memory.py``; the unit it replaces, with recurrent weights, is ``recurrent_lmu.py``.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from legato._checks import dropout_rate, positive_int
 from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
 from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
-from legato.layers.base import RecurrentLayer, StateShapes, activation_function, at_length
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, at_length
 from legato.layers.legendre_memory import (
     LegendreMemory,
     LegendreMemoryState,
@@ -93,8 +92,8 @@ class LMU(RecurrentLayer[LMUState]):
         theta: Theta,
         discretizer: str = "zoh",
         trainable_theta: bool = False,
-        encoder_activation: str | Callable[[Tensor], Tensor] = "identity",
-        activation: str | Callable[[Tensor], Tensor] = "relu",
+        encoder_activation: Activation = "identity",
+        activation: Activation = "relu",
         input_to_output: bool = True,
         bias: bool = True,
         memory_dropout: float = 0.0,
@@ -116,10 +115,16 @@ class LMU(RecurrentLayer[LMUState]):
         self.recompute = bool(recompute)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
-            memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, method=method, **where
+            positive_int(memory_size, "memory_size"),
+            order,
+            theta,
+            discretizer=discretizer,
+            trainable_theta=trainable_theta,
+            method=method,
+            **where,
         )
-        m_size = self.memory.channels * self.memory.order
-        self.encoder = nn.Linear(self.input_size, self.memory.channels, bias=bias, **where)  # U_x, b_u
+        m_size = self.memory.input_size * self.memory.order
+        self.encoder = nn.Linear(self.input_size, self.memory.input_size, bias=bias, **where)  # U_x, b_u
         self.memory_to_output = nn.Linear(m_size, self.hidden_size, bias=bias, **where)  # W_m, b_o
         W_x = nn.Linear(self.input_size, self.hidden_size, bias=False, **where) if input_to_output else None
         self.input_to_output = W_x
@@ -146,9 +151,9 @@ class LMU(RecurrentLayer[LMUState]):
     def _arguments(self) -> dict[str, Any]:
         memory = self.memory
         return {
-            "memory_size": memory.channels,
+            "memory_size": memory.input_size,
             "order": memory.order,
-            "theta": memory.given_theta(),
+            "theta": memory._theta,
             "discretizer": memory.discretizer,
             "trainable_theta": memory.trainable_theta,
             "method": memory.method,
@@ -157,7 +162,7 @@ class LMU(RecurrentLayer[LMUState]):
         }
 
     def _state_shapes(self) -> StateShapes:
-        return ((self.memory.channels, self.memory.order),)
+        return ((self.memory.input_size, self.memory.order),)
 
     def _sequence(self, x, state, lengths, reset):
         # No states over time: the memories of all steps may exist one segment at a time only, or not at all.
@@ -254,7 +259,7 @@ class LMU(RecurrentLayer[LMUState]):
             can_be_read(self.encoder, nn.Linear)
             and activation_function(self.encoder_activation) is None
             and not x.requires_grad
-            and self.input_size <= self.memory.channels
+            and self.input_size <= self.memory.input_size
             and self.memory.window().ndim == 0
         )
 
@@ -301,7 +306,7 @@ class LMU(RecurrentLayer[LMUState]):
         """Steps to a segment: T when all memories are small or all are to be held; else such that a segment's memories
         are, but never under sqrt(T) / 2, where the states between segments outgrow the few arrays of that size."""
         batch, steps, _ = x.shape
-        a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
+        a_step = batch * self.memory.input_size * self.memory.order * self._carry_dtype().itemsize
         if a_step * steps <= WHOLE_BYTES or (
             torch.is_grad_enabled() and (transforms_are_active() or not self.recompute)
         ):

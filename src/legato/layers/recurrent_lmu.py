@@ -106,13 +106,18 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         self.State = RecurrentLMUCellState if hidden_cell == "lstm" else RecurrentLMUState
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
-            memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, **where
+            positive_int(memory_size, "memory_size"),
+            order,
+            theta,
+            discretizer=discretizer,
+            trainable_theta=trainable_theta,
+            **where,
         )
 
         def linear(columns: int, rows: int, bias: bool = False) -> nn.Linear:
             return nn.Linear(columns, rows, bias=bias, **where)
 
-        input_size, hidden_size, memory_size = self.input_size, self.hidden_size, self.memory.channels
+        input_size, hidden_size, memory_size = self.input_size, self.hidden_size, self.memory.input_size
         gates, numbers = GATES[hidden_cell] * hidden_size, memory_size * self.memory.order
         self.input_to_memory = linear(input_size, memory_size)  # e_x
         self.hidden_to_memory = linear(hidden_size, memory_size) if hidden_to_memory else None  # e_h
@@ -148,9 +153,9 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
     def _arguments(self) -> dict[str, Any]:
         memory = self.memory
         return {
-            "memory_size": memory.channels,
+            "memory_size": memory.input_size,
             "order": memory.order,
-            "theta": memory.given_theta(),
+            "theta": memory._theta,
             "discretizer": memory.discretizer,
             "trainable_theta": memory.trainable_theta,
             "hidden_to_memory": self.hidden_to_memory is not None,
@@ -161,11 +166,11 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
 
     def _state_shapes(self) -> StateShapes:
         hidden = (self.hidden_size,)
-        return ((self.memory.channels, self.memory.order), hidden, hidden)[: len(self.State._fields)]
+        return ((self.memory.input_size, self.memory.order), hidden, hidden)[: len(self.State._fields)]
 
     def _sequence(self, x, state, lengths, reset):
         batch, steps, _ = x.shape
-        shape = (batch, self.memory.channels, self.memory.order)
+        shape = (batch, self.memory.input_size, self.memory.order)
         m, *hidden = self.initial_state(batch) if state is None else state
         if steps == 0:
             empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
@@ -204,7 +209,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
     def _one_step_by_children(self, x: Tensor, m: Tensor, h: Tensor, c: Tensor | None = None) -> list[Tensor]:
         """One step, (x, m, h, ...) -> [m, h, ...], by calls of the children, where one is not as it was built."""
         wide, h_before = h.dtype, h.to(x.dtype)
-        m = m.unflatten(1, (self.memory.channels, self.memory.order))
+        m = m.unflatten(1, (self.memory.input_size, self.memory.order))
         u = self.input_to_memory(x)
         if self.hidden_to_memory is not None:
             u = u + self.hidden_to_memory(h_before)

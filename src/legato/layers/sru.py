@@ -1,14 +1,12 @@
 """The simple recurrent unit, in its first version."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from legato._checks import real_number
-from legato._shapes import Tensor
 from legato.layers._gated import GatedLayer, GatedState
-from legato.layers.base import activation_function
+from legato.layers.base import Activation, activation_function
 
 
 class SRU(GatedLayer[GatedState]):
@@ -24,7 +22,7 @@ class SRU(GatedLayer[GatedState]):
         input_size: channels of x.
         hidden_size: channels of the output and of the state. Where it is not ``input_size``, x_t in h_t becomes P x_t,
             with a matrix P of its own.
-        activation: g, a name or a callable; "tanh" is the paper's, "identity" none.
+        activation: g, a name or a callable; "tanh" is the paper's, "identity" leaves it out.
         forget_bias: b_f at first; 0 is that of the authors' code. ``spread_time_scales(layer.bias[:hidden_size], ...)``
             gives each unit its own.
         highway_bias: b_r at first; below zero the layer starts by passing its input on.
@@ -49,7 +47,7 @@ class SRU(GatedLayer[GatedState]):
         input_size: int,
         hidden_size: int,
         *,
-        activation: str | Callable[[Tensor], Tensor] | None = "tanh",
+        activation: Activation = "tanh",
         forget_bias: float = 0.0,
         highway_bias: float = 0.0,
         device: torch.device | str | None = None,

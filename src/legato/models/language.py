@@ -13,7 +13,7 @@ from legato._dtypes import carry_dtype
 from legato._modes import evaluating
 from legato._shapes import Float, Int, Tensor
 from legato.layers._states import StateT
-from legato.layers.base import RecurrentLayer, activation_function, zero_padding
+from legato.layers.base import Activation, RecurrentLayer, activation_function, zero_padding
 from legato.layers.highway import Highway
 
 from .embedding import Embedding, LockedDropout, indices, without_padding
@@ -30,10 +30,10 @@ class LanguageModel(nn.Module):
     Args:
         embedding: E, which says how large the vocabulary is.
         layers: the memories: a function that makes one for so many channels, called once a block, or the layers
-            themselves, one a block, each for ``channels`` inputs.
-        blocks: how many, where ``layers`` is a function.
-        channels: of every h; None is the embedding's width. Where they differ, a matrix lies between.
-        dense: with W, b and f; False where the layer gives ``channels`` outputs and is read as it is.
+            themselves, one a block, each for ``hidden_size`` inputs.
+        num_layers: number of blocks, where ``layers`` is a function.
+        hidden_size: channels of every h; None is the embedding's width. Where they differ, a matrix lies between.
+        dense: with W, b and f; False where the layer gives ``hidden_size`` outputs and is read as it is.
         activation: f and that of the highways, a name or a callable.
         highways: highway layers in each block.
         top_highways: highway layers above the sum; None is as many as in a block.
@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
         >>> import torch
         >>> from legato import LMU
         >>> make = lambda size: LMU(size, size, memory_size=size, order=5, theta=10)
-        >>> model = LanguageModel(Embedding(27, 32), make, blocks=5)
+        >>> model = LanguageModel(Embedding(27, 32), make, num_layers=5)
         >>> log_p, state = model(torch.randint(27, (2, 100)))
         >>> log_p.shape
         torch.Size([2, 100, 27])
@@ -68,10 +68,10 @@ class LanguageModel(nn.Module):
         embedding: Embedding,
         layers: Callable[[int], RecurrentLayer] | Sequence[RecurrentLayer],
         *,
-        blocks: int = 5,
-        channels: int | None = None,
+        num_layers: int = 5,
+        hidden_size: int | None = None,
         dense: bool = True,
-        activation: str | Callable[[Tensor], Tensor] = "relu",
+        activation: Activation = "relu",
         highways: int = 3,
         top_highways: int | None = None,
         gate_bias: float = -1.0,
@@ -80,10 +80,10 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        width = embedding.channels
-        self.channels = size = width if channels is None else positive_int(channels, "channels")
+        width = embedding.embedding_dim
+        self.hidden_size = size = width if hidden_size is None else positive_int(hidden_size, "hidden_size")
         if not isinstance(layers, Sequence):
-            layers = [layers(size) for _ in range(positive_int(blocks, "blocks"))]
+            layers = [layers(size) for _ in range(positive_int(num_layers, "num_layers"))]
         _check_layers(layers, size, dense)
         self.embedding = embedding
         where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
@@ -155,10 +155,10 @@ class LanguageModel(nn.Module):
         # On a device a look at the values would wait for all work before it; torch stops there.
         if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in torch.aminmax(targets))
-            if low < 0 or high >= self.embedding.size:
+            if low < 0 or high >= self.embedding.num_embeddings:
                 raise ValueError(
-                    f"expected targets from 0 to {self.embedding.size - 1}, got {low} to {high}: encode the text with "
-                    "the vocabulary that the model was built for"
+                    f"expected targets from 0 to {self.embedding.num_embeddings - 1}, got {low} to {high}: encode the "
+                    "text with the vocabulary that the model was built for"
                 )
         features, state = self.features(tokens, state, lengths=lengths)
         if lengths is None:
@@ -316,11 +316,11 @@ class _Softmax(nn.Module):
     def __init__(self, embedding: Embedding, size: int, tied: bool):
         super().__init__()
         where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
-        width = embedding.channels if tied else size
+        width = embedding.embedding_dim if tied else size
         self.into = nn.Linear(size, width, **where) if width != size else nn.Identity()
         self.tied = tied
-        self.weight = embedding.weight if tied else nn.Parameter(torch.empty(embedding.size, width, **where))
-        self.bias = nn.Parameter(torch.empty(embedding.size, **where))
+        self.weight = embedding.weight if tied else nn.Parameter(torch.empty(embedding.num_embeddings, width, **where))
+        self.bias = nn.Parameter(torch.empty(embedding.num_embeddings, **where))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -382,7 +382,7 @@ class _AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
 
 
 def _output(embedding: Embedding, size: int, tied: bool, cutoffs: Sequence[int]) -> _Softmax | _AdaptiveSoftmax:
-    vocabulary = embedding.size
+    vocabulary = embedding.num_embeddings
     if len(cutoffs) == 0:
         return _Softmax(embedding, size, tied)
     if tied:

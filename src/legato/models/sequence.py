@@ -168,8 +168,8 @@ def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> 
 
 def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:
     """Raise where the embedding's vectors are not as wide as the layer's input."""
-    if isinstance(embedding, Embedding) and embedding.channels != layer.input_size:
+    if isinstance(embedding, Embedding) and embedding.embedding_dim != layer.input_size:
         raise ValueError(
-            f"expected an embedding of {layer.input_size} channels, the layer's input_size, got {embedding.channels}: "
-            "make them equal"
+            f"expected an embedding of {layer.input_size} channels, the layer's input_size, got "
+            f"{embedding.embedding_dim}: make them equal"
         )

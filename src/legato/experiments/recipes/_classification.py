@@ -201,7 +201,7 @@ class Classification(Classes):
         embedding = cast(Embedding, self.model.embedding)
         return {
             "vectors": self.config.data.vectors,
-            "words": embedding.size,
+            "words": embedding.num_embeddings,
             "truncated": {split: int((of > self.config.data.longest).sum()) for split, of in lengths.items()},
             "empty": {split: int((of == 0).sum()) for split, of in lengths.items()},
         }

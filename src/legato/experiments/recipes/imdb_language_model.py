@@ -190,7 +190,7 @@ def network(config: Model, reviews: Encoded) -> LanguageModel:
     model = LanguageModel(
         Embedding(words, config.width, vectors=vectors, dropout=config.word_dropout),
         [layer(block) for block in range(config.blocks)],
-        channels=size,
+        hidden_size=size,
         dense=config.kind != "lmu",  # an LMU reads its memory with a dense layer of its own
         highways=config.highways,
         tied=config.tied,
