@@ -440,10 +440,6 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
         ((x[..., :-1],), {}, "expected x of shape.*input_size 3"),
         ((x.float(),), {}, r"expected x in torch.float64.*got torch.float32: convert"),
         ((x.to("meta"),), {}, r"expected x on cpu.*got meta: move"),
-        ((x.numpy(),), {}, "expected x to be a tensor, got ndarray: wrap it"),
-        ((x, changed(lambda s: None)), {}, "expected state.memory to be a tensor, got NoneType"),
-        ((x,), {"lengths": lengths.tolist()}, "expected lengths to be a tensor, got list"),
-        ((x,), {"reset": reset.tolist()}, "expected reset to be a tensor, got list"),
         ((x, (state,)), {}, f"expected a {layer.State.__name__}.*, got (tuple|1 states): use initial_state"),
         ((x, changed(lambda s: s[:-1])), {}, r"expected state.memory of shape \(3, .*use a state of this layer"),
         ((x, changed(lambda s: s[..., :-1])), {}, r"expected state.memory of shape \(3, "),
@@ -457,6 +453,15 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
     ]
     for arguments, options, message in wrong:
         with pytest.raises(ValueError, match=message):
+            layer(*arguments, **options)
+    not_tensors = [
+        ((x.numpy(),), {}, "expected x to be a tensor, got ndarray: wrap it"),
+        ((x, changed(lambda s: None)), {}, "expected state.memory to be a tensor, got NoneType"),
+        ((x,), {"lengths": lengths.tolist()}, "expected lengths to be a tensor, got list"),
+        ((x,), {"reset": reset.tolist()}, "expected reset to be a tensor, got list"),
+    ]
+    for arguments, options, message in not_tensors:
+        with pytest.raises(TypeError, match=message):
             layer(*arguments, **options)
     if layer.bidirectional:
         return

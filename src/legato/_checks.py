@@ -57,13 +57,13 @@ def _python_number(value: Any) -> Any:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """An error, with advice, where ``value`` is no tensor."""
+    """Raise TypeError, with advice, unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}: {as_tensor_advice(value)}")
+        raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}: {as_tensor_advice(value)}")
 
 
 def check_plain(name: str, value: Any) -> None:
-    """An error, with advice, where ``value`` is no tensor with a number at every index."""
+    """Raise TypeError unless ``value`` is a tensor, and ValueError unless it is dense and not nested."""
     check_tensor(name, value)
     if value.is_nested:
         raise ValueError(

@@ -136,6 +136,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
                 shares no memory with anything else: write to it, as in ``state.memory[done] = 0``, also in training.
 
         Raises:
+            TypeError: an argument is not a tensor.
             ValueError: a shape, dtype, device or range is wrong; the message says which and what to do.
         """
         lengths = self._check_arguments(x, state, lengths, reset)
