@@ -238,7 +238,7 @@ def test_parts_that_do_not_fit_get_a_clear_error():
         LanguageModel(embedding, lambda size: SRU(8, 7), dense=False)
     with pytest.raises(ValueError, match="an output at every step"):
         LanguageModel(embedding, lambda size: LMU(8, 8, order=2, theta=3, return_sequences=False))
-    with pytest.raises(ValueError, match="got Linear"):
+    with pytest.raises(TypeError, match="got Linear"):
         LanguageModel(embedding, [nn.Linear(8, 8)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="at least one block"):
         LanguageModel(embedding, [])
@@ -251,7 +251,7 @@ def test_parts_that_do_not_fit_get_a_clear_error():
 @pytest.mark.bad_input
 def test_wrong_arguments_get_a_clear_error():
     model = model_of()
-    with pytest.raises(ValueError, match="expected tokens in an integer dtype, got torch"):
+    with pytest.raises(TypeError, match="expected tokens in an integer dtype, got torch"):
         model(torch.rand(3, 17))
     with pytest.raises(ValueError, match="tokens from 0 to 29, got 0 to 30"):
         model(torch.tensor([[0, 30]]))

@@ -52,7 +52,7 @@ def test_lengths_may_be_mapped_by_vmap():
 @pytest.mark.bad_input
 @pytest.mark.parametrize("theta", ["10", None, True])
 def test_a_theta_that_is_no_number_is_refused(theta):
-    with pytest.raises(ValueError, match="expected theta as a number of steps, or one per channel, got"):
+    with pytest.raises(TypeError, match="expected theta as a number of steps, or one per channel, got"):
         LMU(2, 3, order=4, theta=theta)
 
 

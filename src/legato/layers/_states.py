@@ -97,6 +97,15 @@ def rebuilt(state: StateT, parts: list[Any]) -> StateT:
     return make(parts)
 
 
+def check_states(state: object, number: int, each: str, returned_by: str) -> None:
+    """Raise unless ``state`` is a plain tuple of ``number`` states, or the list that a data loader makes of it."""
+    advice = f"use initial_state() or what this {returned_by} returned"
+    if not isinstance(state, _TREES) or type(state) not in _TREES:
+        raise TypeError(f"expected a tuple of {number} states, {each}, got {type(state).__name__}: {advice}")
+    if len(state) != number:
+        raise ValueError(f"expected a tuple of {number} states, {each}, got {len(state)} states: {advice}")
+
+
 def state_names(state: tuple[Any, ...]) -> list[str]:
     """What error messages call the parts of a state."""
     return [f"state.{name}" for name in getattr(state, "_fields", range(len(state)))]

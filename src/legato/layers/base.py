@@ -5,7 +5,7 @@ Next: ``legendre_memory.py``, a layer whose state has two axes, and ``_gated.py`
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from legato._checks import INTEGER_DTYPES, check_plain, check_tensor, positive_int
+from legato._checks import check_floating, check_plain, check_reset, check_tensor, checked_lengths, positive_int
 from legato._dtypes import carry_dtype
 from legato._modes import evaluating
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
@@ -136,8 +136,8 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
                 shares no memory with anything else: write to it, as in ``state.memory[done] = 0``, also in training.
 
         Raises:
-            TypeError: an argument is not a tensor.
-            ValueError: a shape, dtype, device or range is wrong; the message says which and what to do.
+            TypeError: an argument is not a tensor, its dtype is of a wrong kind, or the state is of another class.
+            ValueError: a shape, precision, device or range is wrong; the message says which and what to do.
         """
         lengths = self._check_arguments(x, state, lengths, reset)
         if lengths is None:
@@ -270,7 +270,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         if state is not None:
             self._check_state(state, x.shape[0])
         if reset is not None:
-            _check_reset(reset, x)
+            check_reset(reset, x)
         return None if lengths is None else checked_lengths(lengths, x)
 
     def _check_input(self, x: Tensor, axes: str, ndim: int) -> None:
@@ -285,32 +285,36 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
 
     def _check_kind(self, name: str, x: Tensor) -> None:
         weight = self._weight()
+        if x.dtype == weight.dtype and x.device == weight.device and x.is_floating_point():
+            return
+        check_floating(name, x)
         if x.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} like the layer, got {x.device}: move one with .to()")
         if type(weight) not in (Tensor, nn.Parameter):  # sharded: it gets the dtype of computation when it is gathered
             return
-        if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to()")
 
     def _check_state(self, state: object, batch: int) -> None:
         tensors = self._checked_state(state)
         weight = self._weight()
         dtype, device = carry_dtype(weight.dtype), weight.device
-        for number, (tensor, shape) in enumerate(zip(tensors, self._state_shapes(), strict=True)):
-            shape = (batch, *shape)
+        for number, shape in enumerate(self._state_shapes()):
+            tensor, shape = tensors[number], (batch, *shape)
             if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
                 self._check_state_tensor(state_names(tensors)[number], tensor, shape)
 
     def _checked_state(self, state: object) -> StateT:
-        if not isinstance(state, self.State) or type(state) is not self.State:
-            raise ValueError(
+        if type(state) is not self.State:
+            raise TypeError(
                 f"expected a {self.State.__name__}, got {type(state).__name__}: "
                 f"use initial_state() or what this {type(self).__name__} returned"
             )
-        return state
+        return cast("StateT", state)
 
     def _check_state_tensor(self, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
         check_tensor(name, tensor)
+        check_floating(name, tensor)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"expected {name} of shape {shape}, got {tuple(tensor.shape)}: "
@@ -321,6 +325,15 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
             raise ValueError(
                 f"expected {name} in {dtype} on {device}, got {tensor.dtype} on {tensor.device}: convert it with .to()"
             )
+
+
+def check_layer(layer: object, name: str) -> None:
+    """Raise TypeError unless ``layer`` is a RecurrentLayer."""
+    if not isinstance(layer, RecurrentLayer):
+        raise TypeError(
+            f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer such as GILR(4, 256), "
+            "not its class, or write one as RecurrentLayer says"
+        )
 
 
 def flat_output_size(layer: RecurrentLayer[Any], name: str) -> int:
@@ -423,40 +436,3 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | 
     if not callable(activation):
         raise TypeError(f"expected an activation by its name or as a callable, got {type(activation).__name__}")
     return activation
-
-
-def checked_lengths(lengths: Tensor, x: Tensor) -> Int[Tensor, "B"]:
-    """``lengths`` in int64 on x's device; an error where they are not numbers of steps of the rows of x, (B, T, ...).
-
-    In 8 bits ``lengths - 1`` would wrap around, and a uint8 index is a mask.
-    """
-    check_tensor("lengths", lengths)
-    batch, steps = x.shape[:2]
-    if lengths.shape != (batch,) or lengths.dtype not in INTEGER_DTYPES:
-        raise ValueError(
-            f"expected lengths of shape ({batch},) in an integer dtype, got {tuple(lengths.shape)} in {lengths.dtype}: "
-            "give the number of steps of each row"
-        )
-    if lengths.device != x.device and lengths.device.type != "cpu":
-        raise ValueError(f"expected lengths on {x.device} or the CPU, got {lengths.device}: move it with .to()")
-    lengths = lengths.to(torch.int64)
-    # Compiled, fake and meta tensors have no values to look at; lengths beyond T then count as T.
-    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.is_meta or lengths.numel() == 0:
-        return lengths.to(x.device)
-    low, high = (int(v) for v in torch.aminmax(torch.func.debug_unwrap(lengths)))  # the plain tensor under vmap
-    if low < 0 or high > steps:
-        raise ValueError(
-            f"expected lengths from 0 to T = {steps}, got {low} to {high}: clip them or pad x to the longest"
-        )
-    return lengths.to(x.device)
-
-
-def _check_reset(reset: Tensor, x: Tensor) -> None:
-    check_tensor("reset", reset)
-    if reset.shape != x.shape[:2] or reset.dtype != torch.bool:
-        raise ValueError(
-            f"expected reset of shape {tuple(x.shape[:2])} in torch.bool, got {tuple(reset.shape)} in {reset.dtype}: "
-            "True marks the steps before which the state is dropped"
-        )
-    if reset.device != x.device:
-        raise ValueError(f"expected reset on {x.device}, got {reset.device}: move it with .to()")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
-from legato.layers.base import RecurrentLayer, flat_output_size, zero_padding
+from legato.layers.base import RecurrentLayer, check_layer, flat_output_size, zero_padding
 
 
 class BidirectionalState(NamedTuple):
@@ -32,6 +32,7 @@ class Bidirectional(RecurrentLayer[BidirectionalState]):
     comes out after step 0, as the h_n of ``torch.nn.LSTM``.
 
     Raises:
+        TypeError: an argument is not a layer.
         ValueError: the layers do not go together.
         RuntimeError: by ``step``; a stream has no future to read.
 
@@ -50,10 +51,7 @@ class Bidirectional(RecurrentLayer[BidirectionalState]):
 
     def __init__(self, forward: RecurrentLayer, backward: RecurrentLayer):
         for name, layer in (("forward", forward), ("backward", backward)):
-            if not isinstance(layer, RecurrentLayer):
-                raise ValueError(
-                    f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer, not its class"
-                )
+            check_layer(layer, name)
             if layer.bidirectional:
                 raise ValueError(f"expected {name} to read forward, got a bidirectional {type(layer).__name__}")
             flat_output_size(layer, name)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from legato._checks import positive_int, real_number
+from legato._checks import check_tensor, positive_int, real_number
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._gated import GatedLayer, GatedState
 from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
@@ -173,6 +173,7 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
     ) -> tuple[Tensor, GILRLSTMState]:
         """The layer from weight x_t + bias, (B, T, 6 n), where the caller has a shorter way to those products than a
         matrix product: for a one-hot x_t they are a row of a table. All else is as for ``layer(x, ...)``."""
+        check_tensor("products", products)
         width = len(self.weight)
         if products.ndim != 3 or products.shape[-1] != width:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._checks import positive_int, real_number
+from legato._checks import check_floating, check_tensor, positive_int, real_number
 from legato._shapes import Float, Tensor
 from legato.layers._repr import constructor_arguments
 from legato.layers.base import Activation, activation_function, whole
@@ -27,6 +27,7 @@ class Highway(nn.Module):
     before b.
 
     Raises:
+        TypeError: x is not a floating tensor.
         ValueError: x does not have ``input_size`` channels.
 
     Example:
@@ -68,6 +69,8 @@ class Highway(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
         """y for each step of x, (..., input_size)."""
+        check_tensor("x", x)
+        check_floating("x", x)
         if x.ndim == 0 or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"expected x of shape (..., {self.input_size}), got {tuple(x.shape)}: the last axis is channels"

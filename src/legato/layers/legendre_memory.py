@@ -136,7 +136,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         expected = self.get_extra_state().shape
         if not isinstance(state, Tensor) or state.shape != expected:
             got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            raise ValueError(
+            raise (ValueError if isinstance(state, Tensor) else TypeError)(
                 f"expected a theta of shape {tuple(expected)} in the state_dict, got {got}: build the layer with as "
                 "many windows, and as trainable, as the one that was saved"
             )
@@ -337,7 +337,7 @@ def _window(theta: Any, channels: int) -> Float[Tensor, "*channels"]:
         theta = theta.detach().cpu().double().numpy()
     numbers = None if isinstance(theta, str | bool) else np.asarray(theta)
     if numbers is None or numbers.dtype.kind not in "iuf":
-        raise ValueError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
+        raise TypeError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
     if numbers.shape not in ((), (channels,)):
         raise ValueError(f"expected theta as one number or {channels}, one per channel, got shape {numbers.shape}")
     return torch.tensor(numbers.tolist(), dtype=torch.float64, device="cpu")

@@ -39,7 +39,8 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
     Shapes: input (B, T, input_size), output (B, T, output_size), state.memory (B, hidden_size).
 
     Raises:
-        ValueError: neither ``gates`` nor a subclass that defines it is there, or what it returns does not fit.
+        TypeError: neither ``gates`` nor a subclass that defines it is there, or it does not return two real tensors.
+        ValueError: what it returns is of a wrong shape.
 
     Example:
         >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # each channel's running average
@@ -81,7 +82,7 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
         self.hidden_size = positive_int(hidden_size, "hidden_size")
         self._output_size = self.hidden_size if output_size is None else positive_int(output_size, "output_size")
         if gates is None and type(self).gates is LinearRNN.gates:
-            raise ValueError(
+            raise TypeError(
                 "expected gates, got None: give a function of x that returns (decay, impulse), or define it in a class"
             )
         self.gates_function, self.read_function = gates, read
@@ -121,7 +122,7 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
     def _checked_gates(self, x):
         found = self.gates(x)
         if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
-            raise ValueError(f"expected gates(x) to return two tensors, decay and impulse, got {found!r}")
+            raise TypeError(f"expected gates(x) to return two tensors, decay and impulse, got {found!r}")
         decay, impulse = found
         if impulse.shape != (*x.shape[:2], self.hidden_size):
             raise ValueError(
@@ -129,7 +130,7 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
                 f"got {tuple(impulse.shape)}: (batch, time, hidden_size)"
             )
         if decay.is_complex() or impulse.is_complex():
-            raise ValueError("expected gates(x) to return real tensors, got complex ones: LRU has complex decays")
+            raise TypeError("expected gates(x) to return real tensors, got complex ones: LRU has complex decays")
         return decay.to(self._carry_dtype()), impulse.to(self._carry_dtype())
 
     def _check_kind(self, name: str, x: Tensor) -> None:

@@ -170,15 +170,10 @@ def _first_pass(plan: _Plan, sequences, leaves, tensors):
         "dtype": torch.get_autocast_dtype(x.device.type),
         "enabled": torch.is_autocast_enabled(x.device.type),
     }
-    if plan.random:
-        plan.random_states = [
-            torch.empty(len(parts), *state.shape, dtype=torch.uint8, device="cpu") for state in _random_states(x.device)
-        ]
     tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
     for number, part in enumerate(parts):
         if plan.random:
-            for block, state in zip(plan.random_states, _random_states(x.device), strict=True):
-                block[number] = state
+            _save_random_states(plan, number, len(parts))
         if number:
             kept = kept or [leaf.new_empty(len(parts), *leaf.shape) for leaf in leaves]
             for block, leaf in zip(kept, leaves, strict=True):
@@ -360,6 +355,15 @@ def _hooks_off(leaves: Sequence[Tensor]) -> Iterator[None]:
 def _random_states(device: torch.device) -> list[Tensor]:
     """The state of every generator that a layer on this device may draw from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _save_random_states(plan: _Plan, number: int, count: int) -> None:
+    """Save the state of every generator before segment ``number`` of ``count``, in blocks allocated once."""
+    states = _random_states(plan.device)
+    if number == 0:
+        plan.random_states = [torch.empty(count, *state.shape, dtype=torch.uint8, device="cpu") for state in states]
+    for block, state in zip(plan.random_states, states, strict=True):
+        block[number] = state
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import nn
 
 from legato._checks import dropout_rate, positive_int
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers.base import RecurrentLayer
+from legato.layers._states import check_states
+from legato.layers.base import RecurrentLayer, check_layer
 from legato.layers.bidirectional import Bidirectional, refuse_to_step
 
 
@@ -27,6 +28,7 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
     Shapes: input (B, T, layers[0].input_size); output that of the last layer; state a tuple of the layers' states.
 
     Raises:
+        TypeError: an argument is not a layer.
         ValueError: the layers do not fit one on another, or dropout is not from 0 to below 1.
         RuntimeError: by ``step``, where a layer is bidirectional.
 
@@ -80,7 +82,7 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
             A ``Stack``, of one layer too, so that the state has one form.
 
         Raises:
-            TypeError: the layer has no such option.
+            TypeError: ``layer`` is not the class of a layer, or has no such option.
             ValueError: a number is out of its range.
 
         Example:
@@ -163,13 +165,7 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
 
     def _check_state(self, state: object, batch: int | None = None) -> None:
         """The tuple alone, or the list that a data loader makes of it: each layer checks its own state."""
-        number = len(state) if isinstance(state, tuple | list) and type(state) in (tuple, list) else None
-        if number != len(self.layers):
-            got = type(state).__name__ if number is None else f"{number} states"
-            raise ValueError(
-                f"expected a tuple of {len(self.layers)} states, one a layer, got {got}: "
-                "use initial_state() or what this Stack returned"
-            )
+        check_states(state, len(self.layers), "one a layer", "Stack")
 
     def _weight(self) -> Tensor:
         return self._members()[0]._weight()
@@ -179,11 +175,7 @@ def _check_layers(layers: tuple[RecurrentLayer, ...]) -> None:
     if not layers:
         raise ValueError("expected at least one layer to stack, got none")
     for number, layer in enumerate(layers):
-        if not isinstance(layer, RecurrentLayer):
-            raise ValueError(
-                f"expected layer {number} to be a RecurrentLayer, got {type(layer).__name__}: give layers of this "
-                "library, or write one as RecurrentLayer says"
-            )
+        check_layer(layer, f"layer {number}")
         if number and not layers[number - 1].return_sequences:
             raise ValueError(
                 f"layer {number - 1} of a stack returns its last output only, and the one above needs all: build it "
@@ -201,7 +193,7 @@ def _check_options(layer: Callable[..., Any], options: dict[str, Any]) -> None:
     """Python's own error would not say what the layer does take."""
     if not (inspect.isclass(layer) and issubclass(layer, RecurrentLayer)):
         name = getattr(layer, "__name__", type(layer).__name__)
-        raise ValueError(f"expected the class of a layer, such as GILRLSTM, got {name}: give Stack(...) built layers")
+        raise TypeError(f"expected the class of a layer, such as GILRLSTM, got {name}: give Stack(...) built layers")
     parameters = inspect.signature(layer).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return

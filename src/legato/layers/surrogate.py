@@ -13,7 +13,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._fused import can_be_read
 from legato.layers._states import register_state, state_names
-from legato.layers.base import RecurrentLayer, flat_output_size
+from legato.layers.base import RecurrentLayer, check_layer, flat_output_size
 from legato.ops.gated import gated_recurrence, one_step_later
 
 
@@ -57,6 +57,7 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
     state, state.surrogate s~_t and, of an LSTM cell, state.cell c_t (B, H).
 
     Raises:
+        TypeError: the cell or the surrogate is of a wrong type.
         ValueError: cell and surrogate do not fit together; in the first call, where f does not give the shape of s~.
 
     Example:
@@ -129,9 +130,9 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
     def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
         """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
         s = self.cell(x, before) if self._input_comes_first else self.cell(before, x)
-        got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
         if not isinstance(s, Tensor) or s.shape != before.shape:
-            raise ValueError(
+            got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+            raise (ValueError if isinstance(s, Tensor) else TypeError)(
                 f"expected the cell to give s_t as a tensor of shape {tuple(before.shape)}, that of s_{{t-1}} from the "
                 f"surrogate, got {got}: make the surrogate as wide as the cell, and return s_t alone"
             )
@@ -180,8 +181,7 @@ def _lstm_by_steps(cell: Any, x: Tensor, before: Tensor, c: Tensor, reset: Tenso
 
 def _check_surrogate(surrogate: RecurrentLayer) -> None:
     name = type(surrogate).__name__
-    if not isinstance(surrogate, RecurrentLayer):
-        raise ValueError(f"expected surrogate to be a RecurrentLayer, got {name}: give a layer such as GILR(4, 256)")
+    check_layer(surrogate, "surrogate")
     if surrogate.bidirectional:
         raise ValueError(
             f"expected a surrogate that reads forward only, got a bidirectional {name}: s_{{t-1}} knows no later step"
@@ -198,14 +198,14 @@ def _check_cell(cell: Any, surrogate: RecurrentLayer) -> None:
     name = type(cell).__name__
     if inspect.isclass(cell) or isinstance(cell, nn.RNNBase | RecurrentLayer) or not callable(cell):
         got = f"the class {cell.__name__}" if inspect.isclass(cell) else name
-        raise ValueError(
+        raise TypeError(
             f"expected cell to be one step, got {got}: give a cell such as nn.GRUCell(4, 256), or a function "
             "f(s_{t-1}, x_t)"
         )
     if not isinstance(cell, RNNCellBase):
         return
     if isinstance(cell, nn.LSTMCell) and type(cell).forward is not nn.LSTMCell.forward:
-        raise ValueError(
+        raise TypeError(
             f"expected an nn.LSTMCell as it is, got a {name} with a forward of its own, which would not be called: "
             "give a function f(s_{t-1}, x_t)"
         )

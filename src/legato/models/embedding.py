@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
+from legato._checks import INTEGER_DTYPES, check_plain, checked_lengths, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import checked_lengths, whole, zero_padding
+from legato.layers.base import whole, zero_padding
 
 
 class Embedding(nn.Module):
@@ -31,6 +31,7 @@ class Embedding(nn.Module):
     Shapes: tokens of any shape, integers from 0 to num_embeddings - 1; output (*tokens, embedding_dim).
 
     Raises:
+        TypeError: tokens that are not integers.
         ValueError: vectors of another shape, a number out of its range; in the forward pass, a token outside the
             vocabulary (on a GPU torch's own error).
 
@@ -177,7 +178,7 @@ def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:
     """``tokens`` of any integer dtype in one that torch looks up by; an error where they are no integers."""
     check_plain(name, tokens)
     if tokens.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
+        raise TypeError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
     return tokens if tokens.dtype == torch.int32 else tokens.to(torch.int64)
 
 

@@ -12,8 +12,8 @@ from legato._checks import positive_int, real_number, whole_number
 from legato._dtypes import carry_dtype
 from legato._modes import evaluating
 from legato._shapes import Float, Int, Tensor
-from legato.layers._states import StateT
-from legato.layers.base import Activation, RecurrentLayer, activation_function, zero_padding
+from legato.layers._states import StateT, check_states
+from legato.layers.base import Activation, RecurrentLayer, activation_function, check_layer, zero_padding
 from legato.layers.highway import Highway
 
 from .embedding import Embedding, LockedDropout, indices, without_padding
@@ -259,12 +259,7 @@ class LanguageModel(nn.Module):
     def _states(self, state: Sequence[Any] | None) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
-        if type(state) not in (tuple, list) or len(state) != len(self.blocks):  # a data loader makes lists
-            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
-            raise ValueError(
-                f"expected a tuple of {len(self.blocks)} states, one a block, got {got}: "
-                "use initial_state() or what this model returned"
-            )
+        check_states(state, len(self.blocks), "one a block", "model")
         return tuple(state)
 
     def _checked_tokens(self, name: str, tokens: Tensor, ndim: int) -> Tensor:
@@ -403,7 +398,8 @@ def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> N
     if not layers:
         raise ValueError("expected at least one block, got none")
     for number, layer in enumerate(layers):
-        if not isinstance(layer, RecurrentLayer) or layer.bidirectional or not layer.return_sequences:
+        check_layer(layer, f"the layer of block {number}")
+        if layer.bidirectional or not layer.return_sequences:
             raise ValueError(
                 f"expected block {number} to have a layer of this library that gives an output at every step and looks "
                 f"at no later ones, got {type(layer).__name__}: build it so"
