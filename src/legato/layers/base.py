@@ -332,7 +332,7 @@ def check_layer(layer: object, name: str) -> None:
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(
             f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer such as GILR(4, 256), "
-            "not its class, or write one as RecurrentLayer says"
+            "not its class, or derive one from legato.RecurrentLayer"
         )
 
 
