@@ -18,9 +18,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from legato import GILRLSTM, QRNN, SRU, Stack, linear_recurrence
+from legato import GILRLSTM, QRNN, SRU, RecurrentLayer, Stack, linear_recurrence
 from legato._environment import free_memory
-from legato.layers._base import RecurrentLayer
 from legato.ops import backends
 from measure import interleave, machine, write_json
 from serial_recurrence import LOOP, SWEEP, looped, swept

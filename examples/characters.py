@@ -26,7 +26,9 @@ def main(path: Path, updates: int = UPDATES) -> str:
     def memory(size: int) -> LMU:  # a window of ten characters in each of three blocks, one above the other
         return LMU(size, size, memory_size=size // 2, order=5, theta=10)
 
-    model = LanguageModel(Embedding(len(letters), 32, padding=None), memory, blocks=3, channels=64, highways=1)
+    model = LanguageModel(
+        Embedding(len(letters), 32, padding_idx=None), memory, num_layers=3, hidden_size=64, highways=1
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for update in range(updates):
         starts = torch.randint(len(ids) - LENGTH, (BATCH, 1))

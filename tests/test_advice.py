@@ -70,7 +70,7 @@ TOKENS = {
 @pytest.mark.parametrize("lengths", [None, torch.tensor([7, 5])])
 def test_tokens_that_are_no_tensor_get_advice(make, error, lengths):
     layer, embedding = GILR(3, 3), Embedding(9, 3)
-    language = LanguageModel(embedding, lambda size: GILR(size, size), blocks=1)
+    language = LanguageModel(embedding, lambda size: GILR(size, size), num_layers=1)
     for call in (
         lambda: embedding(make()),
         lambda: SequenceClassifier(layer, nn.Linear(3, 2), embedding)(make(), lengths=lengths),

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 import draws
 import legato
 from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreMemory
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
 from legato.ops.time_invariant import METHODS
 from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
@@ -22,7 +22,7 @@ tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])
 
 
 def language_model(**options):
-    return LanguageModel(Embedding(27, 8), lambda size: SRU(size, size), blocks=2, highways=1, **options)
+    return LanguageModel(Embedding(27, 8), lambda size: SRU(size, size), num_layers=2, highways=1, **options)
 
 
 def bag():
@@ -103,8 +103,8 @@ def test_a_model_is_built_where_its_embedding_is(elsewhere):
     where = {"device": "cpu", "dtype": torch.float64}
     elsewhere()
     embedding = Embedding(27, 8, **where)
-    for options in ({}, {"channels": 6}, {"tied": True, "channels": 6}):
-        model = LanguageModel(embedding, lambda size: GILR(size, size, **where), blocks=1, **options)
+    for options in ({}, {"hidden_size": 6}, {"tied": True, "hidden_size": 6}):
+        model = LanguageModel(embedding, lambda size: GILR(size, size, **where), num_layers=1, **options)
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
 
 
@@ -219,7 +219,7 @@ LARGE = {
     "Highway": lambda: Highway(40),
     "LMU": lambda: LMU(40, 50, memory_size=30, order=5, theta=9.0),
     "Embedding": lambda: Embedding(40, 50),
-    "language model": lambda: LanguageModel(Embedding(40, 50), lambda size: GILR(size, size), blocks=2),
+    "language model": lambda: LanguageModel(Embedding(40, 50), lambda size: GILR(size, size), num_layers=2),
 }
 
 

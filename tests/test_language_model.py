@@ -30,14 +30,14 @@ class Custom(nn.Linear):
 OUTPUTS = {
     "plain": {},
     "custom": {"output": Custom},
-    "tied": {"tied": True, "channels": 10},
+    "tied": {"tied": True, "hidden_size": 10},
 }
 
 
 def model_of(memory="lmu", output="plain", **options):
     """A small model in float64, all of whose weights are drawn, biases included."""
     model = LanguageModel(
-        Embedding(VOCABULARY, 8, padding=None), MEMORIES[memory], blocks=2, **OUTPUTS[output], **options
+        Embedding(VOCABULARY, 8, padding_idx=None), MEMORIES[memory], num_layers=2, **OUTPUTS[output], **options
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,7 +196,7 @@ def test_calibration_brings_every_memory_to_a_deviation_of_one():
 
 
 def test_calibration_drops_no_words():
-    model = LanguageModel(Embedding(VOCABULARY, 8, dropout=0.5), MEMORIES["lmu"], blocks=2)
+    model = LanguageModel(Embedding(VOCABULARY, 8, dropout=0.5), MEMORIES["lmu"], num_layers=2)
     tokens, scales = text(steps=50), []
     for _ in range(2):
         model.calibrate(tokens)
@@ -250,7 +250,7 @@ def test_parts_that_do_not_fit_get_a_clear_error():
         LanguageModel(embedding, lambda size: SRU(8, 7), dense=False)
     with pytest.raises(ValueError, match="an output at every step"):
         LanguageModel(embedding, lambda size: LMU(8, 8, order=2, theta=3, return_sequences=False))
-    with pytest.raises(ValueError, match="got Linear"):
+    with pytest.raises(TypeError, match="got Linear"):
         LanguageModel(embedding, [nn.Linear(8, 8)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="at least one block"):
         LanguageModel(embedding, [])
@@ -261,7 +261,7 @@ def test_parts_that_do_not_fit_get_a_clear_error():
 @pytest.mark.bad_input
 def test_wrong_arguments_get_a_clear_error():
     model = model_of()
-    with pytest.raises(ValueError, match="expected tokens in an integer dtype, got torch"):
+    with pytest.raises(TypeError, match="expected tokens in an integer dtype, got torch"):
         model(torch.rand(3, 17))
     with pytest.raises(ValueError, match="tokens from 0 to 29, got 0 to 30"):
         model(torch.tensor([[0, 30]]))

@@ -11,20 +11,20 @@ ROOT = Path(legato.__file__).parent
 # Longest prefix first; each may import itself, unless it stands in ALONE, and what is listed.
 RULES = {
     "legato._shapes": (),
-    "legato._autocast": ("legato._shapes",),
+    "legato._dtypes": ("legato._shapes",),
     "legato._checks": ("legato._shapes",),
     "legato._gate_spec": ("legato._shapes",),
     "legato._modes": (),
     "legato._values": ("legato._shapes",),
     "legato._environment": ("legato",),
     "legato.legendre": ("legato._shapes", "legato._checks"),
-    "legato.ops.kernels": ("legato._gate_spec", "legato._shapes"),
+    "legato.ops.kernels": ("legato._gate_spec", "legato._shapes", "legato._dtypes"),
     "legato.ops": (
         "legato.ops.kernels",
         "legato._shapes",
         "legato._checks",
         "legato._gate_spec",
-        "legato._autocast",
+        "legato._dtypes",
         "legato._values",
     ),
     "legato.layers": (
@@ -33,9 +33,10 @@ RULES = {
         "legato._shapes",
         "legato._checks",
         "legato._gate_spec",
-        "legato._autocast",
+        "legato._dtypes",
+        "legato._modes",
     ),
-    "legato.models": ("legato.layers", "legato._shapes", "legato._checks", "legato._modes"),
+    "legato.models": ("legato.layers", "legato._shapes", "legato._checks", "legato._dtypes", "legato._modes"),
     "legato": ("legato.layers", "legato.legendre", "legato.models", "legato.ops"),
 }
 FORBIDDEN = {"legato.layers": ("legato.ops.kernels",)}

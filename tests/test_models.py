@@ -94,7 +94,7 @@ def test_an_embedding_gives_the_vectors_it_was_given():
 
 
 def test_a_dropped_word_is_dropped_everywhere():
-    embedding = Embedding(50, 2, vectors=torch.ones(50, 2), padding=None, dropout=0.4)
+    embedding = Embedding(50, 2, vectors=torch.ones(50, 2), padding_idx=None, dropout=0.4)
     tokens = torch.arange(50).repeat(3, 1)
     output = embedding(tokens)
     assert {round(v, 4) for v in output.flatten().tolist()} == {0.0, round(1 / 0.6, 4)}
@@ -113,10 +113,12 @@ def test_locked_dropout_is_the_same_at_every_step():
 
 @pytest.mark.bad_input
 def test_wrong_parts_get_a_clear_error():
-    with pytest.raises(ValueError, match=r"vectors of shape \(size, channels\) = \(5, 3\), got \(5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"vectors of shape \(num_embeddings, embedding_dim\) = \(5, 3\), got \(5, 4\)"
+    ):
         Embedding(5, 3, vectors=torch.ones(5, 4))
-    with pytest.raises(ValueError, match="padding as a token from 0 to 4, or None, got 5"):
-        Embedding(5, 3, padding=5)
+    with pytest.raises(ValueError, match="padding_idx as a token from 0 to 4, or None, got 5"):
+        Embedding(5, 3, padding_idx=5)
     for wrong in (lambda: Embedding(5, 3, dropout=1.0), lambda: LockedDropout(-0.1)):
         with pytest.raises(ValueError, match="expected dropout from 0 to below 1"):
             wrong()

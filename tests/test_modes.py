@@ -16,7 +16,7 @@ def modes(model):
 
 def language_model():
     make = lambda size: LMU(size, size, order=2, theta=4.0)  # noqa: E731
-    return LanguageModel(Embedding(27, 8, dropout=0.5), make, blocks=2, highways=1, dropout=0.5)
+    return LanguageModel(Embedding(27, 8, dropout=0.5), make, num_layers=2, highways=1, dropout=0.5)
 
 
 tokens = torch.randint(4, 27, (2, 12))

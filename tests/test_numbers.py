@@ -3,6 +3,7 @@
 import io
 import math
 from decimal import Decimal
+from numbers import Integral, Real
 
 import numpy as np
 import pytest
@@ -38,29 +39,35 @@ def test_a_real_of_any_type_is_a_python_number(make):
     assert type(dropout_rate(make(0))) is float
 
 
+def class_of_fault(wrong, kind):
+    """ValueError for a number of the kind that is wanted, of a wrong value; else TypeError."""
+    is_bool = isinstance(wrong, bool)
+    return ValueError if isinstance(wrong, kind) and not is_bool else TypeError
+
+
 @pytest.mark.parametrize("wrong", [*NO_NUMBERS, math.nan, np.float32("inf")], ids=repr)
 def test_what_is_no_real_number_is_refused(wrong):
-    with pytest.raises(ValueError, match="expected bias to be a finite number, got"):
+    with pytest.raises(class_of_fault(wrong, Real), match="expected bias to be a finite number, got"):
         real_number(wrong, "bias")
 
 
 @pytest.mark.parametrize("wrong", [*NO_NUMBERS, 0, -1, 2.0, np.float32(2), torch.tensor(2.0)], ids=repr)
 def test_what_is_no_positive_int_is_refused(wrong):
-    with pytest.raises(ValueError, match="expected size to be an int of at least 1, got"):
+    with pytest.raises(class_of_fault(wrong, Integral), match="expected size to be an int of at least 1, got"):
         positive_int(wrong, "size")
 
 
 @pytest.mark.parametrize("wrong", [*NO_NUMBERS, -0.1, 1, 1.0, math.nan, np.float32(1)], ids=repr)
 def test_what_is_no_dropout_rate_is_refused(wrong):
-    with pytest.raises(ValueError, match="expected dropout from 0 to below 1, got"):
+    with pytest.raises(class_of_fault(wrong, Real), match="expected dropout from 0 to below 1, got"):
         dropout_rate(wrong)
 
 
 def language_model(i, r):
     make = lambda size: GILR(size, size)  # noqa: E731
-    embedding = Embedding(i(9), i(4), padding=i(0), dropout=r(0.5))
-    options = {"channels": i(5), "highways": i(1), "top_highways": i(0), "gate_bias": r(-1), "dropout": r(0.25)}
-    return LanguageModel(embedding, make, blocks=i(2), **options)
+    embedding = Embedding(i(9), i(4), padding_idx=i(0), dropout=r(0.5))
+    options = {"hidden_size": i(5), "highways": i(1), "top_highways": i(0), "gate_bias": r(-1), "dropout": r(0.25)}
+    return LanguageModel(embedding, make, num_layers=i(2), **options)
 
 
 BUILT = [

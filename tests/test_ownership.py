@@ -11,7 +11,7 @@ import draws
 import legato
 from legato._shapes import Tensor
 from legato.layers import GILR, GILRLSTM, LegendreMemory, LinearRNN
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
 from legato.ops.time_invariant import METHODS
 from test_contract import BATCH, SPLIT, STEPS, build, every_layer, every_streaming_layer, inputs
@@ -221,11 +221,11 @@ class Careless(RecurrentLayer):
         self.output, self.final = output, final
 
     def _state_shapes(self):
-        return OneState((self.hidden_size,))
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
         states = x.cumsum(1)
-        return self.output(self, x, states), OneState(self.final(self, x, states, state))
+        return self.output(self, x, states), OneState(states), OneState(self.final(self, x, states, state))
 
 
 OUTPUTS = {
@@ -317,7 +317,7 @@ def test_models_share_nothing(mode):
     layer = GILR(3, 8)
     tokens, x = torch.randint(1, 9, (2, 7)), torch.randn(2, 7, 3)
     bag = LegendreMemory(3, 1, 9.0, return_sequences=False)
-    language = LanguageModel(Embedding(9, 4), lambda size: GILR(size, size), blocks=2)
+    language = LanguageModel(Embedding(9, 4), lambda size: GILR(size, size), num_layers=2)
     models = [
         (SequenceRegressor(layer, nn.Identity()), x),
         (SequenceClassifier(layer, nn.Identity()), x),

@@ -49,7 +49,7 @@ def test_products_take_lengths_of_any_integer_dtype():
 
 def language_model(**options):
     draws.seed(0)
-    return LanguageModel(Embedding(WORDS, 8), lambda size: SRU(size, size), blocks=2, highways=1, **options).eval()
+    return LanguageModel(Embedding(WORDS, 8), lambda size: SRU(size, size), num_layers=2, highways=1, **options).eval()
 
 
 def read(kind, **options):
@@ -84,7 +84,7 @@ def of_scores(model):
 RUNS = {
     "classifier": lambda: of_tokens(read(SequenceClassifier)),
     "regressor": lambda: of_tokens(read(SequenceRegressor)),
-    "no padding token": lambda: of_tokens(read(SequenceClassifier, padding=None)),
+    "no padding token": lambda: of_tokens(read(SequenceClassifier, padding_idx=None)),
     "bag of words": lambda: of_tokens(bag()),
     "encoded inputs": encoded_inputs,
     "language model": lambda: of_tokens(language_model()),
@@ -174,7 +174,7 @@ def test_lengths_that_are_no_integers_are_refused(case):
     layer = build(case)
     x = inputs(layer)[0]
     for dtype in (torch.bool, torch.float32, torch.complex64):
-        with pytest.raises(ValueError, match="integer dtype, got"):
+        with pytest.raises(TypeError, match="integer dtype, got"):
             layer(x, lengths=torch.ones(BATCH, dtype=dtype))
     with pytest.raises(ValueError, match=f"expected lengths from 0 to T = {STEPS}, got -1 to -1"):
         layer(x, lengths=torch.full((BATCH,), -1, dtype=torch.int8))

@@ -22,7 +22,7 @@ MODULES = {
     "RecurrentLMU": lambda: RecurrentLMU(20, 30, order=3, theta=6.0, hidden_cell="lstm"),
     "Embedding": lambda: Embedding(30, 20),
     "vectors": lambda: Embedding(9, 4, vectors=VECTORS),
-    "language model": lambda: LanguageModel(Embedding(30, 20), lambda size: GILR(size, size), blocks=1),
+    "language model": lambda: LanguageModel(Embedding(30, 20), lambda size: GILR(size, size), num_layers=1),
 }
 
 

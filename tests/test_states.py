@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 import bounds
 from legato._shapes import Tensor
 from legato.layers import GILR, LMU, Stack
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel
 from test_contract import BATCH, build, every_layer, every_streaming_layer, inputs
 
@@ -35,11 +35,11 @@ class Own(RecurrentLayer):
         self.hidden_size = 3
 
     def _state_shapes(self):
-        return OwnState((3,))
+        return ((3,),)
 
     def _sequence(self, x, state, lengths, reset):
         states = x.cumsum(1)
-        return states, OwnState(states[:, -1])
+        return states, OwnState(states), OwnState(states[:, -1])
 
     def _weight(self):
         return torch.empty(0)
@@ -85,7 +85,7 @@ def test_a_state_in_a_checkpoint_comes_back(case, copied):
 @every_copy
 def test_states_of_models_and_own_layers_come_back(copied):
     words = Embedding(9, 4)
-    language = LanguageModel(words, lambda size: LMU(size, size, order=2, theta=4.0), blocks=2)
+    language = LanguageModel(words, lambda size: LMU(size, size, order=2, theta=4.0), num_layers=2)
     tokens = torch.randint(1, 9, (2, 5))
     with torch.no_grad():
         values = [

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._shapes import Tensor
-from legato.layers._base import RecurrentLayer, positive_int
+from legato.layers.base import RecurrentLayer, StateShapes, positive_int
 
 
 class LSTMState(NamedTuple):
@@ -17,7 +17,7 @@ class LSTMState(NamedTuple):
     hidden: Tensor
 
 
-class LSTM(RecurrentLayer):
+class LSTM(RecurrentLayer[LSTMState]):
     """c_t = f_t c_{t-1} + i_t z_t, h_t = o_t tanh(c_t): PyTorch's LSTM, one layer, sequential over time.
 
     Args:
@@ -37,10 +37,12 @@ class LSTM(RecurrentLayer):
         self.return_sequences = return_sequences
         self.lstm = nn.LSTM(input_size, hidden_size, batch_first=True)
 
-    def _state_shapes(self) -> LSTMState:
-        return LSTMState(*[(self.lstm.hidden_size,)] * 2)  # type: ignore[arg-type]
+    def _state_shapes(self) -> StateShapes:
+        return (self.lstm.hidden_size,), (self.lstm.hidden_size,)
 
-    def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
+    def _sequence(
+        self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, None, Any]:
         refuse_reset(reset)
         state = self.initial_state(len(x)) if state is None else state
         hidden, cell = state.hidden.to(x.dtype), state.cell.to(x.dtype)
@@ -52,7 +54,7 @@ class LSTM(RecurrentLayer):
             output, (hidden, cell) = self._to_lengths(x, hidden, cell, lengths)
         if not self.return_sequences:
             output = hidden if x.shape[1] else torch.zeros_like(hidden)
-        return output, LSTMState(*(part.to(self._carry_dtype()) for part in (cell, hidden)))
+        return output, None, LSTMState(*(part.to(self._carry_dtype()) for part in (cell, hidden)))
 
     def _run(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         output, (hidden, cell) = self.lstm(x, (hidden[None], cell[None]))
@@ -90,7 +92,7 @@ class TransformerState(NamedTuple):
     filled: Tensor
 
 
-class Transformer(RecurrentLayer):
+class Transformer(RecurrentLayer[TransformerState]):
     """x = x + W attention(norm(x)), x = x + MLP(norm(x)), ``layers`` times, then norm(x): a causal transformer.
 
     Each step attends to itself and to the ``window`` steps before it, so what it needs of the past is of one size, and
@@ -139,18 +141,20 @@ class Transformer(RecurrentLayer):
         )
         self.norm = nn.LayerNorm(hidden_size)
 
-    def _state_shapes(self) -> TransformerState:
-        return TransformerState((len(self.blocks), 2, self.window, self.hidden_size), ())  # type: ignore[arg-type]
+    def _state_shapes(self) -> StateShapes:
+        return (len(self.blocks), 2, self.window, self.hidden_size), ()
 
     def _weight(self) -> Tensor:
         return self.norm.weight
 
-    def _sequence(self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
+    def _sequence(
+        self, x: Tensor, state: Any, lengths: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, None, Any]:
         refuse_reset(reset)
         batch, steps, _ = x.shape
         state = self.initial_state(batch) if state is None else state
         if 0 in (batch, steps):
-            return x.new_zeros(batch, *(steps,) * self.return_sequences, self.hidden_size), state
+            return x.new_zeros(batch, *(steps,) * self.return_sequences, self.hidden_size), None, state
         # The state after L steps is what stands at L to L + window in the window before, followed by this chunk.
         ends = torch.full((batch,), steps, device=x.device) if lengths is None else lengths
         kept = (ends[:, None] + torch.arange(self.window, device=x.device))[:, None, :, None]  # (B, 1, window, 1)
@@ -161,7 +165,7 @@ class Transformer(RecurrentLayer):
         if not self.return_sequences:
             h = h[torch.arange(batch, device=x.device), (ends - 1).clamp(min=0)]
         filled = (state.filled + ends).clamp(max=self.window)
-        return self.norm(h), TransformerState(torch.stack(memory, 1).to(self._carry_dtype()), filled)
+        return self.norm(h), None, TransformerState(torch.stack(memory, 1).to(self._carry_dtype()), filled)
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from legato.layers import GILRLSTM, LMU, SRU, Stack
-from legato.layers._base import RecurrentLayer, positive_int
+from legato.layers.base import RecurrentLayer, positive_int
 
 from .baselines import LSTM, Transformer
 from .task import ExperimentError

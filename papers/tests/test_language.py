@@ -27,7 +27,7 @@ class NextToken(LanguageTask):
         self.train = Windows(text, batch_size, window, updates)
         self.validation = self.test = Streams(text[500:800], text[:500], count, 20)
         self.model = LanguageModel(
-            Embedding(7, 8, padding=None), lambda size: Stack(LMU(size, size, order=3, theta=5)), blocks=2
+            Embedding(7, 8, padding_idx=None), lambda size: Stack(LMU(size, size, order=3, theta=5)), num_layers=2
         )
 
 

@@ -36,7 +36,7 @@ def translator(**options):
 
 MODELS = {
     "pair": lambda: PairClassifier(LRU(8, 6), nn.Linear(24, 2), Embedding(27, 8)),
-    "adaptive softmax": lambda: language_model(output=SOFTMAX, channels=6),
+    "adaptive softmax": lambda: language_model(output=SOFTMAX, hidden_size=6),
     "translator": translator,
     "tied translator": lambda: translator(tied=True),
 }
@@ -94,7 +94,7 @@ def test_a_model_is_built_where_its_embedding_is(elsewhere):
     elsewhere()
     embedding = Embedding(27, 8, **where)
     layer = lambda size: GILR(size, size, **where)  # noqa: E731
-    adaptive = LanguageModel(embedding, layer, blocks=1, output=adaptive_softmax((5, 9), **where))
+    adaptive = LanguageModel(embedding, layer, num_layers=1, output=adaptive_softmax((5, 9), **where))
     for model in (adaptive, Translator(GILR(8, 4, **where), GILR(8, 4, **where), embedding, embedding)):
         assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cpu", torch.float64)}
 
@@ -361,6 +361,6 @@ def test_cutoffs_rise_within_the_vocabulary():
 def test_a_language_model_of_an_lstm_streams(options):
     draws.seed(0)
     make = lambda size: LSTM(size, 9)  # noqa: E731
-    model = LanguageModel(Embedding(30, 8, padding=None), make, blocks=2, **options).double()
+    model = LanguageModel(Embedding(30, 8, padding_idx=None), make, num_layers=2, **options).double()
     text = torch.randint(30, (3, 17))
     bounds.assert_agrees(step_by_step(model, text), model, text, terms=30 * 17)

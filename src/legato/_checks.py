@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from legato._shapes import Tensor
+from legato._shapes import Int, Tensor
 
 INTEGER_DTYPES = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64
@@ -19,30 +19,36 @@ INTEGER_DTYPES = (
 
 
 def whole_number(value: Any, name: str, *, least: int = 0) -> int:
-    """``value`` as an int; an error unless it is of an integer type and ``least`` or more."""
+    """``value`` as an int; TypeError unless it is of an integer type, ValueError unless it is ``least`` or more."""
     number = _python_number(value)
-    if not isinstance(number, Integral) or number < least:
+    if not isinstance(number, Integral):
+        raise TypeError(f"expected {name} to be an int of at least {least}, got {value!r}")
+    if number < least:
         raise ValueError(f"expected {name} to be an int of at least {least}, got {value!r}")
     return int(number)
 
 
 def positive_int(value: Any, name: str) -> int:
-    """``value`` as an int; an error unless it is of an integer type and 1 or more."""
+    """``value`` as an int; TypeError unless it is of an integer type, ValueError unless it is 1 or more."""
     return whole_number(value, name, least=1)
 
 
 def real_number(value: Any, name: str) -> float | int:
-    """``value`` as a float, or as an int where it is one; an error unless it is real and finite."""
+    """``value`` as a float, or as an int where it is one; TypeError unless real, ValueError unless finite."""
     number = _python_number(value)
-    if not isinstance(number, Real) or not math.isfinite(number):
+    if not isinstance(number, Real):
+        raise TypeError(f"expected {name} to be a finite number, got {value!r}")
+    if not math.isfinite(number):
         raise ValueError(f"expected {name} to be a finite number, got {value!r}")
     return int(number) if isinstance(number, Integral) else float(number)
 
 
 def dropout_rate(value: Any, name: str = "dropout") -> float:
-    """``value`` as a float; an error unless it is real and from 0 to below 1."""
+    """``value`` as a float; TypeError unless it is real, ValueError unless it is from 0 to below 1."""
     number = _python_number(value)
-    if not isinstance(number, Real) or not 0 <= float(number) < 1:
+    if not isinstance(number, Real):
+        raise TypeError(f"expected {name} from 0 to below 1, got {value!r}: the fraction that is dropped")
+    if not 0 <= float(number) < 1:
         raise ValueError(f"expected {name} from 0 to below 1, got {value!r}: the fraction that is dropped")
     return float(number)
 
@@ -74,12 +80,9 @@ def check_plain(name: str, value: Any) -> None:
         raise ValueError(f"expected {name} as a dense tensor, got layout {value.layout}: convert it with .to_dense()")
 
 
-# The arguments of ops. TypeError for what is no tensor or of a wrong kind of dtype, ValueError for a wrong shape or
-# device. An argument that is None was not given.
-
-
 def check_numbers(*, real: bool = False, **given: Any) -> None:
-    """Raise TypeError unless the arguments are tensors of floating or, without ``real``, complex dtypes."""
+    """Raise TypeError unless the arguments that are not None are tensors of floating or, unless ``real``, complex
+    dtypes."""
     for name, x in given.items():
         if x is None:
             continue
@@ -115,13 +118,48 @@ def check_reset(reset: Any, name: str, x: Tensor) -> None:
     """Raise TypeError unless ``reset`` is a boolean tensor, ValueError unless (batch, time) on the device of x."""
     if reset is None:
         return
-    if not isinstance(reset, Tensor):
-        raise TypeError(f"reset must be a tensor, got {type(reset).__name__}: wrap it with torch.as_tensor()")
+    check_tensor("reset", reset)
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must be a boolean tensor, got {reset.dtype}: True drops the state before that step")
     if reset.shape != x.shape[:2]:
         raise ValueError(f"reset must be (batch, time) = {tuple(x.shape[:2])}, got {tuple(reset.shape)}")
     check_device("reset", reset, name, x)
+
+
+def checked_lengths(lengths: Any, x: Tensor) -> Int[Tensor, "B"]:
+    """``lengths`` in int64 on x's device; an error where they are not numbers of steps of the rows of x, (B, T, ...).
+
+    In 8 bits ``lengths - 1`` would wrap around, and a uint8 index is a mask.
+    """
+    check_tensor("lengths", lengths)
+    batch, steps = x.shape[:2]
+    if lengths.dtype not in INTEGER_DTYPES:
+        raise TypeError(
+            f"expected lengths of shape ({batch},) in an integer dtype, got {tuple(lengths.shape)} in {lengths.dtype}: "
+            "give the number of steps of each row"
+        )
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"expected lengths of shape ({batch},), got {tuple(lengths.shape)}: give the number of steps of each row"
+        )
+    if lengths.device != x.device and lengths.device.type != "cpu":
+        raise ValueError(f"expected lengths on {x.device} or the CPU, got {lengths.device}: move it with .to()")
+    lengths = lengths.to(torch.int64)
+    # Compiled, fake and meta tensors have no values to look at; lengths beyond T then count as T.
+    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.is_meta or lengths.numel() == 0:
+        return lengths.to(x.device)
+    low, high = (int(v) for v in torch.aminmax(torch.func.debug_unwrap(lengths)))  # the plain tensor under vmap
+    if low < 0 or high > steps:
+        raise ValueError(
+            f"expected lengths from 0 to T = {steps}, got {low} to {high}: clip them or pad x to the longest"
+        )
+    return lengths.to(x.device)
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise TypeError unless the numbers of x are real and floating."""
+    if not x.is_floating_point():
+        raise TypeError(f"expected {name} to be floating, got {x.dtype}: convert it with .to()")
 
 
 def as_tensor_advice(value: Any, *, lengths: bool = True) -> str:

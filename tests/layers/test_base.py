@@ -1,23 +1,20 @@
-"""A layer written as layers/_base.py says is a whole layer."""
+"""A layer written as the docstring of ``RecurrentLayer`` says is a whole layer."""
 
 import copy
-import re
-import textwrap
-from typing import NamedTuple
+import doctest
 
 import pytest
 import torch
 
 import bounds
-import legato.layers._base as base
-from legato.layers import LMU
-from legato.ops.recurrence import linear_recurrence
+import legato.layers.base as base
+from legato.layers import LMU, RecurrentLayer
 
 
 def test_the_layer_in_the_docstring_works():
-    block = re.search(r"::\n\n(    class LeakyState.*?)\n\nExport", base.__doc__, re.DOTALL).group(1)
-    names = {**vars(base), "NamedTuple": NamedTuple, "linear_recurrence": linear_recurrence, "__name__": "example"}
-    exec(textwrap.dedent(block), names)
+    names = {"__name__": "example"}
+    for example in doctest.DocTestParser().get_examples(RecurrentLayer.__doc__):
+        exec(example.source, names)
     layer = names["Leaky"](3, 5).double()
     x = torch.randn(2, 20, 3, dtype=torch.float64)
     lengths = torch.tensor([20, 7])
@@ -55,7 +52,7 @@ def test_lengths_may_be_mapped_by_vmap():
 @pytest.mark.bad_input
 @pytest.mark.parametrize("theta", ["10", None, True])
 def test_a_theta_that_is_no_number_is_refused(theta):
-    with pytest.raises(ValueError, match="expected theta as a number of steps, or one per channel, got"):
+    with pytest.raises(TypeError, match="expected theta as a number of steps, or one per channel, got"):
         LMU(2, 3, order=4, theta=theta)
 
 

@@ -5,7 +5,7 @@ import torch
 
 import draws
 from legato import LRU
-from legato.layers._base import never_narrowed
+from legato.layers.base import never_narrowed
 
 WIDE = ("nu_log", "theta_log", "gamma_log")
 CONVERSIONS = {

@@ -100,7 +100,7 @@ def test_products_that_do_not_fit_raise():
         (products, torch.zeros(2, 5), "expected a GILRLSTMState, got Tensor"),
         (products, layer.initial_state(1), r"expected state.memory of shape \(2, 5\), got \(1, 5\)"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             layer.from_products(given, state)
     with pytest.raises(ValueError, match="expected lengths from 0 to T = 4, got 5 to 5"):
         layer.from_products(products, lengths=torch.tensor([5, 5]))

@@ -191,7 +191,7 @@ def test_sixteen_bit_weights_keep_the_window():
 
 def test_bad_arguments_raise(unchecked):
     for arguments, options, message in [
-        ((0, 4, 10), {}, "expected channels to be an int of at least 1, got 0"),
+        ((0, 4, 10), {}, "expected input_size to be an int of at least 1, got 0"),
         ((1, 0, 10), {}, "expected order to be an int of at least 1, got 0"),
         ((1, 2.5, 10), {}, "expected order to be an int of at least 1, got 2.5"),
         ((1, 4, 0.5), {}, "1 step or more, got 0.5"),
@@ -203,5 +203,5 @@ def test_bad_arguments_raise(unchecked):
         ((1, 4, 10), {"method": "chunk"}, "expected method to be None or one of sequential, toeplitz, fft, chunked"),
         ((1, 40, 10), {"discretizer": "euler"}, "stable from theta"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             LegendreMemory(*arguments, **options)

@@ -30,8 +30,8 @@ def small_segments(monkeypatch):
 def equations(layer, x):
     """(18), (19) and (20), a step and a channel at a time."""
     A, B = delay_network(layer.memory.order, layer.memory.window().detach())
-    A, B = A.expand(layer.memory.channels, -1, -1), B.expand(layer.memory.channels, -1)
-    m, outputs = [torch.zeros(len(x), layer.memory.order, dtype=x.dtype)] * layer.memory.channels, []
+    A, B = A.expand(layer.memory.input_size, -1, -1), B.expand(layer.memory.input_size, -1)
+    m, outputs = [torch.zeros(len(x), layer.memory.order, dtype=x.dtype)] * layer.memory.input_size, []
     for t in range(x.shape[1]):
         u = torch.tanh(x[:, t] @ layer.encoder.weight.T + layer.encoder.bias)
         m = [m[c] @ A[c].T + u[:, c, None] * B[c] for c in range(len(m))]
@@ -158,7 +158,7 @@ def test_every_kind_of_derivative_is_that_of_one_pass(small_segments, options):
     again = LMU(2, 3, order=4, theta=7.0, dtype=torch.float64, **options)
     again.load_state_dict(once.state_dict())
     x = torch.randn(2, 70, 2, dtype=torch.float64, requires_grad=True)
-    start = torch.randn(2, once.memory.channels, 4, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(2, once.memory.input_size, 4, dtype=torch.float64, requires_grad=True)
 
     def run(layer, x, memory):
         def loss(x):
@@ -241,7 +241,7 @@ def test_bad_arguments_raise():
     jaxtyping.config.update("jaxtyping_disable", True)
     for options, message in [
         ({"hidden_size": 0}, "expected hidden_size to be an int of at least 1, got 0"),
-        ({"memory_size": 0}, "expected channels to be an int of at least 1, got 0"),
+        ({"memory_size": 0}, "expected memory_size to be an int of at least 1, got 0"),
         ({"memory_dropout": 1.0}, "expected memory_dropout from 0 to below 1, got 1.0"),
         ({"activation": "rely"}, "expected an activation among identity, gelu, relu.* or a callable, got 'rely'"),
         ({"return_sequences": False, "method": "fft"}, "expected method=None with return_sequences=False, got 'fft'"),

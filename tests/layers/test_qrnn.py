@@ -87,11 +87,12 @@ def test_it_has_the_paper_s_parameters():
 @pytest.mark.bad_input
 @pytest.mark.parametrize("size", [0, -1, 2.0, None, True])
 def test_a_size_that_is_no_positive_int_raises(size):
-    with pytest.raises(ValueError, match=f"expected kernel_size to be an int of at least 1, got {size}"):
+    error = ValueError if type(size) is int else TypeError
+    with pytest.raises(error, match=f"expected kernel_size to be an int of at least 1, got {size}"):
         QRNN(4, 4, kernel_size=size)
-    with pytest.raises(ValueError, match="expected hidden_size to be an int of at least 1"):
+    with pytest.raises(error, match="expected hidden_size to be an int of at least 1"):
         QRNN(4, size)
-    with pytest.raises(ValueError, match="expected input_size to be an int of at least 1"):
+    with pytest.raises(error, match="expected input_size to be an int of at least 1"):
         QRNN(size, 4)
 
 

@@ -11,7 +11,7 @@ from legato.legendre import delay_network
 def equations(layer, x):
     """The 2019 unit, a step at a time, each term in its own product."""
     A, B = delay_network(layer.memory.order, layer.memory.window())
-    channels, order, H = layer.memory.channels, layer.memory.order, layer.hidden_size
+    channels, order, H = layer.memory.input_size, layer.memory.order, layer.hidden_size
     A, B = A.expand(channels, order, order), B.expand(channels, order)
     m = torch.zeros(len(x), channels, order, dtype=x.dtype)
     h = c = torch.zeros(len(x), H, dtype=x.dtype)

@@ -63,7 +63,8 @@ def test_an_unknown_activation_raises():
 @pytest.mark.bad_input
 @pytest.mark.parametrize("size", [0, -1, 2.0, None])
 def test_a_size_that_is_no_positive_int_raises(size):
-    with pytest.raises(ValueError, match="expected hidden_size to be an int of at least 1"):
+    error = ValueError if type(size) is int else TypeError
+    with pytest.raises(error, match="expected hidden_size to be an int of at least 1"):
         SRU(4, size)
-    with pytest.raises(ValueError, match="expected input_size to be an int of at least 1"):
+    with pytest.raises(error, match="expected input_size to be an int of at least 1"):
         SRU(size, 4)

@@ -12,7 +12,7 @@ from torch import nn
 
 import draws
 from legato.layers import GILR, GILRLSTM, LMU, Bidirectional, LegendreMemory, Stack
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 
 
 class MeanState(NamedTuple):
@@ -30,11 +30,11 @@ class Sum(RecurrentLayer):
         self.linear = nn.Linear(input_size, hidden_size, bias=bias)
 
     def _state_shapes(self):
-        return MeanState((self.hidden_size,))
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
         states = self.linear(x).cumsum(1) + (0 if state is None else state.memory[:, None])
-        return states, MeanState(states[:, -1])
+        return states, MeanState(states), MeanState(states[:, -1])
 
 
 def test_a_stack_is_its_layers_in_turn():
@@ -128,7 +128,7 @@ def test_a_bidirectional_layer_cannot_step_and_nothing_is_computed():
     with pytest.raises(RuntimeError, match="got a bidirectional Stack: a stream has no future to read"):
         stack.step(torch.randn(2, 3), stack.initial_state(2))
     with pytest.raises(RuntimeError, match="got a bidirectional Stack"):
-        Stack(stack, GILR(2, 2)).step(torch.randn(2, 3), None)
+        Stack(stack, GILR(2, 2)).step(torch.randn(2, 3), ())
 
 
 @pytest.mark.bad_input
@@ -136,8 +136,8 @@ def test_a_bidirectional_layer_cannot_step_and_nothing_is_computed():
     ("build", "error", "message"),
     [
         (lambda: Stack(), ValueError, "at least one layer"),
-        (lambda: Stack(GILR), ValueError, "expected layer 0 to be a RecurrentLayer, got type"),
-        (lambda: Stack(nn.LSTM(3, 4)), ValueError, "expected layer 0 to be a RecurrentLayer, got LSTM"),
+        (lambda: Stack(GILR), TypeError, "expected layer 0 to be a RecurrentLayer, got type"),
+        (lambda: Stack(nn.LSTM(3, 4)), TypeError, "expected layer 0 to be a RecurrentLayer, got LSTM"),
         (
             lambda: Stack(LMU(2, 5, order=3, theta=6.0, return_sequences=False), GILR(5, 4)),
             ValueError,
@@ -151,12 +151,12 @@ def test_a_bidirectional_layer_cannot_step_and_nothing_is_computed():
         ),
         (lambda: Stack(GILR(3, 4), GILR(4, 4), dropout=1.0), ValueError, "expected dropout from 0 to below 1, got 1.0"),
         (lambda: Stack(GILR(3, 4), GILR(4, 4), dropout=-0.1), ValueError, "expected dropout from 0"),
-        (lambda: Stack(GILR(3, 4), GILR(4, 4), dropout="0.1"), ValueError, "expected dropout from 0"),
+        (lambda: Stack(GILR(3, 4), GILR(4, 4), dropout="0.1"), TypeError, "expected dropout from 0"),
         (lambda: Stack.of(GILR, 3, 4, num_layers=0), ValueError, "num_layers to be an int of at least 1, got 0"),
-        (lambda: Stack.of(GILR, 3, 4, num_layers=2.0), ValueError, "num_layers to be an int of at least 1, got 2.0"),
+        (lambda: Stack.of(GILR, 3, 4, num_layers=2.0), TypeError, "num_layers to be an int of at least 1, got 2.0"),
         (lambda: Stack.of(GILR, 0, 4), ValueError, "input_size to be an int of at least 1, got 0"),
-        (lambda: Stack.of(nn.LSTM, 3, 4), ValueError, "expected the class of a layer.*got LSTM"),
-        (lambda: Stack.of(GILR(3, 4), 3, 4), ValueError, "expected the class of a layer.*got GILR"),
+        (lambda: Stack.of(nn.LSTM, 3, 4), TypeError, "expected the class of a layer.*got LSTM"),
+        (lambda: Stack.of(GILR(3, 4), 3, 4), TypeError, "expected the class of a layer.*got GILR"),
         (
             lambda: Stack.of(GILR, 3, 4, batch_first=True),
             TypeError,
@@ -176,11 +176,12 @@ def test_a_wrong_state_gets_a_clear_error():
     state = stack.initial_state(2)
     for wrong, got in ((state[0], type(state[0]).__name__), (state[:1], "1 states"), ({}, "dict")):
         message = f"expected a tuple of 2 states, one a layer, got {got}: use initial_state"
-        with pytest.raises(ValueError, match=message):
+        error = ValueError if got == "1 states" else TypeError
+        with pytest.raises(error, match=message):
             stack(x, wrong)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             stack.step(x[:, 0], wrong)
-    with pytest.raises(ValueError, match="expected a tuple of 2 states, one a layer, got NoneType"):
+    with pytest.raises(TypeError, match="expected a tuple of 2 states, one a layer, got NoneType"):
         stack.step(x[:, 0], None)
     with pytest.raises(ValueError, match=r"expected state.memory of shape \(2, 4\), got \(2, 5\)"):
         stack(x, state[::-1])

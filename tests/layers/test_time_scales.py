@@ -62,9 +62,16 @@ def test_time_scales_far_below_a_step_have_a_finite_bias():
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("bias", [torch.zeros(4, dtype=torch.int64), torch.zeros(2, 2), [0.0, 0.0]])
-def test_what_is_no_bias_raises(bias):
-    with pytest.raises(ValueError, match=r"expected the bias as a tensor of floats of shape \(channels,\), got"):
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (torch.zeros(4, dtype=torch.int64), TypeError, "expected bias to be floating, got torch.int64"),
+        (torch.zeros(2, 2), ValueError, r"expected bias of shape \(channels,\), got \(2, 2\)"),
+        ([0.0, 0.0], TypeError, "expected bias to be a tensor, got list"),
+    ],
+)
+def test_what_is_no_bias_raises(bias, error, message):
+    with pytest.raises(error, match=message):
         spread_time_scales(bias, 1.0, 10.0)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from legato._checks import positive_int
+from legato._dtypes import carry_dtype
 from legato._shapes import Float, Int, Tensor
 
 
@@ -57,23 +58,25 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         if targets is None:
             return self.log_prob(features)
         targets = targets.to(torch.int64)
-        head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
+        head = F.log_softmax(self.head(features), dim=1, dtype=carry_dtype(features.dtype))
         # Targets outside of the vocabulary stay as they are, so that gather raises, on a GPU too.
         rare = (targets >= self.shortlist_size) & (targets < self.n_classes)
         log_p = head.gather(1, targets.masked_fill(rare, 0)[:, None])[:, 0]
         for number, (tail, low, high) in enumerate(self._clusters(), self.shortlist_size):
             rows = ((targets >= low) & (targets < high)).nonzero()[:, 0]
-            inside = F.log_softmax(tail(features[rows]), dim=1, dtype=_wide(features))
+            inside = F.log_softmax(tail(features[rows]), dim=1, dtype=carry_dtype(features.dtype))
             inside = inside.gather(1, targets[rows, None] - low)[:, 0]
             log_p = log_p.index_copy(0, rows, head[rows, number] + inside)
         return log_p
 
     def log_prob(self, features: Float[Tensor, "R C"]) -> Float[Tensor, "R V"]:
         """log p of all tokens."""
-        head = F.log_softmax(self.head(features), dim=1, dtype=_wide(features))
+        head = F.log_softmax(self.head(features), dim=1, dtype=carry_dtype(features.dtype))
         parts = [head[:, : self.shortlist_size]]
         for number, (tail, _, _) in enumerate(self._clusters(), self.shortlist_size):
-            parts.append(head[:, number, None] + F.log_softmax(tail(features), dim=1, dtype=_wide(features)))
+            parts.append(
+                head[:, number, None] + F.log_softmax(tail(features), dim=1, dtype=carry_dtype(features.dtype))
+            )
         return torch.cat(parts, 1)
 
     def _clusters(self) -> Iterator[tuple[nn.Module, int, int]]:
@@ -85,7 +88,3 @@ def adaptive_softmax(
 ) -> Callable[[int, int], AdaptiveSoftmax]:
     """The ``output`` of a ``LanguageModel``: an ``AdaptiveSoftmax`` with these cutoffs."""
     return lambda channels, vocabulary: AdaptiveSoftmax(channels, vocabulary, cutoffs, device=device, dtype=dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

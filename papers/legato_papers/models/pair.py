@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from legato._shapes import Float, Int, Shaped, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models.sequence import check_embedding, last_output
 
 

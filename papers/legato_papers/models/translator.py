@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from legato._checks import dropout_rate, positive_int, real_number, whole_number
+from legato._dtypes import carry_dtype
 from legato._modes import evaluating
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer
 from legato.layers._states import register_state
+from legato.layers.base import RecurrentLayer
 from legato.models.embedding import indices, without_padding
 from legato.models.sequence import check_embedding
 
@@ -228,7 +229,7 @@ class Translator(nn.Module):
         encoded = self.encode(source, lengths)
         state, word = self.initial_state(len(source)), source.new_full((len(source),), self.start)
         going = torch.ones_like(word, dtype=torch.bool)
-        total, words = torch.zeros(len(source), device=source.device, dtype=_wide(encoded.summary)), []
+        total, words = torch.zeros(len(source), device=source.device, dtype=carry_dtype(encoded.summary.dtype)), []
         for length in range(longest + 1):
             log_p, state = self.step(word, state, encoded)
             best, word = self._allowed(log_p, ends=length == longest).max(dim=-1)
@@ -273,7 +274,7 @@ class Translator(nn.Module):
     def _beam(self, source: Tensor, lengths: Tensor | None, width: int, length_penalty: float, longest: int) -> Decoded:
         encoded, rows = self.encode(source, lengths), len(source)
         device = source.device
-        zeros = torch.zeros(rows, device=device, dtype=_wide(encoded.summary))
+        zeros = torch.zeros(rows, device=device, dtype=carry_dtype(encoded.summary.dtype))
         found = Decoded(
             source.new_full((rows, longest), self.padding), source.new_zeros(rows), torch.full_like(zeros, -torch.inf)
         )
@@ -340,7 +341,7 @@ class Translator(nn.Module):
     def _scores(self, a: Tensor) -> Tensor:
         """W a + b, in float32 or wider: a sentence's log p is a sum of many."""
         scores = self.head(a)
-        return scores.to(_wide(scores))
+        return scores.to(carry_dtype(scores.dtype))
 
     def _allowed(self, log_p: Tensor, ends: bool) -> Tensor:
         """log p, and -inf for what may not come next: padding, start, and where a sentence must end, all else."""
@@ -352,10 +353,6 @@ class Translator(nn.Module):
 def _pick(words: Int[Tensor, "B W T"], which: Int[Tensor, "B K"]) -> Int[Tensor, "B K T"]:
     """words[b, which[b, k]]."""
     return words[torch.arange(len(words), device=words.device)[:, None], which]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _check_layers(encoder: RecurrentLayer, decoder: RecurrentLayer) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from legato._shapes import Tensor
 from legato.layers import LegendreMemory
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, SequenceClassifier
 from legato.models.sequence import last_output
 
@@ -202,7 +202,7 @@ class Classification(Classes):
         embedding = cast(Embedding, self.model.embedding)
         return {
             "vectors": self.config.data.vectors,
-            "words": embedding.size,
+            "words": embedding.num_embeddings,
             "truncated": {split: int((of > self.config.data.longest).sum()) for split, of in lengths.items()},
             "empty": {split: int((of == 0).sum()) for split, of in lengths.items()},
         }

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.layers.gilr import GILRLSTM
 from legato.layers.segments import in_segments
 from legato.layers.stack import Stack

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel
 
 from ..data.encoded import Encoded, encoded
@@ -192,7 +192,7 @@ def network(config: Model, reviews: Encoded) -> LanguageModel:
     model = LanguageModel(
         Embedding(words, config.width, vectors=vectors, dropout=config.word_dropout),
         [layer(block) for block in range(config.blocks)],
-        channels=size,
+        hidden_size=size,
         dense=config.kind != "lmu",  # an LMU reads its memory with a dense layer of its own
         highways=config.highways,
         tied=config.tied,

@@ -179,7 +179,7 @@ class PooledClassifier(nn.Module):
         self.body = body
         body.output = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(3 * body.channels, classes)
+        self.head = nn.Linear(3 * body.hidden_size, classes)
 
     def forward(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, "B"]) -> Float[Tensor, "B classes"]:
         """Scores of every class; a text without a word is scored by the biases."""

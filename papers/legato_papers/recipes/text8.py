@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from legato._shapes import Int, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel
 
 from ..data.text8 import Text8, text8
@@ -180,7 +180,7 @@ def network(config: Model) -> LanguageModel:
     # Of variance one, which those that are parallel over time learn from sooner; the LSTM ends no better by them.
     vectors = None if config.kind == "lstm" else torch.randn(CHARACTERS, channels)
     return LanguageModel(
-        Embedding(CHARACTERS, channels, vectors=vectors, padding=None),
+        Embedding(CHARACTERS, channels, vectors=vectors, padding_idx=None),
         [layer(block) for block in range(config.blocks or size.blocks)],
         # An LMU reads its memory with a dense layer of its own.
         dense=config.kind != "lmu" and units != channels,

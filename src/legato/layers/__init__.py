@@ -1,5 +1,6 @@
-"""Layers of one contract, ``layer(x, state) -> (output, state)``; ``_base.py`` states it and says how to add one."""
+"""Layers of one contract, ``layer(x, state) -> (output, state)``: ``RecurrentLayer`` in ``base.py`` states it."""
 
+from legato.layers.base import RecurrentLayer
 from legato.layers.bidirectional import Bidirectional
 from legato.layers.gilr import GILR, GILRLSTM
 from legato.layers.highway import Highway
@@ -32,6 +33,7 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "RecurrentLMU",
+    "RecurrentLayer",
     "Stack",
     "StronglyTypedRNN",
     "in_segments",

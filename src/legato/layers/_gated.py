@@ -4,7 +4,6 @@ A member names the blocks of rows of its weight in a ``GateSpec`` and the initia
 shortest. Next: ``ops/gated.py``, the recurrence.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from legato._checks import positive_int
 from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, whole
+from legato.layers._states import StateT
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -24,7 +24,7 @@ class GatedState(NamedTuple):
     memory: Float[Tensor, "B H"]
 
 
-class GatedLayer(RecurrentLayer):
+class GatedLayer(RecurrentLayer[StateT]):
     """z_t = W x_t + b; c_t = f_t c_{t-1} + (1 - f_t) g(candidate_t);
     output_t = o_t activation(c_t) + (1 - o_t) skip_t.
 
@@ -36,9 +36,8 @@ class GatedLayer(RecurrentLayer):
         taps: how many inputs enter the gates at each step.
     """
 
-    State: Any = GatedState
-    #: Of a layer with an output gate; a name or a callable.
-    activation: str | Callable[[Tensor], Tensor] | None = None
+    #: Applied to the state before the output gate; a name or a callable.
+    activation: Activation = "identity"
 
     def __init__(
         self,
@@ -74,23 +73,26 @@ class GatedLayer(RecurrentLayer):
         bound = (3 / block.shape[1]) ** 0.5
         nn.init.uniform_(block, -bound, bound)
 
-    def _state_shapes(self) -> Any:
-        return GatedState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
+    def _arguments(self) -> dict[str, Any]:
+        return {"forget_bias": self.biases[0]}
+
+    def _state_shapes(self) -> StateShapes:
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
-        initial = None if state is None else state.memory
+        initial = None if state is None else state[0]
         activation = activation_function(self.activation)
         output, states, final = gated_unit(
             (x,), (self.weight,), self._whole_bias(), self.spec, initial, activation=activation, reset=reset
         )
-        return output.to(x.dtype), GatedState(at_length(states, initial, final, lengths))
+        return output.to(x.dtype), self.State(states), self.State(final)
 
     def _step(self, x_t, state):
         activation = activation_function(self.activation)
         output, memory = gated_unit_step(
-            (x_t,), (self.weight,), self._whole_bias(), self.spec, state.memory, activation=activation
+            (x_t,), (self.weight,), self._whole_bias(), self.spec, state[0], activation=activation
         )
-        return output.to(x_t.dtype), GatedState(memory)
+        return output.to(x_t.dtype), self.State(memory)
 
     def _whole_bias(self) -> Tensor:
         """The bias with zeros for the blocks that have none."""

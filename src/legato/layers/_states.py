@@ -1,6 +1,6 @@
 """States as values: each tensor owns its storage, and files, pickles and exported programs know their classes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -8,9 +8,12 @@ from torch.utils import _pytree as pytree
 
 from legato._shapes import Tensor
 
-_is_alias_of = torch._C._is_alias_of  # pyright: ignore[reportAttributeAccessIssue]
-
+#: A state: a NamedTuple of tensors, or a tuple of states where layers are combined.
+StateT = TypeVar("StateT", bound=tuple[Any, ...])
 StateClass = TypeVar("StateClass")
+
+# Missing from torch's type stubs.
+_is_alias_of: Callable[[Tensor, Tensor], bool] = vars(torch._C)["_is_alias_of"]
 
 
 def register_state(state_class: StateClass) -> StateClass:
@@ -27,7 +30,7 @@ def register_state(state_class: StateClass) -> StateClass:
     return state_class
 
 
-def own_storage(output: Tensor, state: Any, given: Iterable[Any]) -> tuple[Tensor, Any]:
+def own_storage(output: Tensor, state: StateT, given: Iterable[Any]) -> tuple[Tensor, StateT]:
     """``output`` and ``state`` without storage in common: not with each other, nor among the tensors of the state, nor
     with the tensors, states of them and None in ``given``.
 
@@ -74,7 +77,7 @@ def _owned(state: Any, others: list[Tensor]) -> Any:
                 others.append(part)
                 continue
         copied = True
-    return _rebuilt(state, parts) if copied else state
+    return rebuilt(state, parts) if copied else state
 
 
 def _is_part(tensor: Tensor) -> bool:
@@ -85,8 +88,24 @@ def _is_part(tensor: Tensor) -> bool:
 
 
 def _copied(state: Any) -> Any:
-    return _rebuilt(state, [_copied(part) if isinstance(part, _TREES) else part.clone() for part in state])
+    return rebuilt(state, [_copied(part) if isinstance(part, _TREES) else part.clone() for part in state])
 
 
-def _rebuilt(state: Any, parts: list[Any]) -> Any:
-    return state._make(parts) if hasattr(state, "_make") else tuple(parts)
+def rebuilt(state: StateT, parts: list[Any]) -> StateT:
+    """A state of the same class with these parts; a list, as a data loader makes one, becomes a tuple."""
+    make: Any = getattr(state, "_make", tuple)
+    return make(parts)
+
+
+def check_states(state: object, number: int, each: str, returned_by: str) -> None:
+    """Raise unless ``state`` is a plain tuple of ``number`` states, or the list that a data loader makes of it."""
+    advice = f"use initial_state() or what this {returned_by} returned"
+    if not isinstance(state, _TREES) or type(state) not in _TREES:
+        raise TypeError(f"expected a tuple of {number} states, {each}, got {type(state).__name__}: {advice}")
+    if len(state) != number:
+        raise ValueError(f"expected a tuple of {number} states, {each}, got {len(state)} states: {advice}")
+
+
+def state_names(state: tuple[Any, ...]) -> list[str]:
+    """What error messages call the parts of a state."""
+    return [f"state.{name}" for name in getattr(state, "_fields", range(len(state)))]

@@ -5,17 +5,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from legato._shapes import Bool, Float, Int, Shaped, Tensor
-from legato.layers._base import RecurrentLayer, zero_padding
+from legato.layers.base import RecurrentLayer, check_layer, flat_output_size, zero_padding
 
 
 class BidirectionalState(NamedTuple):
     """The states of the two layers: of the forward one after the last step, of the backward one after step 0."""
 
-    forward: Any
-    backward: Any
+    forward: tuple[Any, ...]
+    backward: tuple[Any, ...]
 
 
-class Bidirectional(RecurrentLayer):
+class Bidirectional(RecurrentLayer[BidirectionalState]):
     """o_t = [forward(x_0 .. x_t)_t, backward(x_t .. x_{L-1})_t]: what came before and what comes after, side by side.
 
     The backward layer reads each row from its own last step to its first: ``lengths`` says where a row ends, and what
@@ -32,6 +32,7 @@ class Bidirectional(RecurrentLayer):
     comes out after step 0, as the h_n of ``torch.nn.LSTM``.
 
     Raises:
+        TypeError: an argument is not a layer.
         ValueError: the layers do not go together.
         RuntimeError: by ``step``; a stream has no future to read.
 
@@ -50,17 +51,10 @@ class Bidirectional(RecurrentLayer):
 
     def __init__(self, forward: RecurrentLayer, backward: RecurrentLayer):
         for name, layer in (("forward", forward), ("backward", backward)):
-            if not isinstance(layer, RecurrentLayer):
-                raise ValueError(
-                    f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer, not its class"
-                )
+            check_layer(layer, name)
             if layer.bidirectional:
                 raise ValueError(f"expected {name} to read forward, got a bidirectional {type(layer).__name__}")
-            if not isinstance(getattr(layer, "output_size", None), int):
-                raise ValueError(
-                    f"expected {name} to give (B, T, channels), got a {type(layer).__name__} whose output_size is "
-                    f"{getattr(layer, 'output_size', None)}: its output cannot stand beside another's"
-                )
+            flat_output_size(layer, name)
         for name in ("input_size", "return_sequences"):
             a, b = getattr(forward, name), getattr(backward, name)
             if a != b:
@@ -73,12 +67,13 @@ class Bidirectional(RecurrentLayer):
     @property
     def output_size(self) -> int:
         """Channels of both layers together."""
-        return self.forward_layer.output_size + self.backward_layer.output_size  # pyright: ignore
+        forward = flat_output_size(self.forward_layer, "forward")
+        return forward + flat_output_size(self.backward_layer, "backward")
 
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        state: Any = None,
+        state: BidirectionalState | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
@@ -95,7 +90,7 @@ class Bidirectional(RecurrentLayer):
             backward = _reversed(backward, ends)
         return torch.cat([forward, backward], dim=-1), BidirectionalState(before, after)
 
-    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> NoReturn:
+    def step(self, x_t: Float[Tensor, "B C"], state: BidirectionalState) -> NoReturn:
         """Always an error: there is no future in a stream."""
         refuse_to_step(self)
 
@@ -106,8 +101,12 @@ class Bidirectional(RecurrentLayer):
         layers = (self.forward_layer, self.backward_layer)
         return BidirectionalState(*(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in layers))
 
-    def _check_state(self, state: Any, batch: int) -> None:
-        self._check_state_type(state)  # the layers check their own
+    def _calibrate(self, x, lengths):
+        self.forward_layer.calibrate(x, lengths=lengths)
+        self.backward_layer.calibrate(_reversed(x, lengths), lengths=lengths)
+
+    def _check_state(self, state: object, batch: int) -> None:
+        self._checked_state(state)  # the layers check their own
 
     def _weight(self) -> Tensor:
         return self.forward_layer._weight()

@@ -1,20 +1,19 @@
 """The gated impulse linear recurrence, and the LSTM whose gates read it in place of the LSTM's own output."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from legato._checks import positive_int, real_number
+from legato._checks import check_tensor, positive_int, real_number
 from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length, whole, zero_padding
-from legato.layers._gated import GatedLayer
+from legato.layers._gated import GatedLayer, GatedState
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
-class GILR(GatedLayer):
+class GILR(GatedLayer[GatedState]):
     """g_t = sigmoid(U x_t + b_g); i_t = tanh(V x_t + b_z); h_t = g_t h_{t-1} + (1 - g_t) i_t.
 
     A gated unit whose gates see the input alone, so that its state is linear in time: each unit is a running average of
@@ -38,6 +37,8 @@ class GILR(GatedLayer):
 
     Source: Martin & Cundy 2018, (7); the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
     """
+
+    State = GatedState
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class GILRLSTMState(NamedTuple):
     surrogate: Float[Tensor, "B H"]
 
 
-class GILRLSTM(RecurrentLayer):
+class GILRLSTM(RecurrentLayer[GILRLSTMState]):
     """h~ = GILR(x); f, i, o = sigmoid(U h~_{t-1} + V x_t + b); z = tanh(U_z h~_{t-1} + V_z x_t + b_z);
     c_t = f_t c_{t-1} + i_t z_t; h_t = o_t c_t.
 
@@ -110,7 +111,7 @@ class GILRLSTM(RecurrentLayer):
         input_size: int,
         hidden_size: int,
         *,
-        activation: str | Callable[[Tensor], Tensor] = "identity",
+        activation: Activation = "identity",
         forget_bias: float = 5.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -148,8 +149,8 @@ class GILRLSTM(RecurrentLayer):
         """Rows of the products that are the surrogate's, and of those that are the cell's."""
         return 2 * self.hidden_size, 4 * self.hidden_size
 
-    def _state_shapes(self) -> GILRLSTMState:
-        return GILRLSTMState((self.hidden_size,), (self.hidden_size,))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return (self.hidden_size,), (self.hidden_size,)
 
     def _sequence(self, x, state, lengths, reset):
         matrices = zip(self.weight.split(self._sizes), self.bias.split(self._sizes), strict=True)
@@ -171,13 +172,14 @@ class GILRLSTM(RecurrentLayer):
     def from_products(
         self,
         products: Float[Tensor, "B T K"],
-        state: Any = None,
+        state: GILRLSTMState | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, GILRLSTMState]:
         """The layer from weight x_t + bias, (B, T, 6 n), where the caller has a shorter way to those products than a
         matrix product: for a one-hot x_t they are a row of a table. All else is as for ``layer(x, ...)``."""
+        check_tensor("products", products)
         width = len(self.weight)
         if products.ndim != 3 or products.shape[-1] != width:
             raise ValueError(
@@ -186,31 +188,28 @@ class GILRLSTM(RecurrentLayer):
             )
         self._check_kind("products", products)
         lengths = self._check_options(products, state, lengths, reset)
-        if lengths is not None:
-            products = zero_padding(products, lengths)
-            reset = None if reset is None else zero_padding(reset, lengths)
+        if lengths is None:
+            output, _, new = self._from_products(products, state, None, reset)
+            return self._own(output, new, products, state)
+        return self._padded(self._from_products, products, state, lengths, reset)
+
+    def _from_products(self, products, state, lengths, reset):
         parts = products.split(self._sizes, dim=-1)
         surrogate, cell = ({"inputs": (), "weights": (), "bias": None, "products": part} for part in parts)
-        output, new = self._from_parts(surrogate, cell, products.dtype, state, lengths, reset)
-        output = output if lengths is None else zero_padding(output, lengths)
-        return self._own(output, new, products, state)
+        return self._from_parts(surrogate, cell, products.dtype, state, lengths, reset)
 
     def _from_parts(self, of_surrogate, of_cell, dtype, state, lengths, reset):
-        """The layer, from what gives the products of x for the surrogate and for the cell."""
+        """The layer, from the arguments that give the products of x for the surrogate and for the cell."""
         memory, surrogate = (None, None) if state is None else state
         _, before, last = gated_unit(**of_surrogate, spec=_SURROGATE, initial_state=surrogate, reset=reset)  # h~_{t-1}
         of_cell["inputs"] += (before.to(dtype),)
         of_cell["weights"] += (self.weight_surrogate,)
         of_cell["activation"] = activation_function(self.activation)
         output, states, final = gated_unit(**of_cell, spec=_CELL, initial_state=memory, reset=reset)
-        memory = at_length(states, memory, final, lengths)
-        return output.to(dtype), GILRLSTMState(memory, _after(before, last, lengths))
+        states = None if lengths is None else GILRLSTMState(states, _one_step_earlier(before, last))
+        return output.to(dtype), states, GILRLSTMState(final, last)
 
 
-def _after(before: Tensor, last: Tensor, lengths: Tensor | None) -> Tensor:
-    """The state after ``lengths`` steps, from those before each step and the last."""
-    T = before.shape[1]
-    if lengths is None or T == 0:
-        return last
-    rows = torch.arange(len(before), device=before.device)
-    return torch.where((lengths < T)[:, None], before[rows, lengths.clamp(max=T - 1)], last)
+def _one_step_earlier(before: Tensor, last: Tensor) -> Tensor:
+    """The states after each step, from the states before each step and the last state."""
+    return torch.cat([before[:, 1:], last[:, None].to(before.dtype)], dim=1) if before.shape[1] else before

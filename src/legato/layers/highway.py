@@ -1,15 +1,15 @@
 """The highway layer: a step of depth that carries its input by, between or above recurrent layers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._checks import positive_int, real_number
+from legato._checks import check_floating, check_tensor, positive_int, real_number
 from legato._shapes import Float, Tensor
-from legato.layers._base import activation_function, whole
+from legato.layers._repr import constructor_arguments
+from legato.layers.base import Activation, activation_function, whole
 
 
 class Highway(nn.Module):
@@ -18,15 +18,17 @@ class Highway(nn.Module):
     It has no state and looks at one step at a time. With b_g < 0 it starts near y = x, so that many of them train.
 
     Args:
-        size: channels of x and of y.
+        input_size: channels of x and of y.
         activation: f: "relu", "tanh", "gelu", "silu", "sigmoid", "identity" or a callable.
         gate_bias: b_g at first; -1 makes a share of 27 % new, -3 of 5 %.
         device, dtype: of the weights.
 
-    Shapes: input and output (..., size). ``weight`` (2 size, size) holds W_g above W, ``bias`` b_g before b.
+    Shapes: input and output (..., input_size). ``weight`` (2 input_size, input_size) holds W_g above W, ``bias`` b_g
+    before b.
 
     Raises:
-        ValueError: x does not have ``size`` channels.
+        TypeError: x is not a floating tensor.
+        ValueError: x does not have ``input_size`` channels.
 
     Example:
         >>> layer = Highway(32)
@@ -39,15 +41,15 @@ class Highway(nn.Module):
 
     def __init__(
         self,
-        size: int,
+        input_size: int,
         *,
-        activation: str | Callable[[Tensor], Tensor] = "relu",
+        activation: Activation = "relu",
         gate_bias: float = -1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.size = size = positive_int(size, "size")
+        self.input_size = size = positive_int(input_size, "input_size")
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
         self.gate_bias = real_number(gate_bias, "gate_bias")
@@ -63,16 +65,21 @@ class Highway(nn.Module):
             for matrix in weight.chunk(2):
                 nn.init.xavier_uniform_(matrix)
             bias.zero_()
-            bias[: self.size] = self.gate_bias
+            bias[: self.input_size] = self.gate_bias
 
     def forward(self, x: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
-        """y for each step of x, (..., size)."""
-        if x.ndim == 0 or x.shape[-1] != self.size:
-            raise ValueError(f"expected x of shape (..., {self.size}), got {tuple(x.shape)}: the last axis is channels")
+        """y for each step of x, (..., input_size)."""
+        check_tensor("x", x)
+        check_floating("x", x)
+        if x.ndim == 0 or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"expected x of shape (..., {self.input_size}), got {tuple(x.shape)}: the last axis is channels"
+            )
         gate, z = F.linear(x, self.weight, self.bias).chunk(2, dim=-1)
         f = activation_function(self.activation)
         new = z if f is None else f(z)
         return (x + gate.sigmoid() * (new - x)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.size}, activation={self.activation!r}"
+        """The arguments of the constructor that are not defaults."""
+        return constructor_arguments(self, {})

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int
+from legato._dtypes import without_autocast
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, at_length, never_narrowed, whole, zero_padding
 from legato.layers._fused import transforms_are_active
+from legato.layers._repr import constructor_arguments
+from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed, whole, zero_padding
 from legato.legendre import delay_network
 from legato.ops.time_invariant import METHODS, PreparedSystem, apply, prepare
 
@@ -29,7 +30,7 @@ class LegendreMemoryState(NamedTuple):
     memory: Float[Tensor, "B C N"]
 
 
-class LegendreMemory(RecurrentLayer):
+class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
     """m_t = A m_{t-1} + B u_t in every channel, such that m_t holds u over the last theta steps; output scale * m_t.
 
     Coefficient i of a channel multiplies the shifted Legendre polynomial P_i(2r - 1) in u_{t - r theta}, r in [0, 1]
@@ -38,7 +39,7 @@ class LegendreMemory(RecurrentLayer):
     not invalidate it.
 
     Args:
-        channels: C, channels of the input, each with a memory of its own.
+        input_size: C, channels of the input, each with a memory of its own.
         order: N, numbers kept a channel, 1 or more.
         theta: length of the window in steps, 1 or more: a number, or a sequence or tensor of one per channel.
         discretizer: "zoh", "euler" or "bilinear"; see ``legato.legendre.delay_network``.
@@ -48,11 +49,11 @@ class LegendreMemory(RecurrentLayer):
         method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
         device, dtype: of the scale, hence of the input; theta itself is kept in float32 or wider.
 
-    Shapes: input (B, T, channels), output (B, T, channels, order) or (B, channels, order), state.memory
-    (B, channels, order).
+    Shapes: input (B, T, input_size), output (B, T, input_size, order) or (B, input_size, order), state.memory
+    (B, input_size, order).
 
     Example:
-        >>> layer = LegendreMemory(channels=1, order=6, theta=100)
+        >>> layer = LegendreMemory(input_size=1, order=6, theta=100)
         >>> memory, state = layer(torch.randn(8, 500, 1))
         >>> memory.shape, state.memory.shape
         (torch.Size([8, 500, 1, 6]), torch.Size([8, 1, 6]))
@@ -67,7 +68,7 @@ class LegendreMemory(RecurrentLayer):
 
     def __init__(
         self,
-        channels: int,
+        input_size: int,
         order: int,
         theta: Theta,
         *,
@@ -78,9 +79,7 @@ class LegendreMemory(RecurrentLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        channels = positive_int(channels, "channels")
-        super().__init__(channels)
-        self.channels = channels
+        super().__init__(input_size)
         self.order = positive_int(order, "order")
         self.discretizer = discretizer
         self.trainable_theta = bool(trainable_theta)
@@ -89,11 +88,11 @@ class LegendreMemory(RecurrentLayer):
         if method is not None and method not in METHODS:
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
         self.method = method
-        window = _window(theta, self.channels)
+        window = _window(theta, self.input_size)
         delay_network(self.order, window, discretizer=discretizer)  # raises when they do not go together
         if trainable_theta and window.min() <= 1:
             raise ValueError(f"expected a trainable theta to start above 1 step, got {window.min().item()}")
-        self.register_buffer("scale", torch.ones(self.channels, self.order, device=device, dtype=dtype))
+        self.register_buffer("scale", torch.ones(self.input_size, self.order, device=device, dtype=dtype))
         #: The window in steps as plain numbers; of a trained theta its initial value.
         self._theta = window.tolist()
         if trainable_theta:
@@ -112,13 +111,13 @@ class LegendreMemory(RecurrentLayer):
                 log_theta.copy_((window - 1).log())
 
     def extra_repr(self) -> str:
-        window = "trainable" if self.trainable_theta else self._theta
-        return f"{self.channels}, order={self.order}, theta={window}, discretizer={self.discretizer!r}"
+        """The arguments of the constructor that are not defaults; of a trained theta its initial value."""
+        return constructor_arguments(self, {"theta": self._theta}, named=("theta",))
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """(channels, order)."""
-        return self.channels, self.order
+        """(input_size, order)."""
+        return self.input_size, self.order
 
     def window(self) -> Float[Tensor, "*channels"]:
         """theta in steps, float64, of shape () or (C,); differentiable when it is trained."""
@@ -137,51 +136,12 @@ class LegendreMemory(RecurrentLayer):
         expected = self.get_extra_state().shape
         if not isinstance(state, Tensor) or state.shape != expected:
             got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-            raise ValueError(
+            raise (ValueError if isinstance(state, Tensor) else TypeError)(
                 f"expected a theta of shape {tuple(expected)} in the state_dict, got {got}: build the layer with as "
                 "many windows, and as trainable, as the one that was saved"
             )
         if not self.trainable_theta:
             self._theta = state.tolist()
-
-    @torch.no_grad()
-    def calibrate(self, u: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
-        """scale[c, i] = 1 / std(m[c, i]) over all rows and steps of ``u``, run from an empty memory.
-
-        Args:
-            u: typical input, (B, T, channels); at least ``order`` steps in all.
-            lengths: steps of each row that count, as in ``forward``.
-
-        Raises:
-            ValueError: too few steps; an order that does not vary, or not by a finite amount.
-
-        Source: measured in this project: on Mackey-Glass the NRMSE falls from 0.0197 to 0.0070.
-        """
-        lengths = self._check_arguments(u, None, lengths, None)
-        steps = u.shape[0] * u.shape[1] if lengths is None else int(lengths.sum())
-        least = max(self.order, 2)
-        if steps < least:
-            raise ValueError(f"expected at least {least} steps to calibrate order {self.order}, got {steps}: give more")
-        if lengths is not None:
-            u = zero_padding(u, lengths)
-        total = squares = torch.zeros((), dtype=torch.float64, device=u.device)
-        state = None
-        for start in range(0, u.shape[1], 1024):
-            memory, state = apply(u[:, start : start + 1024], self.prepared(min(u.shape[1], 1024)), state)
-            if lengths is not None:
-                memory = zero_padding(memory, lengths - start)
-            total = total + memory.double().sum((0, 1))
-            squares = squares + memory.double().square().sum((0, 1))
-        mean = total / steps
-        deviation = (squares / steps - mean.square()).clamp(min=0).sqrt()  # (C, N)
-        bad = ~(deviation > 1e-6 * (squares / steps).sqrt()) | ~deviation.isfinite()
-        if bad.any():
-            channel, i = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"expected a memory that varies on u, got a standard deviation of {deviation[channel, i].item():.3g} "
-                f"in channel {channel}, order {i}: give finite input that changes over time, in every channel"
-            )
-        self.scale.copy_(1 / deviation)
 
     def prepared(self, steps: int, *, last_only: bool = False) -> PreparedSystem:
         """What ``apply`` needs for inputs of up to ``steps``; cached, unless theta is being trained."""
@@ -192,27 +152,58 @@ class LegendreMemory(RecurrentLayer):
         step = self._cached("step", 1)
         return step.powers, step.inputs
 
-    def _state_shapes(self) -> LegendreMemoryState:
-        return LegendreMemoryState((self.channels, self.order))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.input_size, self.order),)
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory
         if not self.return_sequences:
             final = self.last(x, initial, lengths=lengths, reset=reset)
             output = final if x.shape[1] else torch.zeros_like(final)
-            return (output * self.scale).to(x.dtype), LegendreMemoryState(final)
-        # at_length must not pick a state that was rounded to 16 bits.
+            return (output * self.scale).to(x.dtype), None, LegendreMemoryState(final)
+        # A state that is picked at a length must not have been rounded to 16 bits.
         u = x if lengths is None else x.to(self._carry_dtype())
         memory, final = apply(u, self.prepared(x.shape[1]), initial, reset=reset)
-        final = at_length(memory, initial, final, lengths)
-        return memory.to(x.dtype) * self.scale.to(x.dtype), LegendreMemoryState(final)
+        output = memory.to(x.dtype) * self.scale.to(x.dtype)
+        return output, LegendreMemoryState(memory), LegendreMemoryState(final)
+
+    def _calibrate(self, x, lengths):
+        steps = x.shape[0] * x.shape[1] if lengths is None else int(lengths.sum())
+        least = max(self.order, 2)
+        if steps < least:
+            raise ValueError(f"expected at least {least} steps to calibrate order {self.order}, got {steps}: give more")
+        total = squares = torch.zeros((), dtype=torch.float64, device=x.device)
+        state = None
+        for start in range(0, x.shape[1], 1024):
+            memory, state = apply(x[:, start : start + 1024], self.prepared(min(x.shape[1], 1024)), state)
+            if lengths is not None:
+                memory = zero_padding(memory, lengths - start)
+            total = total + memory.double().sum((0, 1))
+            squares = squares + memory.double().square().sum((0, 1))
+        mean = total / steps
+        deviation = (squares / steps - mean.square()).clamp(min=0).sqrt()  # (C, N)
+        bad = ~(deviation > 1e-6 * (squares / steps).sqrt()) | ~deviation.isfinite()
+        if bad.any():
+            channel, i = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"expected a memory that varies on x, got a standard deviation of {deviation[channel, i].item():.3g} "
+                f"in channel {channel}, order {i}: give finite input that changes over time, in every channel"
+            )
+        self.scale.copy_(1 / deviation)
 
     def _step(self, x_t, state):
+        output, m = self.advance(x_t, state.memory)
+        return output, LegendreMemoryState(m)
+
+    def advance(
+        self, u_t: Float[Tensor, "B C"], m: Float[Tensor, "B C N"]
+    ) -> tuple[Float[Tensor, "B C N"], Float[Tensor, "B C N"]]:
+        """scale * m_t and m_t, from u_t and m_{t-1}."""
         A, B = self.transition()
-        with without_autocast(x_t):
-            m = (state.memory.transpose(0, 1) @ A).transpose(0, 1) if A.ndim == 3 else state.memory @ A
-            m = m + x_t.unsqueeze(-1) * B
-        return m.to(x_t.dtype) * self.scale.to(x_t.dtype), LegendreMemoryState(m)
+        with without_autocast(u_t):
+            m = (m.transpose(0, 1) @ A).transpose(0, 1) if A.ndim == 3 else m @ A
+            m = m + u_t.unsqueeze(-1) * B
+        return m.to(u_t.dtype) * self.scale.to(u_t.dtype), m
 
     def last(
         self,
@@ -346,7 +337,7 @@ def _window(theta: Any, channels: int) -> Float[Tensor, "*channels"]:
         theta = theta.detach().cpu().double().numpy()
     numbers = None if isinstance(theta, str | bool) else np.asarray(theta)
     if numbers is None or numbers.dtype.kind not in "iuf":
-        raise ValueError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
+        raise TypeError(f"expected theta as a number of steps, or one per channel, got {theta!r}")
     if numbers.shape not in ((), (channels,)):
         raise ValueError(f"expected theta as one number or {channels}, one per channel, got shape {numbers.shape}")
     return torch.tensor(numbers.tolist(), dtype=torch.float64, device="cpu")

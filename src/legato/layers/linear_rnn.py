@@ -1,14 +1,14 @@
 """A diagonal linear recurrence of the user's own gates and read-out."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int
+from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length
+from legato.layers.base import RecurrentLayer, StateShapes
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -18,7 +18,7 @@ class LinearRNNState(NamedTuple):
     memory: Float[Tensor, "B H"]
 
 
-class LinearRNN(RecurrentLayer):
+class LinearRNN(RecurrentLayer[LinearRNNState]):
     """a_t, b_t = gates(x_t); h_t = a_t h_{t-1} + b_t; o_t = read(h_t, x_t).
 
     Any recurrence whose gates see the input alone, from two functions or as a subclass that defines them; states,
@@ -39,7 +39,8 @@ class LinearRNN(RecurrentLayer):
     Shapes: input (B, T, input_size), output (B, T, output_size), state.memory (B, hidden_size).
 
     Raises:
-        ValueError: neither ``gates`` nor a subclass that defines it is there, or what it returns does not fit.
+        TypeError: neither ``gates`` nor a subclass that defines it is there, or it does not return two real tensors.
+        ValueError: what it returns is of a wrong shape.
 
     Example:
         >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # each channel's running average
@@ -66,6 +67,8 @@ class LinearRNN(RecurrentLayer):
     State = LinearRNNState
     _steps_are_new = False  # gates and read may return what they are given
 
+    _no_weight: Tensor
+
     def __init__(
         self,
         input_size: int,
@@ -79,7 +82,7 @@ class LinearRNN(RecurrentLayer):
         self.hidden_size = positive_int(hidden_size, "hidden_size")
         self._output_size = self.hidden_size if output_size is None else positive_int(output_size, "output_size")
         if gates is None and type(self).gates is LinearRNN.gates:
-            raise ValueError(
+            raise TypeError(
                 "expected gates, got None: give a function of x that returns (decay, impulse), or define it in a class"
             )
         self.gates_function, self.read_function = gates, read
@@ -93,14 +96,20 @@ class LinearRNN(RecurrentLayer):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Decay and impulse, (B, T, hidden_size), from x, (B, T, input_size)."""
-        return self.gates_function(x)  # pyright: ignore[reportOptionalCall]
+        if self.gates_function is None:
+            raise NotImplementedError("expected gates in a subclass, or as an argument of the constructor")
+        return self.gates_function(x)
 
     def read(self, states: Tensor, x: Tensor) -> Tensor:
         """The output from the states, (B, T, hidden_size), and x."""
         return states if self.read_function is None else self.read_function(states, x)
 
-    def _state_shapes(self) -> LinearRNNState:
-        return LinearRNNState((self.hidden_size,))  # pyright: ignore[reportArgumentType]
+    def _arguments(self) -> dict[str, Any]:
+        output_size = None if self._output_size == self.hidden_size else self._output_size
+        return {"gates": self.gates_function, "read": self.read_function, "output_size": output_size}
+
+    def _state_shapes(self) -> StateShapes:
+        return ((self.hidden_size,),)
 
     def _sequence(self, x, state, lengths, reset):
         initial = None if state is None else state.memory
@@ -108,12 +117,12 @@ class LinearRNN(RecurrentLayer):
             decay, impulse = self._checked_gates(x.to(self._weight().dtype))
             states, final = linear_recurrence(decay, impulse, initial, reset=reset)
         output = self.read(states, x)
-        return output.to(x.dtype), LinearRNNState(at_length(states, initial, final, lengths))
+        return output.to(x.dtype), LinearRNNState(states), LinearRNNState(final)
 
     def _checked_gates(self, x):
         found = self.gates(x)
         if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(part, Tensor) for part in found):
-            raise ValueError(f"expected gates(x) to return two tensors, decay and impulse, got {found!r}")
+            raise TypeError(f"expected gates(x) to return two tensors, decay and impulse, got {found!r}")
         decay, impulse = found
         if impulse.shape != (*x.shape[:2], self.hidden_size):
             raise ValueError(
@@ -121,7 +130,7 @@ class LinearRNN(RecurrentLayer):
                 f"got {tuple(impulse.shape)}: (batch, time, hidden_size)"
             )
         if decay.is_complex() or impulse.is_complex():
-            raise ValueError("expected gates(x) to return real tensors, got complex ones: LRU has complex decays")
+            raise TypeError("expected gates(x) to return real tensors, got complex ones: LRU has complex decays")
         return decay.to(self._carry_dtype()), impulse.to(self._carry_dtype())
 
     def _check_kind(self, name: str, x: Tensor) -> None:
@@ -132,4 +141,4 @@ class LinearRNN(RecurrentLayer):
             super()._check_kind(name, x)
 
     def _weight(self) -> Tensor:
-        return next(self.parameters(), self._no_weight)  # pyright: ignore[reportReturnType, reportArgumentType]
+        return next(self.parameters(), self._no_weight)

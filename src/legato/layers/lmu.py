@@ -4,18 +4,17 @@
 The memory itself is ``legendre_memory.py``; the unit it replaces, with recurrent weights, is ``recurrent_lmu.py``.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import dropout_rate, positive_int
-from legato._shapes import Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, at_length
+from legato._dtypes import without_autocast
+from legato._shapes import Float, Tensor
 from legato.layers._fused import can_be_read, floating_weight, transforms_are_active
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, at_length
 from legato.layers.legendre_memory import (
     LegendreMemory,
     LegendreMemoryState,
@@ -39,7 +38,7 @@ class LMUState(NamedTuple):
     memory: Float[Tensor, "B C N"]
 
 
-class LMU(RecurrentLayer):
+class LMU(RecurrentLayer[LMUState]):
     """o_t = f2(W_m m_t + W_x x_t + b_o), m_t = A m_{t-1} + B u_t, u_t = f1(U_x x_t + b_u): output, memory, encoder.
 
     Nothing learned feeds back in time (the 2019 unit, ``RecurrentLMU``, has W_h, e_h and e_m): A and B are fixed by
@@ -93,8 +92,8 @@ class LMU(RecurrentLayer):
         theta: Theta,
         discretizer: str = "zoh",
         trainable_theta: bool = False,
-        encoder_activation: str | Callable[[Tensor], Tensor] = "identity",
-        activation: str | Callable[[Tensor], Tensor] = "relu",
+        encoder_activation: Activation = "identity",
+        activation: Activation = "relu",
         input_to_output: bool = True,
         bias: bool = True,
         memory_dropout: float = 0.0,
@@ -116,10 +115,16 @@ class LMU(RecurrentLayer):
         self.recompute = bool(recompute)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
-            memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, method=method, **where
+            positive_int(memory_size, "memory_size"),
+            order,
+            theta,
+            discretizer=discretizer,
+            trainable_theta=trainable_theta,
+            method=method,
+            **where,
         )
-        m_size = self.memory.channels * self.memory.order
-        self.encoder = nn.Linear(self.input_size, self.memory.channels, bias=bias, **where)  # U_x, b_u
+        m_size = self.memory.input_size * self.memory.order
+        self.encoder = nn.Linear(self.input_size, self.memory.input_size, bias=bias, **where)  # U_x, b_u
         self.memory_to_output = nn.Linear(m_size, self.hidden_size, bias=bias, **where)  # W_m, b_o
         W_x = nn.Linear(self.input_size, self.hidden_size, bias=False, **where) if input_to_output else None
         self.input_to_output = W_x
@@ -140,70 +145,90 @@ class LMU(RecurrentLayer):
             if linear.bias is not None:
                 linear.bias.zero_()
 
-    @torch.no_grad()
-    def calibrate(self, x: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
-        """memory.scale = 1 / std(m) over all rows and steps of typical input ``x``; see ``LegendreMemory.calibrate``.
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
-        Call it before training, after the last change to the encoder by hand.
-        """
-        self._check_arguments(x, None, lengths, None)
-        self.memory.calibrate(self._encode(x), lengths=lengths)
+    def _arguments(self) -> dict[str, Any]:
+        memory = self.memory
+        return {
+            "memory_size": memory.input_size,
+            "order": memory.order,
+            "theta": memory._theta,
+            "discretizer": memory.discretizer,
+            "trainable_theta": memory.trainable_theta,
+            "method": memory.method,
+            "input_to_output": self.input_to_output is not None,
+            "bias": self.memory_to_output.bias is not None,
+        }
 
-    def _state_shapes(self) -> LMUState:
-        return LMUState((self.memory.channels, self.memory.order))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return ((self.memory.input_size, self.memory.order),)
 
     def _sequence(self, x, state, lengths, reset):
-        if not all(
-            can_be_read(child, kind)
-            for child, kind in (
-                (self.memory, LegendreMemory),
-                (self.memory_to_output, nn.Linear),
-                (self.input_to_output, nn.Linear),
-            )
-        ):
-            return self._by_children(x, state, lengths, reset)
-        if not self.return_sequences:
-            return self._last(x, state, lengths, reset)
-        length = self._segment_length(x)
-        system = self.memory.prepared(length)
-        random = self.training and self.memory_dropout > 0
+        # No states over time: the memories of all steps may exist one segment at a time only, or not at all.
+        m = None if state is None else state.memory
+        if not self._children_are_as_built():
+            output, m = self._by_children(x, m, lengths, reset)
+        elif not self.return_sequences:
+            output, m = self._last(x, m, lengths, reset)
+        else:
+            length = self._segment_length(x)
+            system, u = self.memory.prepared(length), self._encode(x)
+            if x.shape[1] <= length:
+                output, m = self._segment(u, x, m, self._read_out(), system, lengths, reset)
+            else:
+                output, m = self._in_segments(u, x, m, system, length, lengths, reset)
+            if not isinstance(self.activation, str):
+                # A user-supplied activation may own parameters that we cannot find: outside the recomputed segments.
+                output = self._f2(output)
+        return output, None, LMUState(m)
 
-        def run(segments, leaves, part, weights):
-            m = leaves[0] if leaves else None
+    def _children_are_as_built(self) -> bool:
+        """Whether the weights of the children may be read in place of calling them."""
+        return (
+            can_be_read(self.memory, LegendreMemory)
+            and can_be_read(self.memory_to_output, nn.Linear)
+            and can_be_read(self.input_to_output, nn.Linear)
+        )
+
+    def _read_out(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """W_m of memories that are not scaled, b_o and W_x."""
+        W_x = None if self.input_to_output is None else self.input_to_output.weight
+        return _scaled(self.memory_to_output.weight, self.memory.scale), self.memory_to_output.bias, W_x
+
+    def _in_segments(self, u, x, m, system, length, lengths, reset):
+        """``_segment`` for one segment of time after the other, recomputed in the backward pass."""
+
+        def run(segments, leaves, part, tensors):
+            *weights, inputs, powers = tensors
             u, x = segments
             until = None if lengths is None else (lengths - part.start).clamp(0, u.shape[1])
             drop = None if reset is None else reset[:, part]
-            z, m = self._segment(u, x, m, weights, system, until, drop)
+            m = leaves[0] if leaves else None
+            z, m = self._segment(u, x, m, weights, system._replace(inputs=inputs, powers=powers), until, drop)
             return z, [m]
 
-        weights = [
-            _scaled(self.memory_to_output.weight, self.memory.scale),
-            self.memory_to_output.bias,
-            None if self.input_to_output is None else self.input_to_output.weight,
-            system.inputs,
-            system.powers,
-        ]
-        initial = [] if state is None else [state.memory]
-        output, (m,) = over_segments(run, [self._encode(x), x], initial, weights, steps=max(length, 1), random=random)
-        # A user-supplied activation may own parameters that we cannot find, so it is applied outside the segments.
-        return (output if isinstance(self.activation, str) else self._f2(output)), LMUState(m)
+        tensors = [*self._read_out(), system.inputs, system.powers]
+        random = self.training and self.memory_dropout > 0
+        output, (m,) = over_segments(run, [u, x], [] if m is None else [m], tensors, steps=length, random=random)
+        return output, m
 
-    def _by_children(self, x, state, lengths, reset):
+    def _by_children(self, x, m, lengths, reset):
         """The layer by calls of its children, where one of them is not as it was built: the memories of all steps."""
-        m = None if state is None else LegendreMemoryState(state.memory)
-        memory, final = self.memory(self._encode(x), m, lengths=lengths, reset=reset)
+        before = None if m is None else LegendreMemoryState(m)
+        memory, final = self.memory(self._encode(x), before, lengths=lengths, reset=reset)
         if not self.return_sequences:
             if x.shape[1] == 0:
-                return x.new_zeros(len(x), self.hidden_size), LMUState(final.memory)
+                return x.new_zeros(len(x), self.hidden_size), final.memory
             memory, x = (_last_of(sequence, lengths) for sequence in (memory, x))
-        return self._read(memory, x), LMUState(final.memory)
+        return self._read(memory, x), final.memory
 
     def _segment(self, u, x, m, weights, system, lengths, reset):
         """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
-        W_m, b_o, W_x, inputs, powers = weights
+        W_m, b_o, W_x = weights
         # at_length must not pick a state that was rounded to 16 bits.
         wide = u if lengths is None else u.to(self._carry_dtype())
-        memory, final = apply(wide, system._replace(inputs=inputs, powers=powers), m, reset=reset)
+        memory, final = apply(wide, system, m, reset=reset)
         if lengths is not None:  # a row that ended before this segment keeps its m
             final = at_length(memory, m, final, lengths)
         if memory.stride(-2) == 1:  # (B, S, N, C) in the store: W_m is turned round, not the memory
@@ -216,18 +241,17 @@ class LMU(RecurrentLayer):
             z = self._f2_in_place(z)
         return z.unflatten(0, u.shape[:2]), final
 
-    def _last(self, x, state, lengths, reset):
+    def _last(self, x, m, lengths, reset):
         """(25) and (20) at the last step that counts."""
         batch, steps, _ = x.shape
-        initial = None if state is None else state.memory
         if steps == 0:
-            m = self.initial_state(batch).memory if state is None else state.memory
-            return x.new_zeros(batch, self.hidden_size), LMUState(m)
-        if state is None and lengths is None and reset is None and self._input_first(x):
+            m = self.initial_state(batch).memory if m is None else m
+            return x.new_zeros(batch, self.hidden_size), m
+        if m is None and lengths is None and reset is None and self._input_first(x):
             m = self._last_input_first(x)
         else:
-            m = self.memory.last(self._encode(x), initial, lengths=lengths, reset=reset)
-        return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), LMUState(m)
+            m = self.memory.last(self._encode(x), m, lengths=lengths, reset=reset)
+        return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), m
 
     def _input_first(self, x: Tensor) -> bool:
         """Whether the memory of x itself can take the place of that of u: all is linear, and it costs no more."""
@@ -235,7 +259,7 @@ class LMU(RecurrentLayer):
             can_be_read(self.encoder, nn.Linear)
             and activation_function(self.encoder_activation) is None
             and not x.requires_grad
-            and self.input_size <= self.memory.channels
+            and self.input_size <= self.memory.input_size
             and self.memory.window().ndim == 0
         )
 
@@ -251,8 +275,11 @@ class LMU(RecurrentLayer):
             return m + self.encoder.bias.to(m.dtype)[:, None] * of_one
 
     def _step(self, x_t, state):
-        m, new = self.memory._step(self._encode(x_t), state)
-        return self._read(m, x_t), LMUState(new.memory)
+        scaled, m = self.memory.advance(self._encode(x_t), state.memory)
+        return self._read(scaled, x_t), LMUState(m)
+
+    def _calibrate(self, x, lengths):
+        self.memory.calibrate(self._encode(x), lengths=lengths)
 
     def _encode(self, x: Tensor) -> Tensor:
         """(18): u = f1(U_x x + b_u)."""
@@ -272,14 +299,14 @@ class LMU(RecurrentLayer):
         return z if f2 is None else f2(z)
 
     def _f2_in_place(self, z: Tensor) -> Tensor:
-        f2 = IN_PLACE.get(self.activation)  # pyright: ignore[reportArgumentType]
+        f2 = IN_PLACE.get(self.activation) if isinstance(self.activation, str) else None
         return self._f2(z) if f2 is None else f2(z)
 
     def _segment_length(self, x: Tensor) -> int:
         """Steps to a segment: T when all memories are small or all are to be held; else such that a segment's memories
         are, but never under sqrt(T) / 2, where the states between segments outgrow the few arrays of that size."""
         batch, steps, _ = x.shape
-        a_step = batch * self.memory.channels * self.memory.order * self._carry_dtype().itemsize
+        a_step = batch * self.memory.input_size * self.memory.order * self._carry_dtype().itemsize
         if a_step * steps <= WHOLE_BYTES or (
             torch.is_grad_enabled() and (transforms_are_active() or not self.recompute)
         ):

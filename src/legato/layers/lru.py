@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int, real_number
+from legato._dtypes import carry_dtype, without_autocast
 from legato._shapes import Complex, Float, Tensor
-from legato.layers._base import RecurrentLayer, at_length, never_narrowed
+from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed
 from legato.ops.recurrence import linear_recurrence
 
 
@@ -20,7 +20,7 @@ class LRUState(NamedTuple):
     memory: Float[Tensor, "B N 2"]
 
 
-class LRU(RecurrentLayer):
+class LRU(RecurrentLayer[LRUState]):
     """h_t = lambda h_{t-1} + gamma B x_t; y_t = Re(C h_t) + D x_t; lambda = exp(-exp(nu_log) + i exp(theta_log)).
 
     Units that ring and fade, each with its own learned frequency and decay, whatever the input: the layer is linear and
@@ -84,7 +84,7 @@ class LRU(RecurrentLayer):
             raise ValueError(f"expected max_phase above 0 radians a step, got {max_phase}")
         self.r_min, self.r_max, self.max_phase = r_min, r_max, max_phase
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        exact = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
+        exact = {"device": device, "dtype": carry_dtype(dtype or torch.get_default_dtype())}
         self.B = nn.Parameter(torch.empty(hidden_size, 2, self.input_size, **where))
         self.C = nn.Parameter(torch.empty(outputs, hidden_size, 2, **where))
         self.D = nn.Parameter(
@@ -121,8 +121,11 @@ class LRU(RecurrentLayer):
         nu, theta = (x.to(self._carry_dtype()).exp() for x in (self.nu_log, self.theta_log))
         return torch.complex(-nu, theta).exp()
 
-    def _state_shapes(self) -> LRUState:
-        return LRUState((self.hidden_size, 2))  # pyright: ignore[reportArgumentType]
+    def _arguments(self) -> dict[str, Any]:
+        return {"output_size": None if self.output_size == self.hidden_size else self.output_size}
+
+    def _state_shapes(self) -> StateShapes:
+        return ((self.hidden_size, 2),)
 
     def _sequence(self, x, state, lengths, reset):
         memory = None if state is None else state.memory
@@ -139,7 +142,7 @@ class LRU(RecurrentLayer):
         C = torch.stack([self.C[..., 0], -self.C[..., 1]], dim=-1)
         past = self.D * x if self.D.ndim == 1 else F.linear(x, self.D)
         output = F.linear(states.flatten(-2).to(x.dtype), C.flatten(1)) + past
-        return output.to(x.dtype), LRUState(at_length(states, memory, final, lengths))
+        return output.to(x.dtype), LRUState(states), LRUState(final)
 
     def _weight(self):
         return self.B

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from legato._checks import real_number
+from legato._dtypes import carry_dtype
 from legato._gate_spec import GateSpec
-from legato.layers._base import at_length
 from legato.layers._gated import GatedLayer, GatedState
 from legato.ops.gated import gated_recurrence, gated_step
 
 
-class MinGRU(GatedLayer):
+class MinGRU(GatedLayer[GatedState]):
     """f_t = sigmoid(V x_t + b_f); h_t = f_t h_{t-1} + (1 - f_t) (W x_t + b_h).
 
     A GRU without its reset gate, whose other gate sees x alone. The paper writes z_t = 1 - f_t, so V and b_f are its
@@ -37,6 +37,8 @@ class MinGRU(GatedLayer):
     Source: Feng, Tung, Ahmed, Bengio & Hajimirsadeghi 2024, arXiv 2410.01201, section 3.1.
     """
 
+    State = GatedState
+
     def __init__(
         self,
         input_size: int,
@@ -56,7 +58,7 @@ class MinGRU(GatedLayer):
         )
 
 
-class MinLSTM(GatedLayer):
+class MinLSTM(GatedLayer[GatedState]):
     """f_t, i_t = sigmoid(k_f), sigmoid(k_i), k = W_f x_t + b_f and W_i x_t + b_i;
     h_t = (f_t h_{t-1} + i_t (W x_t + b_h)) / (f_t + i_t).
 
@@ -85,6 +87,8 @@ class MinLSTM(GatedLayer):
     Source: Feng, Tung, Ahmed, Bengio & Hajimirsadeghi 2024, arXiv 2410.01201, section 3.2.
     """
 
+    State = GatedState
+
     def __init__(
         self,
         input_size: int,
@@ -100,10 +104,9 @@ class MinLSTM(GatedLayer):
         super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)
 
     def _sequence(self, x, state, lengths, reset):
-        initial = None if state is None else state.memory
         forget, candidate = self._gate_and_candidate(x)
-        states, final = gated_recurrence(forget, candidate, None, initial, reset=reset)
-        return states.to(x.dtype), GatedState(at_length(states, initial, final, lengths))
+        states, final = gated_recurrence(forget, candidate, None, None if state is None else state.memory, reset=reset)
+        return states.to(x.dtype), GatedState(states), GatedState(final)
 
     def _step(self, x_t, state):
         forget, candidate = self._gate_and_candidate(x_t)
@@ -113,5 +116,5 @@ class MinLSTM(GatedLayer):
     def _gate_and_candidate(self, x):
         """log(f / i), whose sigmoid is f / (f + i), and the candidate."""
         forget, write, candidate = F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
-        carry = torch.promote_types(forget.dtype, torch.float32)
+        carry = carry_dtype(forget.dtype)
         return F.logsigmoid(forget.to(carry)) - F.logsigmoid(write.to(carry)), candidate

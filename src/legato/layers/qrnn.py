@@ -7,8 +7,8 @@ import torch
 from legato._checks import positive_int, real_number
 from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
-from legato.layers._base import at_length
 from legato.layers._gated import GatedLayer
+from legato.layers.base import StateShapes
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -19,7 +19,7 @@ class QRNNState(NamedTuple):
     inputs: Float[Tensor, "B K C"]
 
 
-class QRNN(GatedLayer):
+class QRNN(GatedLayer[QRNNState]):
     """z, f, o = tanh, sigmoid, sigmoid of (W * x)_t + b, a causal convolution over x_{t-k+1} .. x_t;
     c_t = f_t c_{t-1} + (1 - f_t) z_t; h_t = o_t c_t.
 
@@ -72,35 +72,35 @@ class QRNN(GatedLayer):
         )
         self.kernel_size = taps
 
-    def _state_shapes(self):
-        return QRNNState(memory=(self.hidden_size,), inputs=(self.kernel_size - 1, self.input_size))  # pyright: ignore[reportArgumentType]
+    def _state_shapes(self) -> StateShapes:
+        return (self.hidden_size,), (self.kernel_size - 1, self.input_size)
 
     def _sequence(self, x, state, lengths, reset):
         initial, inputs = (None, None) if state is None else state
-        windows, inputs = self._windows(x, inputs, lengths, reset)
+        windows, last = self._windows(x, inputs, reset)
         output, states, final = gated_unit((windows,), (self.weight,), self.bias, self.spec, initial, reset=reset)
-        return output.to(x.dtype), QRNNState(at_length(states, initial, final, lengths), inputs)
+        # A step's window without its oldest input is what the next step needs.
+        recent = windows.unflatten(2, (self.kernel_size, self.input_size))[:, :, 1:]  # (B, T, k - 1, C)
+        return output.to(x.dtype), QRNNState(states, recent), QRNNState(final, last.to(self._carry_dtype()))
 
     def _step(self, x_t, state):
         row = torch.cat([state.inputs.to(x_t.dtype), x_t[:, None]], dim=1)  # (B, k, C)
         output, memory = gated_unit_step((row.flatten(1),), (self.weight,), self.bias, self.spec, state.memory)
         return output.to(x_t.dtype), QRNNState(memory, row[:, 1:].to(self._carry_dtype(), copy=True))
 
-    def _windows(self, x, inputs, lengths, reset):
-        """The inputs that each step sees, (B, T, k C), and the last k - 1 that count, (B, k - 1, C)."""
+    def _windows(self, x, inputs, reset):
+        """The inputs that each step sees, (B, T, k C), the oldest first, and the last k - 1, (B, k - 1, C)."""
         (B, T), k = x.shape[:2], self.kernel_size
         inputs = x.new_zeros(B, k - 1, self.input_size) if inputs is None else inputs.to(x.dtype)
         row = torch.cat([inputs, x], dim=1)  # (B, k - 1 + T, C)
-        seen = [row[:, j : j + T] for j in range(k)]
-        ends = torch.full((B,), T, device=x.device) if lengths is None else lengths
-        last = ends[:, None] + torch.arange(k - 1, device=x.device)  # (B, k - 1)
-        recent = row.gather(1, last[..., None].expand(-1, -1, self.input_size)).to(self._carry_dtype())
+        # The last inputs are not taken from the windows: their gradient would be k times the size of x.
+        seen, last = [row[:, j : j + T] for j in range(k)], row[:, T:]
         if reset is not None:
             # A step sees the inputs that came after as many resets as it did.
             resets = torch.cat([reset.new_zeros(B, k - 1), reset], dim=1).cumsum(1)
             seen = [
                 s.masked_fill((resets[:, j : j + T] < resets[:, k - 1 :])[..., None], 0) for j, s in enumerate(seen)
             ]
-            recent = recent.masked_fill((resets.gather(1, last) < resets[:, -1:])[..., None], 0)
+            last = last.masked_fill((resets[:, T:] < resets[:, -1:])[..., None], 0)
         # One product of k C columns; k shifted ones, which copy nothing, are within a tenth of its time or slower.
-        return torch.cat(seen, dim=2), recent
+        return torch.cat(seen, dim=2), last

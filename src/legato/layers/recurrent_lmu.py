@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._autocast import without_autocast
 from legato._checks import positive_int
+from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
-from legato.layers._base import RecurrentLayer, whole
 from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
+from legato.layers.base import RecurrentLayer, StateShapes, whole
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
@@ -39,7 +39,7 @@ class RecurrentLMUCellState(NamedTuple):
     cell: Float[Tensor, "B H"]
 
 
-class RecurrentLMU(RecurrentLayer):
+class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
     """h_t = f(W_x x_t + W_h h_{t-1} + W_m m_t), m_t = A m_{t-1} + B u_t, u_t = e_x x_t + e_h h_{t-1} + e_m m_{t-1}.
 
     The memory is that of ``LMU``; e_h, e_m and W_h feed back, which leaves only one step after another. Other cells
@@ -74,7 +74,8 @@ class RecurrentLMU(RecurrentLayer):
         (torch.Size([2, 212]), 99897)
 
     Source: Voelker, Kajic & Eliasmith 2019, (6) to (9), with their start: e_x, e_h LeCun-uniform, e_m zero, each W
-    Glorot-normal. ``memory.scale``, ones unless set, multiplies m where e_m and W_m read it.
+    Glorot-normal. ``memory.scale``, ones unless set, multiplies m where e_m and W_m read it;
+    ``calibrate`` leaves it unchanged.
     """
 
     def __init__(
@@ -105,13 +106,18 @@ class RecurrentLMU(RecurrentLayer):
         self.State = RecurrentLMUCellState if hidden_cell == "lstm" else RecurrentLMUState
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.memory = LegendreMemory(
-            memory_size, order, theta, discretizer=discretizer, trainable_theta=trainable_theta, **where
+            positive_int(memory_size, "memory_size"),
+            order,
+            theta,
+            discretizer=discretizer,
+            trainable_theta=trainable_theta,
+            **where,
         )
 
         def linear(columns: int, rows: int, bias: bool = False) -> nn.Linear:
             return nn.Linear(columns, rows, bias=bias, **where)
 
-        input_size, hidden_size, memory_size = self.input_size, self.hidden_size, self.memory.channels
+        input_size, hidden_size, memory_size = self.input_size, self.hidden_size, self.memory.input_size
         gates, numbers = GATES[hidden_cell] * hidden_size, memory_size * self.memory.order
         self.input_to_memory = linear(input_size, memory_size)  # e_x
         self.hidden_to_memory = linear(hidden_size, memory_size) if hidden_to_memory else None  # e_h
@@ -141,17 +147,34 @@ class RecurrentLMU(RecurrentLayer):
                 if W.bias is not None:
                     W.bias.zero_()
 
-    def _state_shapes(self) -> Any:
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _arguments(self) -> dict[str, Any]:
+        memory = self.memory
+        return {
+            "memory_size": memory.input_size,
+            "order": memory.order,
+            "theta": memory._theta,
+            "discretizer": memory.discretizer,
+            "trainable_theta": memory.trainable_theta,
+            "hidden_to_memory": self.hidden_to_memory is not None,
+            "memory_to_memory": self.memory_to_memory is not None,
+            "input_to_hidden": self.input_to_hidden is not None,
+            "bias": self.memory_to_hidden.bias is not None,
+        }
+
+    def _state_shapes(self) -> StateShapes:
         hidden = (self.hidden_size,)
-        return self.State(*((self.memory.channels, self.memory.order), hidden, hidden)[: len(self.State._fields)])
+        return ((self.memory.input_size, self.memory.order), hidden, hidden)[: len(self.State._fields)]
 
     def _sequence(self, x, state, lengths, reset):
         batch, steps, _ = x.shape
-        shape = (batch, self.memory.channels, self.memory.order)
+        shape = (batch, self.memory.input_size, self.memory.order)
         m, *hidden = self.initial_state(batch) if state is None else state
         if steps == 0:
             empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
-            return x.new_zeros(empty), self.State(m, *hidden)
+            return x.new_zeros(empty), None, self.State(m, *hidden)
         now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
         outputs = []
         fused = all(can_be_read(child, nn.Linear) for child in self._linear_children())
@@ -170,7 +193,8 @@ class RecurrentLMU(RecurrentLayer):
                 outputs.append(now[1])
         output = torch.stack(outputs, dim=1) if self.return_sequences else now[1]
         m, *hidden = now
-        return output.to(x.dtype), self.State(m.view(shape), *hidden)
+        # No states over time: a step of the memory takes far more room than a step of the output.
+        return output.to(x.dtype), None, self.State(m.view(shape), *hidden)
 
     def _linear_children(self) -> list[nn.Module | None]:
         return [
@@ -185,7 +209,7 @@ class RecurrentLMU(RecurrentLayer):
     def _one_step_by_children(self, x: Tensor, m: Tensor, h: Tensor, c: Tensor | None = None) -> list[Tensor]:
         """One step, (x, m, h, ...) -> [m, h, ...], by calls of the children, where one is not as it was built."""
         wide, h_before = h.dtype, h.to(x.dtype)
-        m = m.unflatten(1, (self.memory.channels, self.memory.order))
+        m = m.unflatten(1, (self.memory.input_size, self.memory.order))
         u = self.input_to_memory(x)
         if self.hidden_to_memory is not None:
             u = u + self.hidden_to_memory(h_before)
@@ -234,10 +258,14 @@ class RecurrentLMU(RecurrentLayer):
         return advance
 
     def _cell(self, z: Tensor, of_h: Tensor | None, h: Tensor, c: Tensor | None) -> list[Tensor]:
-        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and W_h h_{t-1}; None where z includes that."""
-        if self.hidden_cell == "gru":
-            return [_gru(z, of_h, h)]  # pyright: ignore[reportArgumentType]
-        z = z if of_h is None else z + of_h
+        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and W_h h_{t-1}; None where z includes that.
+
+        The "gru" needs both: r multiplies W_h h_{t-1} alone.
+        """
+        if of_h is not None:
+            if self.hidden_cell == "gru":
+                return [_gru(z, of_h, h)]
+            z = z + of_h
         if c is not None:
             return list(_lstm(z, c))
         return [torch.tanh(z) if self.hidden_cell == "tanh" else torch.relu(z)]

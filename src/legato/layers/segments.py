@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,22 +13,24 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from legato._shapes import Shaped, Tensor
-from legato.layers._base import positive_int
 from legato.layers._fused import transforms_are_active
+from legato.layers.base import positive_int
+
+AnyState = TypeVar("AnyState")
 
 #: run(segments, leaves, part, tensors) -> (output, leaves); see ``over_segments``.
 Run = Callable[[list[Tensor], list[Tensor], slice, Sequence[Any]], tuple[Tensor, list[Tensor]]]
 
 
 def in_segments(
-    layer: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    layer: Callable[[Tensor, AnyState | None], tuple[Tensor, AnyState]],
     x: Shaped[Tensor, "B T *channels"],
-    state: Any = None,
+    state: AnyState | None = None,
     *,
     steps: int,
     last_only: bool = False,
     recompute: bool = True,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, AnyState]:
     """(output, state) = layer(x, state), exactly, with gradients through all of it, holding one segment at a time.
 
     The states between segments are kept, everything inside them is computed again in the backward: for a third more
@@ -69,11 +71,11 @@ def in_segments(
         raise ValueError("expected at least one step for the last output, got x with none: leave last_only out")
     if recompute and torch.is_grad_enabled() and x.shape[1] > steps and not transforms_are_active():
         return _recomputed_layer(layer, x, state, steps, last_only)
-    outputs = []
+    outputs, after = [], cast("AnyState", state)
     for segment in x.split(steps, dim=1):
-        output, state = layer(segment, state)
+        output, after = layer(segment, after)
         outputs = [output] if last_only else [*outputs, output]
-    return outputs[0][:, -1] if last_only else torch.cat(outputs, dim=1), state
+    return outputs[0][:, -1] if last_only else torch.cat(outputs, dim=1), after
 
 
 def over_segments(
@@ -95,10 +97,10 @@ def over_segments(
         sequences: one or more, (B, T, *channels) each.
         leaves: the tensors of the state before the first segment; an empty list for none.
         tensors: everything else that needs a gradient; None entries are passed on.
-        steps: length of a segment.
+        steps: length of a segment, less than T.
         random: whether ``run`` draws random numbers; the recomputation draws the same ones again.
     """
-    if sequences[0].shape[1] <= steps or transforms_are_active():
+    if transforms_are_active():
         return _in_turn(run, sequences, leaves, tensors, steps, False)
     return _recomputed(_Plan(run, steps, sequences[0].device, random=random), sequences, leaves, tensors)
 
@@ -168,15 +170,10 @@ def _first_pass(plan: _Plan, sequences, leaves, tensors):
         "dtype": torch.get_autocast_dtype(x.device.type),
         "enabled": torch.is_autocast_enabled(x.device.type),
     }
-    if plan.random:
-        plan.random_states = [
-            torch.empty(len(parts), *state.shape, dtype=torch.uint8, device="cpu") for state in _random_states(x.device)
-        ]
     tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
     for number, part in enumerate(parts):
         if plan.random:
-            for block, state in zip(plan.random_states, _random_states(x.device), strict=True):
-                block[number] = state
+            _save_random_states(plan, number, len(parts))
         if number:
             kept = kept or [leaf.new_empty(len(parts), *leaf.shape) for leaf in leaves]
             for block, leaf in zip(kept, leaves, strict=True):
@@ -358,6 +355,15 @@ def _hooks_off(leaves: Sequence[Tensor]) -> Iterator[None]:
 def _random_states(device: torch.device) -> list[Tensor]:
     """The state of every generator that a layer on this device may draw from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _save_random_states(plan: _Plan, number: int, count: int) -> None:
+    """Save the state of every generator before segment ``number`` of ``count``, in blocks allocated once."""
+    states = _random_states(plan.device)
+    if number == 0:
+        plan.random_states = [torch.empty(count, *state.shape, dtype=torch.uint8, device="cpu") for state in states]
+    for block, state in zip(plan.random_states, states, strict=True):
+        block[number] = state
 
 
 @contextmanager

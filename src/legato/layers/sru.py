@@ -1,17 +1,16 @@
 """The simple recurrent unit, in its first version."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from legato._checks import real_number
 from legato._gate_spec import GateSpec
-from legato._shapes import Tensor
-from legato.layers._base import activation_function
-from legato.layers._gated import GatedLayer
+from legato.layers._gated import GatedLayer, GatedState
+from legato.layers.base import Activation, activation_function
 
 
-class SRU(GatedLayer):
+class SRU(GatedLayer[GatedState]):
     """f_t = sigmoid(W_f x_t + b_f); r_t = sigmoid(W_r x_t + b_r); c_t = f_t c_{t-1} + (1 - f_t) W x_t;
     h_t = r_t g(c_t) + (1 - r_t) x_t.
 
@@ -24,7 +23,7 @@ class SRU(GatedLayer):
         input_size: channels of x.
         hidden_size: channels of the output and of the state. Where it is not ``input_size``, x_t in h_t becomes P x_t,
             with a matrix P of its own.
-        activation: g, a name or a callable; "tanh" is the paper's, "identity" none.
+        activation: g, a name or a callable; "tanh" is the paper's, "identity" leaves it out.
         forget_bias: b_f at first; 0 is that of the authors' code. ``spread_time_scales(layer.bias[:hidden_size], ...)``
             gives each unit its own.
         highway_bias: b_r at first; below zero the layer starts by passing its input on.
@@ -42,12 +41,14 @@ class SRU(GatedLayer):
     Source: Lei, Zhang, Wang, Dai & Artzi 2017, arXiv 1709.02755v1, as in Martin & Cundy 2018.
     """
 
+    State = GatedState
+
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         *,
-        activation: str | Callable[[Tensor], Tensor] | None = "tanh",
+        activation: Activation = "tanh",
         forget_bias: float = 0.0,
         highway_bias: float = 0.0,
         device: torch.device | str | None = None,
@@ -59,3 +60,6 @@ class SRU(GatedLayer):
         super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)
         self.activation = activation
         activation_function(activation)  # raises on an unknown name
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"forget_bias": self.biases[0], "highway_bias": self.biases[1]}

@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,12 @@ from torch import nn
 
 from legato._checks import dropout_rate, positive_int
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer
+from legato.layers._states import check_states
+from legato.layers.base import RecurrentLayer, check_layer
 from legato.layers.bidirectional import Bidirectional, refuse_to_step
 
 
-class Stack(RecurrentLayer):
+class Stack(RecurrentLayer[tuple[Any, ...]]):
     """o = layer_n(... dropout(layer_2(dropout(layer_1(x))))): layers that read one another; its state is their tuple.
 
     ``Stack.of(GILRLSTM, 4, 256, num_layers=2, dropout=0.1, bidirectional=True)`` builds one of equal layers.
@@ -26,6 +28,7 @@ class Stack(RecurrentLayer):
     Shapes: input (B, T, layers[0].input_size); output that of the last layer; state a tuple of the layers' states.
 
     Raises:
+        TypeError: an argument is not a layer.
         ValueError: the layers do not fit one on another, or dropout is not from 0 to below 1.
         RuntimeError: by ``step``, where a layer is bidirectional.
 
@@ -55,7 +58,7 @@ class Stack(RecurrentLayer):
     @classmethod
     def of(
         cls,
-        layer: type[RecurrentLayer],
+        layer: Callable[..., RecurrentLayer[Any]],
         input_size: int,
         hidden_size: int,
         *,
@@ -79,7 +82,7 @@ class Stack(RecurrentLayer):
             A ``Stack``, of one layer too, so that the state has one form.
 
         Raises:
-            TypeError: the layer has no such option.
+            TypeError: ``layer`` is not the class of a layer, or has no such option.
             ValueError: a number is out of its range.
 
         Example:
@@ -92,46 +95,46 @@ class Stack(RecurrentLayer):
         """
         num_layers = positive_int(num_layers, "num_layers")
         _check_options(layer, options)
-        layers: list[RecurrentLayer] = []
+        layers: list[RecurrentLayer[Any]] = []
         for number in range(num_layers):
             size = layers[-1].output_size if layers else input_size
             here = options if number == num_layers - 1 else {**options, **_all_outputs(options)}
-            pair = [layer(size, hidden_size, **here) for _ in range(2 if bidirectional else 1)]  # pyright: ignore
+            pair = [layer(size, hidden_size, **here) for _ in range(2 if bidirectional else 1)]
             layers.append(Bidirectional(*pair) if bidirectional else pair[0])
         return cls(*layers, dropout=dropout)
 
     @property
     def output_size(self) -> int | tuple[int, ...]:
         """That of the last layer."""
-        return self.layers[-1].output_size  # pyright: ignore[reportReturnType]
+        return self._members()[-1].output_size
 
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        state: Any = None,
+        state: Sequence[Any] | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Output of the last layer and the states of all; ``lengths`` and ``reset`` are handed to every layer."""
         states = []
-        for number, (layer, old) in enumerate(zip(self.layers, self._states(state), strict=True)):
+        for number, (layer, old) in enumerate(zip(self._members(), self._states(state), strict=True)):
             if number:
                 x = F.dropout(x, self.dropout, self.training)
             x, new = layer(x, old, lengths=lengths, reset=reset)
             states.append(new)
         return x, tuple(states)
 
-    def step(self, x_t: Float[Tensor, "B C"], state: Any) -> tuple[Tensor, tuple[Any, ...]]:
+    def step(self, x_t: Float[Tensor, "B C"], state: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
         """The next output of a stream and the states after it."""
         if self.bidirectional:
             refuse_to_step(self)
         self._check_state(state)
         states = []
-        for number, (layer, old) in enumerate(zip(self.layers, state, strict=True)):
+        for number, (layer, old) in enumerate(zip(self._members(), state, strict=True)):
             if number:
                 x_t = F.dropout(x_t, self.dropout, self.training)
-            x_t, new = layer.step(x_t, old)  # pyright: ignore[reportCallIssue]
+            x_t, new = layer.step(x_t, old)
             states.append(new)
         return x_t, tuple(states)
 
@@ -139,42 +142,40 @@ class Stack(RecurrentLayer):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Any, ...]:
         """Zeros for every layer."""
-        return tuple(
-            layer.initial_state(batch_size, device=device, dtype=dtype)  # pyright: ignore[reportCallIssue]
-            for layer in self.layers
-        )
+        return tuple(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in self._members())
+
+    def _calibrate(self, x, lengths):
+        *below, last = self._members()
+        for layer in below:
+            layer.calibrate(x, lengths=lengths)
+            x, _ = layer(x, lengths=lengths)
+        last.calibrate(x, lengths=lengths)
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}" if self.dropout else ""
 
-    def _states(self, state: Any) -> tuple[Any, ...]:
+    def _members(self) -> list[RecurrentLayer[Any]]:
+        return cast("list[RecurrentLayer[Any]]", list(self.layers))
+
+    def _states(self, state: Sequence[Any] | None) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.layers)
         self._check_state(state)
         return tuple(state)
 
-    def _check_state(self, state: Any, batch: int | None = None) -> None:
+    def _check_state(self, state: object, batch: int | None = None) -> None:
         """The tuple alone, or the list that a data loader makes of it: each layer checks its own state."""
-        if type(state) not in (tuple, list) or len(state) != len(self.layers):
-            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
-            raise ValueError(
-                f"expected a tuple of {len(self.layers)} states, one a layer, got {got}: "
-                "use initial_state() or what this Stack returned"
-            )
+        check_states(state, len(self.layers), "one a layer", "Stack")
 
     def _weight(self) -> Tensor:
-        return self.layers[0]._weight()  # pyright: ignore[reportCallIssue]
+        return self._members()[0]._weight()
 
 
 def _check_layers(layers: tuple[RecurrentLayer, ...]) -> None:
     if not layers:
         raise ValueError("expected at least one layer to stack, got none")
     for number, layer in enumerate(layers):
-        if not isinstance(layer, RecurrentLayer):
-            raise ValueError(
-                f"expected layer {number} to be a RecurrentLayer, got {type(layer).__name__}: give layers of this "
-                "library, or write one as legato.layers._base says"
-            )
+        check_layer(layer, f"layer {number}")
         if number and not layers[number - 1].return_sequences:
             raise ValueError(
                 f"layer {number - 1} of a stack returns its last output only, and the one above needs all: build it "
@@ -188,11 +189,11 @@ def _check_layers(layers: tuple[RecurrentLayer, ...]) -> None:
             )
 
 
-def _check_options(layer: type[RecurrentLayer], options: dict[str, Any]) -> None:
+def _check_options(layer: Callable[..., Any], options: dict[str, Any]) -> None:
     """Python's own error would not say what the layer does take."""
     if not (inspect.isclass(layer) and issubclass(layer, RecurrentLayer)):
         name = getattr(layer, "__name__", type(layer).__name__)
-        raise ValueError(f"expected the class of a layer, such as GILRLSTM, got {name}: give Stack(...) built layers")
+        raise TypeError(f"expected the class of a layer, such as GILRLSTM, got {name}: give Stack(...) built layers")
     parameters = inspect.signature(layer).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return

@@ -4,10 +4,10 @@ import torch
 
 from legato._checks import real_number
 from legato._gate_spec import GateSpec
-from legato.layers._gated import GatedLayer
+from legato.layers._gated import GatedLayer, GatedState
 
 
-class StronglyTypedRNN(GatedLayer):
+class StronglyTypedRNN(GatedLayer[GatedState]):
     """f_t = sigmoid(V x_t + b); h_t = f_t h_{t-1} + (1 - f_t) W x_t.
 
     A running average of W x_t alone: state and input never meet inside a non-linearity, which is what the name says of
@@ -30,6 +30,8 @@ class StronglyTypedRNN(GatedLayer):
 
     Source: Balduzzi & Ghifary 2016, arXiv 1602.02218, the T-RNN; as in Martin & Cundy 2018.
     """
+
+    State = GatedState
 
     def __init__(
         self,

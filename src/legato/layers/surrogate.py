@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from legato._shapes import Bool, Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, at_length, zero_padding
 from legato.layers._fused import can_be_read
-from legato.layers._states import register_state
+from legato.layers._states import register_state, state_names
+from legato.layers.base import RecurrentLayer, check_layer, flat_output_size
 from legato.ops.gated import gated_recurrence, one_step_later
 
 
@@ -20,7 +21,7 @@ from legato.ops.gated import gated_recurrence, one_step_later
 class LinearSurrogateState(NamedTuple):
     """The surrogate layer's own state, and its output s~_t in float32 or wider."""
 
-    memory: Any
+    memory: tuple[Any, ...]
     surrogate: Float[Tensor, "B H"]
 
 
@@ -28,12 +29,12 @@ class LinearSurrogateState(NamedTuple):
 class LinearSurrogateLSTMState(NamedTuple):
     """The same over an LSTM cell, whose own c_t comes last."""
 
-    memory: Any
+    memory: tuple[Any, ...]
     surrogate: Float[Tensor, "B H"]
     cell: Float[Tensor, "B H"]
 
 
-class LinearSurrogate(RecurrentLayer):
+class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMState]):
     """s_t = f(s~_{t-1}, x_t), s~ = surrogate(x): the cell f at all steps at once.
 
     A recurrent network s_t = f(s_{t-1}, x_t) uses s_{t-1} twice, as the input of f and as its own output. Only the
@@ -56,6 +57,7 @@ class LinearSurrogate(RecurrentLayer):
     state, state.surrogate s~_t and, of an LSTM cell, state.cell c_t (B, H).
 
     Raises:
+        TypeError: the cell or the surrogate is of a wrong type.
         ValueError: cell and surrogate do not fit together; in the first call, where f does not give the shape of s~.
 
     Example:
@@ -73,7 +75,7 @@ class LinearSurrogate(RecurrentLayer):
         _check_cell(cell, surrogate)
         super().__init__(surrogate.input_size)
         self.State = LinearSurrogateLSTMState if isinstance(cell, nn.LSTMCell) else LinearSurrogateState
-        self.hidden_size = surrogate.output_size  # pyright: ignore[reportAttributeAccessIssue]
+        self.hidden_size = flat_output_size(surrogate, "surrogate")
         self.cell = cell
         self._input_comes_first = isinstance(cell, RNNCellBase)  # of a cell that is wrapped later, too
         self.surrogate = surrogate
@@ -81,61 +83,66 @@ class LinearSurrogate(RecurrentLayer):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        state: Any = None,
+        state: LinearSurrogateState | LinearSurrogateLSTMState | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, LinearSurrogateState | LinearSurrogateLSTMState]:
         """s_t of all steps and the state after the last; the arguments are those of every layer."""
-        given, ends = (x, state), self._check_arguments(x, state, lengths, reset)
-        state = self.initial_state(len(x)) if state is None else state
-        memory, start = state[:2]
-        memory = None if given[1] is None else memory
-        s, memory = self.surrogate(x, memory, lengths=lengths, reset=reset)  # s~_t, (B, T, H)
-        if ends is not None:
-            x = zero_padding(x, ends)
-        last = at_length(s, start, s[:, -1].to(start.dtype) if s.shape[1] else start, ends)
+        # Lengths as they were given: on the CPU the surrogate checks them without a wait for the device.
+        given, lengths = lengths, self._check_arguments(x, state, lengths, reset)
+        s, memory = self.surrogate(x, None if state is None else state.memory, lengths=given, reset=reset)
+        if lengths is None:
+            output, _, new = self._from_surrogate(s, memory, x, state, None, reset)
+            return self._own(output, new, x, state)
+        return self._padded(partial(self._from_surrogate, s, memory), x, state, lengths, reset)
+
+    def _sequence(self, x, state, lengths, reset):
+        s, memory = self.surrogate(x, None if state is None else state.memory, lengths=lengths, reset=reset)
+        return self._from_surrogate(s, memory, x, state, lengths, reset)
+
+    def _from_surrogate(self, s, memory, x, state, lengths, reset):
+        """The layer, from s~_t, (B, T, H), and the surrogate's state at the lengths."""
+        _, start, *cells = self.initial_state(len(x)) if state is None else state
+        last = s[:, -1].to(start.dtype) if s.shape[1] else start
         before = one_step_later(s, start, reset).to(x.dtype)
-        if self.State is LinearSurrogateLSTMState:
-            cell: Any = self.cell
-            run = _lstm if can_be_read(cell, nn.LSTMCell) else _lstm_by_steps
-            output, states, final = run(cell, x, before, state.cell, reset)
-            state = self.State(memory, last, at_length(states, state.cell, final, ends))
-        else:
+        make: Any = self.State
+        if self.State is LinearSurrogateState:
             output = self._rows(before.flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
-            state = self.State(memory, last)
-        output = output.to(x.dtype)
-        return self._own(output if ends is None else zero_padding(output, ends), state, *given)
+            return output.to(x.dtype), make(None, s), make(memory, last)
+        cell: Any = self.cell
+        run = _lstm if can_be_read(cell, nn.LSTMCell) else _lstm_by_steps
+        output, states, final = run(cell, x, before, cells[0], reset)
+        return output.to(x.dtype), make(None, s, states), make(memory, last, final)
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
+    ) -> LinearSurrogateState | LinearSurrogateLSTMState:
         """Zeros for the surrogate, s~ and, of an LSTM cell, c."""
         where: dict[str, Any] = {"device": device or self._weight().device, "dtype": dtype or self._carry_dtype()}
         memory = self.surrogate.initial_state(batch_size, device=device, dtype=dtype)
         own = self.State._fields[1:]
         return self.State(memory, *(torch.zeros(batch_size, self.hidden_size, **where) for _ in own))
 
-    def _step(self, x_t, state):
-        output, state = self(x_t[:, None], state)
-        return output[:, 0], state
+    def _calibrate(self, x, lengths):
+        self.surrogate.calibrate(x, lengths=lengths)
 
     def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
         """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
         s = self.cell(x, before) if self._input_comes_first else self.cell(before, x)
-        got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
         if not isinstance(s, Tensor) or s.shape != before.shape:
-            raise ValueError(
+            got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
+            raise (ValueError if isinstance(s, Tensor) else TypeError)(
                 f"expected the cell to give s_t as a tensor of shape {tuple(before.shape)}, that of s_{{t-1}} from the "
                 f"surrogate, got {got}: make the surrogate as wide as the cell, and return s_t alone"
             )
         return s
 
-    def _check_state(self, state: Any, batch: int) -> None:
-        self._check_state_type(state)
-        self.surrogate._check_state(state.memory, batch)
-        for name, tensor in zip(state._fields[1:], state[1:], strict=True):
-            self._check_state_tensor(f"state.{name}", tensor, (batch, self.hidden_size))
+    def _check_state(self, state: object, batch: int) -> None:
+        memory, *others = tensors = self._checked_state(state)
+        self.surrogate._check_state(memory, batch)
+        for name, tensor in zip(state_names(tensors)[1:], others, strict=True):
+            self._check_state_tensor(name, tensor, (batch, self.hidden_size))
 
     def _weight(self) -> Tensor:
         return self.surrogate._weight()
@@ -174,8 +181,7 @@ def _lstm_by_steps(cell: Any, x: Tensor, before: Tensor, c: Tensor, reset: Tenso
 
 def _check_surrogate(surrogate: RecurrentLayer) -> None:
     name = type(surrogate).__name__
-    if not isinstance(surrogate, RecurrentLayer):
-        raise ValueError(f"expected surrogate to be a RecurrentLayer, got {name}: give a layer such as GILR(4, 256)")
+    check_layer(surrogate, "surrogate")
     if surrogate.bidirectional:
         raise ValueError(
             f"expected a surrogate that reads forward only, got a bidirectional {name}: s_{{t-1}} knows no later step"
@@ -185,25 +191,21 @@ def _check_surrogate(surrogate: RecurrentLayer) -> None:
             f"expected a surrogate that gives every s_t, got a {name} that returns its last output only: build it with "
             "return_sequences=True"
         )
-    size = getattr(surrogate, "output_size", None)
-    if not isinstance(size, int):
-        raise ValueError(
-            f"expected a surrogate with (B, T, channels) outputs, got a {name} whose output_size is {size}"
-        )
+    flat_output_size(surrogate, "surrogate")
 
 
 def _check_cell(cell: Any, surrogate: RecurrentLayer) -> None:
     name = type(cell).__name__
     if inspect.isclass(cell) or isinstance(cell, nn.RNNBase | RecurrentLayer) or not callable(cell):
         got = f"the class {cell.__name__}" if inspect.isclass(cell) else name
-        raise ValueError(
+        raise TypeError(
             f"expected cell to be one step, got {got}: give a cell such as nn.GRUCell(4, 256), or a function "
             "f(s_{t-1}, x_t)"
         )
     if not isinstance(cell, RNNCellBase):
         return
     if isinstance(cell, nn.LSTMCell) and type(cell).forward is not nn.LSTMCell.forward:
-        raise ValueError(
+        raise TypeError(
             f"expected an nn.LSTMCell as it is, got a {name} with a forward of its own, which would not be called: "
             "give a function f(s_{t-1}, x_t)"
         )

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from legato._checks import real_number
+from legato._checks import check_floating, check_tensor, real_number
 from legato._shapes import Float, Tensor
 
 
@@ -26,7 +26,8 @@ def spread_time_scales(
         The bias.
 
     Raises:
-        ValueError: the range is not 0 < shortest <= longest, or the bias is not of floats with one axis.
+        TypeError: the bias is not a floating tensor.
+        ValueError: the range is not 0 < shortest <= longest, or the bias has more than one axis.
 
     Example:
         >>> spread_time_scales(torch.empty(3), 1, 100).sigmoid().log().neg().reciprocal()
@@ -38,11 +39,10 @@ def spread_time_scales(
     shortest, longest = real_number(shortest, "shortest"), real_number(longest, "longest")
     if not 0 < shortest <= longest:
         raise ValueError(f"expected time scales with 0 < shortest <= longest, got {shortest} and {longest} steps")
-    if not isinstance(bias, torch.Tensor) or bias.ndim != 1 or not bias.is_floating_point():
-        got = f"{tuple(bias.shape)} in {bias.dtype}" if isinstance(bias, torch.Tensor) else type(bias).__name__
-        raise ValueError(
-            f"expected the bias as a tensor of floats of shape (channels,), got {got}: give that of the forget gates"
-        )
+    check_tensor("bias", bias)
+    check_floating("bias", bias)
+    if bias.ndim != 1:
+        raise ValueError(f"expected bias of shape (channels,), got {tuple(bias.shape)}: give that of the forget gates")
     # Not on the default device: the bias may be elsewhere.
     ends = math.log10(shortest), math.log10(longest)
     taus = torch.logspace(*ends, bias.numel(), dtype=torch.float64, device="cpu")

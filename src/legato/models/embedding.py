@@ -7,29 +7,31 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legato._checks import INTEGER_DTYPES, check_plain, dropout_rate, positive_int, whole_number
+from legato._checks import INTEGER_DTYPES, check_plain, checked_lengths, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
-from legato.layers._base import checked_lengths, whole, zero_padding
+from legato.layers._repr import constructor_arguments
+from legato.layers.base import whole, zero_padding
 
 
 class Embedding(nn.Module):
     """u_t = E[x_t]: a vector for every token, learned or given.
 
     Args:
-        size: tokens in the vocabulary.
-        channels: of a vector.
-        vectors: initial E, (size, channels), such as pre-trained word vectors; None draws it from a normal
-            distribution of variance 1 / channels. They cannot be drawn: ``reset_parameters`` leaves E as it is, unless
-            it was built on the meta device, where the vectors are held until E can hold them.
+        num_embeddings: tokens in the vocabulary.
+        embedding_dim: channels of a vector.
+        vectors: initial E, (num_embeddings, embedding_dim), such as pre-trained word vectors; None draws it from a
+            normal distribution of variance 1 / embedding_dim. They cannot be drawn: ``reset_parameters`` leaves E as it
+            is, unless it was built on the meta device, where the vectors are held until E can hold them.
         trainable: learn E; False keeps the vectors as they are given.
-        padding: the token whose vector stays zero; None is none.
+        padding_idx: the token whose vector stays zero; None is none.
         dropout: share of the vocabulary whose vectors are zero in a training pass, 0 to below 1; the others grow by
             1 / (1 - dropout). A word is thus dropped wherever it stands in the batch.
         device, dtype: of E.
 
-    Shapes: tokens of any shape, integers from 0 to size - 1; output (*tokens, channels).
+    Shapes: tokens of any shape, integers from 0 to num_embeddings - 1; output (*tokens, embedding_dim).
 
     Raises:
+        TypeError: tokens that are not integers.
         ValueError: vectors of another shape, a number out of its range; in the forward pass, a token outside the
             vocabulary (on a GPU torch's own error).
 
@@ -46,30 +48,34 @@ class Embedding(nn.Module):
 
     def __init__(
         self,
-        size: int,
-        channels: int,
+        num_embeddings: int,
+        embedding_dim: int,
         *,
         vectors: np.ndarray | Tensor | None = None,
         trainable: bool = True,
-        padding: int | None = 0,
+        padding_idx: int | None = 0,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.size = size = positive_int(size, "size")
-        self.channels = channels = positive_int(channels, "channels")
-        self.padding = padding = None if padding is None else whole_number(padding, "padding")
-        if padding is not None and padding >= size:
-            raise ValueError(f"expected padding as a token from 0 to {size - 1}, or None, got {padding}")
-        self.dropout = dropout_rate(dropout)
-        if vectors is not None and tuple(vectors.shape) != (size, channels):
+        self.num_embeddings = positive_int(num_embeddings, "num_embeddings")
+        self.embedding_dim = positive_int(embedding_dim, "embedding_dim")
+        self.padding_idx = None if padding_idx is None else whole_number(padding_idx, "padding_idx")
+        if self.padding_idx is not None and self.padding_idx >= self.num_embeddings:
             raise ValueError(
-                f"expected vectors of shape (size, channels) = {(size, channels)}, got {tuple(vectors.shape)}: give a "
-                "row for every token, and the vectors' own width as channels"
+                f"expected padding_idx as a token from 0 to {self.num_embeddings - 1}, or None, got {self.padding_idx}"
             )
-        weight = torch.empty(size, channels, device=device, dtype=dtype)
-        self.weight = nn.Parameter(weight, requires_grad=bool(trainable))
+        self.dropout = dropout_rate(dropout)
+        self.trainable = bool(trainable)
+        shape = (self.num_embeddings, self.embedding_dim)
+        if vectors is not None and tuple(vectors.shape) != shape:
+            raise ValueError(
+                f"expected vectors of shape (num_embeddings, embedding_dim) = {shape}, got {tuple(vectors.shape)}: "
+                "give a row for every token, and the vectors' own width as embedding_dim"
+            )
+        weight = torch.empty(shape, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=self.trainable)
         self._draws = vectors is None
         self._vectors = None if vectors is None else torch.as_tensor(vectors, device=_device_of(vectors))
         self.reset_parameters()
@@ -83,17 +89,17 @@ class Embedding(nn.Module):
             return
         with whole(self.weight) as weight:
             if self._vectors is None:
-                weight.normal_(std=self.channels**-0.5)
+                weight.normal_(std=self.embedding_dim**-0.5)
             else:
                 weight.copy_(self._vectors)
-            if self.padding is not None:
-                weight[self.padding] = 0
+            if self.padding_idx is not None:
+                weight[self.padding_idx] = 0
 
     def forward(self, tokens: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape C"]:
         """The vectors of these tokens."""
         tokens = indices("tokens", tokens)
         try:
-            output = F.embedding(tokens, self.weight, self.padding)
+            output = F.embedding(tokens, self.weight, self.padding_idx)
         except IndexError as error:
             raise self._outside(tokens) from error
         factors = self._factors()
@@ -107,28 +113,29 @@ class Embedding(nn.Module):
             weights = weights * F.embedding(tokens, factors)[..., 0]
         try:
             return F.embedding_bag(
-                tokens, self.weight, mode="sum", per_sample_weights=weights, padding_idx=self.padding
+                tokens, self.weight, mode="sum", per_sample_weights=weights, padding_idx=self.padding_idx
             )
         except (IndexError, RuntimeError) as error:
-            if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.size):
+            if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
                 raise self._outside(tokens) from error
             raise
 
     def _factors(self) -> Tensor | None:
-        """(size, 1): 0 for a dropped word, else 1 / (1 - dropout); None where none is dropped."""
+        """(num_embeddings, 1): 0 for a dropped word, else 1 / (1 - dropout); None where none is dropped."""
         if not self.training or not self.dropout:
             return None
         keep = 1 - self.dropout
-        return self.weight.new_empty(self.size, 1).bernoulli_(keep).div_(keep)
+        return self.weight.new_empty(self.num_embeddings, 1).bernoulli_(keep).div_(keep)
 
     def _outside(self, tokens: Tensor) -> ValueError:
         return ValueError(
-            f"expected tokens from 0 to {self.size - 1}, got {tokens.min().item()} to {tokens.max().item()}: encode "
-            "the text with the vocabulary that this embedding was made for"
+            f"expected tokens from 0 to {self.num_embeddings - 1}, got {tokens.min().item()} to {tokens.max().item()}: "
+            "encode the text with the vocabulary that this embedding was made for"
         )
 
     def extra_repr(self) -> str:
-        return f"{self.size}, {self.channels}, padding={self.padding}, dropout={self.dropout}"
+        """The arguments of the constructor that are not defaults."""
+        return constructor_arguments(self, {"vectors": None})
 
 
 class LockedDropout(nn.Module):
@@ -171,7 +178,7 @@ def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:
     """``tokens`` of any integer dtype in one that torch looks up by; an error where they are no integers."""
     check_plain(name, tokens)
     if tokens.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
+        raise TypeError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
     return tokens if tokens.dtype == torch.int32 else tokens.to(torch.int64)
 
 

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from legato._checks import positive_int, real_number, whole_number
+from legato._dtypes import carry_dtype
 from legato._modes import evaluating
 from legato._shapes import Float, Int, Tensor
-from legato.layers._base import RecurrentLayer, activation_function, zero_padding
+from legato.layers._states import StateT, check_states
+from legato.layers.base import Activation, RecurrentLayer, activation_function, check_layer, zero_padding
 from legato.layers.highway import Highway
-from legato.layers.legendre_memory import LegendreMemory
-from legato.layers.lmu import LMU
 
 from .embedding import Embedding, LockedDropout, indices, without_padding
 
@@ -30,10 +30,10 @@ class LanguageModel(nn.Module):
     Args:
         embedding: E, which says how large the vocabulary is.
         layers: the memories: a function that makes one for so many channels, called once a block, or the layers
-            themselves, one a block, each for ``channels`` inputs.
-        blocks: how many, where ``layers`` is a function.
-        channels: of every h; None is the embedding's width. Where they differ, a matrix lies between.
-        dense: with W, b and f; False where the layer gives ``channels`` outputs and is read as it is.
+            themselves, one a block, each for ``hidden_size`` inputs.
+        num_layers: number of blocks, where ``layers`` is a function.
+        hidden_size: channels of every h; None is the embedding's width. Where they differ, a matrix lies between.
+        dense: with W, b and f; False where the layer gives ``hidden_size`` outputs and is read as it is.
         activation: f and that of the highways, a name or a callable.
         highways: highway layers in each block.
         top_highways: highway layers above the sum; None is as many as in a block.
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
         >>> import torch
         >>> from legato import LMU
         >>> make = lambda size: LMU(size, size, memory_size=size, order=5, theta=10)
-        >>> model = LanguageModel(Embedding(27, 32), make, blocks=5)
+        >>> model = LanguageModel(Embedding(27, 32), make, num_layers=5)
         >>> log_p, state = model(torch.randint(27, (2, 100)))
         >>> log_p.shape
         torch.Size([2, 100, 27])
@@ -69,10 +69,10 @@ class LanguageModel(nn.Module):
         embedding: Embedding,
         layers: Callable[[int], RecurrentLayer] | Sequence[RecurrentLayer],
         *,
-        blocks: int = 5,
-        channels: int | None = None,
+        num_layers: int = 5,
+        hidden_size: int | None = None,
         dense: bool = True,
-        activation: str | Callable[[Tensor], Tensor] = "relu",
+        activation: Activation = "relu",
         highways: int = 3,
         top_highways: int | None = None,
         gate_bias: float = -1.0,
@@ -81,10 +81,10 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        width = embedding.channels
-        self.channels = size = width if channels is None else positive_int(channels, "channels")
+        width = embedding.embedding_dim
+        self.hidden_size = size = width if hidden_size is None else positive_int(hidden_size, "hidden_size")
         if not isinstance(layers, Sequence):
-            layers = [layers(size) for _ in range(positive_int(blocks, "blocks"))]
+            layers = [layers(size) for _ in range(positive_int(num_layers, "num_layers"))]
         _check_layers(layers, size, dense)
         self.embedding = embedding
         where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
         self.tied = bool(tied)
         if output is not None and self.tied:
             raise ValueError("tied=True cannot be combined with output: the weight of a custom output is its own")
-        self.output = _Softmax(embedding, size, self.tied) if output is None else output(size, embedding.size)
+        self.output = _Softmax(embedding, size, self.tied) if output is None else output(size, embedding.num_embeddings)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         self.depths.fill_(1 / len(self.depths))
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
+        self, tokens: Int[Tensor, "B T"], state: Sequence[Any] | None = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T V"], tuple[Any, ...]]:
         """log p of every token at the step after each, and the state after the last step that counts.
 
@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
         return (log_p if lengths is None else zero_padding(log_p, lengths)), state
 
     def features(
-        self, tokens: Int[Tensor, "B T"], state: Any = None, *, lengths: Int[Tensor, "B"] | None = None
+        self, tokens: Int[Tensor, "B T"], state: Sequence[Any] | None = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], tuple[Any, ...]]:
         """y, what the softmax reads, and the state: for a classifier on top of a trained model."""
         tokens = without_padding("tokens", self._checked_tokens("tokens", tokens, 2), lengths)
@@ -144,7 +144,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
-        state: Any = None,
+        state: Sequence[Any] | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, "B T"], tuple[Any, ...]]:
@@ -158,10 +158,10 @@ class LanguageModel(nn.Module):
         # On a device a look at the values would wait for all work before it; torch stops there.
         if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in torch.aminmax(targets))
-            if low < 0 or high >= self.embedding.size:
+            if low < 0 or high >= self.embedding.num_embeddings:
                 raise ValueError(
-                    f"expected targets from 0 to {self.embedding.size - 1}, got {low} to {high}: encode the text with "
-                    "the vocabulary that the model was built for"
+                    f"expected targets from 0 to {self.embedding.num_embeddings - 1}, got {low} to {high}: encode the "
+                    "text with the vocabulary that the model was built for"
                 )
         features, state = self.features(tokens, state, lengths=lengths)
         if lengths is None:
@@ -174,7 +174,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
-        state: Any = None,
+        state: Sequence[Any] | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, ""], tuple[Any, ...]]:
@@ -183,20 +183,22 @@ class LanguageModel(nn.Module):
         steps = log_p.numel() if lengths is None else lengths.to(torch.int64).sum().clamp(min=1)
         return -log_p.sum() / steps, state
 
-    def step(self, token: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
+    def step(self, token: Int[Tensor, "B"], state: Sequence[Any]) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
         """log p of every token after this one, and the state to be given to the next step; call it in ``eval`` mode."""
         token = self._checked_tokens("token", token, 1)
         h = self.into(self.embedding(token))
         total, states = self.depths[0] * h, []
         for weight, block, old in zip(self.depths[1:], self.blocks, self._states(state), strict=True):
-            h, new = block.step(h, old)  # pyright: ignore[reportCallIssue]
+            h, new = cast(_Block, block).step(h, old)
             total = total + weight * h
             states.append(new)
         return self.output(self.top(total)), tuple(states)
 
-    def initial_state(self, batch_size: int, **options: Any) -> tuple[Any, ...]:
-        """The state before a text: that of every layer."""
-        return tuple(layer.initial_state(batch_size, **options) for layer in self.layers)
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        """The state before a text: the initial state of every layer."""
+        return tuple(layer.initial_state(batch_size, device=device, dtype=dtype) for layer in self.layers)
 
     @torch.no_grad()
     def generate(
@@ -242,17 +244,14 @@ class LanguageModel(nn.Module):
         return [cast(_Block, block).layer for block in self.blocks]
 
     @torch.no_grad()
-    def calibrate(self, tokens: Int[Tensor, "B T"]) -> None:
-        """Scale each Legendre memory to a standard deviation of one on these texts, from the lowest block up.
-
-        Call it before training; other layers stay as they are.
-        """
+    def calibrate(self, tokens: Int[Tensor, "B T"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
+        """``RecurrentLayer.calibrate`` for every layer on these texts, from the first block to the last."""
+        tokens = without_padding("tokens", self._checked_tokens("tokens", tokens, 2), lengths)
         with evaluating(self):
             h = self.into(self.embedding(tokens))
             for layer, block in zip(self.layers, self.blocks, strict=True):
-                if isinstance(layer, LMU | LegendreMemory):
-                    layer.calibrate(h)
-                h, _ = block(h, None, None)
+                layer.calibrate(h, lengths=lengths)
+                h, _ = block(h, None, lengths)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -260,15 +259,10 @@ class LanguageModel(nn.Module):
             self.output.weight = self.embedding.weight
         return self
 
-    def _states(self, state: Any) -> tuple[Any, ...]:
+    def _states(self, state: Sequence[Any] | None) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
-        if type(state) not in (tuple, list) or len(state) != len(self.blocks):  # a data loader makes lists
-            got = f"{len(state)} states" if type(state) in (tuple, list) else type(state).__name__
-            raise ValueError(
-                f"expected a tuple of {len(self.blocks)} states, one a block, got {got}: "
-                "use initial_state() or what this model returned"
-            )
+        check_states(state, len(self.blocks), "one a block", "model")
         return tuple(state)
 
     def _checked_tokens(self, name: str, tokens: Tensor, ndim: int) -> Tensor:
@@ -279,12 +273,12 @@ class LanguageModel(nn.Module):
         return tokens
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, Generic[StateT]):
     """h' = highways(f(W layer(h) + b)); without ``dense`` highways(layer(h))."""
 
     def __init__(
         self,
-        layer: RecurrentLayer,
+        layer: RecurrentLayer[StateT],
         size: int,
         dense: bool,
         highways: int,
@@ -299,11 +293,11 @@ class _Block(nn.Module):
         options = {"activation": activation, "gate_bias": gate_bias, **where}
         self.highways = nn.Sequential(*(Highway(size, **options) for _ in range(highways)))
 
-    def forward(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
-        output, state = self.layer(x, state, lengths=lengths)
-        return self._read(output.flatten(2)), state
+    def forward(self, x: Tensor, state: StateT | None, lengths: Tensor | None) -> tuple[Tensor, StateT]:
+        output, new = self.layer(x, state, lengths=lengths)
+        return self._read(output.flatten(2)), new
 
-    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
         output_t, state = self.layer.step(x_t, state)
         return self._read(output_t.flatten(1)), state
 
@@ -320,11 +314,11 @@ class _Softmax(nn.Module):
     def __init__(self, embedding: Embedding, size: int, tied: bool):
         super().__init__()
         where: dict[str, Any] = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
-        width = embedding.channels if tied else size
+        width = embedding.embedding_dim if tied else size
         self.into = nn.Linear(size, width, **where) if width != size else nn.Identity()
         self.tied = tied
-        self.weight = embedding.weight if tied else nn.Parameter(torch.empty(embedding.size, width, **where))
-        self.bias = nn.Parameter(torch.empty(embedding.size, **where))
+        self.weight = embedding.weight if tied else nn.Parameter(torch.empty(embedding.num_embeddings, width, **where))
+        self.bias = nn.Parameter(torch.empty(embedding.num_embeddings, **where))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -341,10 +335,12 @@ class _Softmax(nn.Module):
             return self.log_prob(features)
         # No target is ignored: torch's own -100 would count as one of probability 1.
         options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
-        return -F.cross_entropy(self._scores(features).to(_wide(features)), targets.to(torch.int64), **options)
+        return -F.cross_entropy(
+            self._scores(features).to(carry_dtype(features.dtype)), targets.to(torch.int64), **options
+        )
 
     def log_prob(self, features: Tensor) -> Tensor:
-        return F.log_softmax(self._scores(features), dim=-1, dtype=_wide(features))
+        return F.log_softmax(self._scores(features), dim=-1, dtype=carry_dtype(features.dtype))
 
     def _scores(self, features: Tensor) -> Tensor:
         return F.linear(self.into(features), self.weight, self.bias)
@@ -354,7 +350,8 @@ def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> N
     if not layers:
         raise ValueError("expected at least one block, got none")
     for number, layer in enumerate(layers):
-        if not isinstance(layer, RecurrentLayer) or layer.bidirectional or not layer.return_sequences:
+        check_layer(layer, f"the layer of block {number}")
+        if layer.bidirectional or not layer.return_sequences:
             raise ValueError(
                 f"expected block {number} to have a layer of this library that gives an output at every step and looks "
                 f"at no later ones, got {type(layer).__name__}: build it so"
@@ -380,7 +377,3 @@ def _draw(log_p: Tensor, temperature: float | int, top_k: int | None, generator:
 def _width(layer: RecurrentLayer) -> int:
     size = layer.output_size
     return size if isinstance(size, int) else prod(size)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

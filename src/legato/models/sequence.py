@@ -1,19 +1,21 @@
 """One sequence: a recurrent layer and a head. They keep the layers' contract, so they stream as the layers do."""
 
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import nn
 
+from legato._modes import evaluating
 from legato._shapes import Bool, Int, Shaped, Tensor
-from legato.layers._base import RecurrentLayer
 from legato.layers._fused import can_be_read
+from legato.layers._states import StateT
+from legato.layers.base import RecurrentLayer
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState
 
 from .embedding import Embedding, without_padding
 
 
-class SequenceRegressor(nn.Module):
+class SequenceRegressor(nn.Module, Generic[StateT]):
     """y_t = head(o_t), o = layer(x): a value at every step.
 
     Args:
@@ -31,7 +33,7 @@ class SequenceRegressor(nn.Module):
         >>> y_t, state = model.step(torch.randn(2, 1), state)
     """
 
-    def __init__(self, layer: RecurrentLayer, head: nn.Module, embedding: nn.Module | None = None) -> None:
+    def __init__(self, layer: RecurrentLayer[StateT], head: nn.Module, embedding: nn.Module | None = None) -> None:
         super().__init__()
         check_embedding(embedding, layer)
         self.layer, self.head, self.embedding = layer, head, embedding
@@ -39,31 +41,41 @@ class SequenceRegressor(nn.Module):
     def forward(
         self,
         x: Shaped[Tensor, "B T *C"],
-        state: Any = None,
+        state: StateT | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, StateT]:
         """(y, state) of a chunk of inputs (B, T, C), or of tokens (B, T); the options are the layer's."""
         if self.embedding is not None:
             x = self.embedding(without_padding("x", x, lengths))
-        output, state = self.layer(x, state, lengths=lengths, reset=reset)
-        return self.head(output), state
+        output, new = self.layer(x, state, lengths=lengths, reset=reset)
+        return self.head(output), new
 
-    def step(self, x_t: Shaped[Tensor, "B *C"], state: Any) -> tuple[Tensor, Any]:
+    def step(self, x_t: Shaped[Tensor, "B *C"], state: StateT) -> tuple[Tensor, StateT]:
         """(y_t, state) of one step."""
         output_t, state = self.layer.step(self._embed(x_t), state)
         return self.head(output_t), state
 
-    def initial_state(self, batch_size: int, **options: Any) -> Any:
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> StateT:
         """The layer's initial state."""
-        return self.layer.initial_state(batch_size, **options)
+        return self.layer.initial_state(batch_size, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def calibrate(self, x: Shaped[Tensor, "B T *C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
+        """``RecurrentLayer.calibrate`` for the layer, on inputs (B, T, C) or tokens (B, T)."""
+        with evaluating(self):
+            if self.embedding is not None:
+                x = self.embedding(without_padding("x", x, lengths))
+            self.layer.calibrate(x, lengths=lengths)
 
     def _embed(self, x: Tensor) -> Tensor:
         return x if self.embedding is None else self.embedding(x)
 
 
-class SequenceClassifier(SequenceRegressor):
+class SequenceClassifier(SequenceRegressor[StateT]):
     """y = head(o_T), o = layer(x): one vector of class scores for a sequence, from the output after its last step.
 
     Args:
@@ -86,29 +98,29 @@ class SequenceClassifier(SequenceRegressor):
     def forward(
         self,
         x: Shaped[Tensor, "B T *C"],
-        state: Any = None,
+        state: StateT | None = None,
         *,
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, StateT]:
         """(scores, state) after the last step that counts."""
         output, state = last_output(self.layer, self.embedding, x, state, lengths, reset)
         return self.head(output), state
 
-    def step(self, x_t: Shaped[Tensor, "B *C"], state: Any) -> tuple[Tensor, Any]:
+    def step(self, x_t: Shaped[Tensor, "B *C"], state: StateT) -> tuple[Tensor, StateT]:
         """(scores, state) after one more step."""
         output_t, state = self.layer.step(self._embed(x_t), state)
         return self.head(output_t.flatten(1)), state
 
 
 def last_output(
-    layer: RecurrentLayer,
+    layer: RecurrentLayer[StateT],
     embedding: nn.Module | None,
     x: Shaped[Tensor, "B T *C"],
-    state: Any = None,
+    state: StateT | None = None,
     lengths: Int[Tensor, "B"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, StateT]:
     """The output at the last step that counts, flattened to (B, channels), zero where there is none; and the state.
 
     ``x`` are inputs, or tokens where there is an embedding.
@@ -118,7 +130,7 @@ def last_output(
         if state is None and reset is None and x.ndim == 2 and x.shape[1] and _is_a_bag(layer, embedding):
             return _bag(layer, embedding, x, lengths)
         x = embedding(x)
-    output, state = layer(x, state, lengths=lengths, reset=reset)
+    output, new = layer(x, state, lengths=lengths, reset=reset)
     if layer.return_sequences:
         if x.shape[1] == 0:
             output = output.new_zeros(x.shape[0], *output.shape[2:])
@@ -127,7 +139,7 @@ def last_output(
         else:  # outputs from a length on are zero, hence those of a row without steps
             last = (lengths.to(x.device, torch.int64) - 1).clamp(min=0)
             output = output[torch.arange(len(x), device=x.device), last]
-    return output.flatten(1), state
+    return output.flatten(1), new
 
 
 def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
@@ -156,8 +168,8 @@ def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> 
 
 def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:
     """Raise where the embedding's vectors are not as wide as the layer's input."""
-    if isinstance(embedding, Embedding) and embedding.channels != layer.input_size:
+    if isinstance(embedding, Embedding) and embedding.embedding_dim != layer.input_size:
         raise ValueError(
-            f"expected an embedding of {layer.input_size} channels, the layer's input_size, got {embedding.channels}: "
-            "make them equal"
+            f"expected an embedding of {layer.input_size} channels, the layer's input_size, got "
+            f"{embedding.embedding_dim}: make them equal"
         )

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 
-from legato._autocast import without_autocast
 from legato._checks import check_device, check_numbers, check_reset
+from legato._dtypes import carry_dtype, without_autocast
 from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Tensor
 from legato.ops import backends
@@ -88,7 +88,7 @@ def gated_step(
 def _decay_and_impulse(
     forget: Tensor, candidate: Tensor, write: Tensor | None, candidate_tanh: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(candidate.dtype, torch.float32)
+    dtype = carry_dtype(candidate.dtype)
     forget, candidate = forget.to(dtype), candidate.to(dtype)
     gate = (-forget if write is None else write.to(dtype)).sigmoid()
     return forget.sigmoid(), gate * (candidate.tanh() if candidate_tanh else candidate)

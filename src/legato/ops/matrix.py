@@ -8,8 +8,9 @@ Where A_t is diagonal use ``linear_recurrence``; where A is constant and x_t = B
 import torch
 import torch.nn.functional as F
 
-from legato._autocast import without_autocast
+from legato import _dtypes
 from legato._checks import check_device, check_initial_state, check_numbers, check_reset
+from legato._dtypes import without_autocast
 from legato._shapes import Bool, Inexact, Tensor
 from legato._values import examinable, in_range
 
@@ -57,7 +58,7 @@ def matrix_recurrence(
     """
     _check(transition, impulse, initial_state, reset)
     dtype = torch.promote_types(transition.dtype, impulse.dtype)
-    carry_dtype = torch.promote_types(dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(dtype)
     state_shape = (impulse.shape[0], *impulse.shape[2:])
     h = impulse.new_zeros(state_shape) if initial_state is None else initial_state
     h = h.to(carry_dtype)

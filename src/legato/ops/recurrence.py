@@ -10,6 +10,7 @@ its derivative, the registered op ``torch.ops.legato.recurrence`` is what torch.
 import torch
 from torch.autograd import Function
 
+from legato import _dtypes
 from legato._checks import check_device, check_initial_state, check_numbers, check_reset
 from legato._shapes import Bool, Inexact, Tensor
 from legato.ops import backends
@@ -61,7 +62,7 @@ def linear_recurrence(
     _check(decay, impulse, initial_state, reset)
     backend = backends.resolve(backend, impulse.device)
     dtype = torch.promote_types(decay.dtype, impulse.dtype)
-    carry_dtype = torch.promote_types(dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(dtype)
     channels = impulse.shape[2:]
     decay, impulse = _canonical(decay.to(dtype), impulse.to(dtype))
     if initial_state is not None:
@@ -231,7 +232,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _fake_run(decay, impulse, initial_state, reset, reverse, backend):
     B, _, H, D = impulse.shape
-    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(impulse.dtype)
     return impulse.new_empty(impulse.shape), impulse.new_empty((B, H, D), dtype=carry_dtype)
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from legato._autocast import without_autocast
 from legato._checks import check_device, check_initial_state, check_numbers, check_reset
+from legato._dtypes import real_carry_dtype, without_autocast
 from legato._shapes import Bool, Float, Inexact, Tensor
 from legato._values import all_finite, examinable, in_range, is_mapped
 from legato.ops import backends
@@ -142,7 +142,7 @@ def prepare(
     elif method is None:
         method = choose_method(steps)
         why = "one step" if method == "sequential" else "the fastest measured for sequences"
-    carry = _carry_dtype(dtype)
+    carry = real_carry_dtype(dtype)
     with without_autocast(A):
         system = _system_of(method, A, B, steps, carry)
         if not _usable(system, A, B):
@@ -574,10 +574,6 @@ def _apply_to_parts(
     return torch.complex(*memory.chunk(2)), torch.complex(*final_state.chunk(2))
 
 
-def _carry_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 # Checks, at the public edge.
 
 
@@ -609,7 +605,7 @@ def _check_fit(u: Tensor, system: PreparedSystem, initial_state: Any, reset: Any
 def _check_system(u: Tensor, system: PreparedSystem) -> None:
     method, powers, (_, steps, channels) = system.method, system.powers, u.shape
     check_device("u", u, "A", powers)
-    if _carry_dtype(u.dtype) != powers.dtype:
+    if real_carry_dtype(u.dtype) != powers.dtype:
         raise ValueError(
             f"the system was prepared for {powers.dtype}, got u in {u.dtype}: prepare it with dtype=u.dtype"
         )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
+from legato import _dtypes
 from legato._shapes import Bool, Inexact, Tensor
 from legato.ops.kernels.numba_cache import c_function, compiled, contracted
 from legato.ops.kernels.numba_threads import (
@@ -54,7 +55,7 @@ def forward(
     reverse: bool,
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
     """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``."""
-    dtype, carry_dtype = impulse.dtype, torch.promote_types(impulse.dtype, torch.float32)
+    dtype, carry_dtype = impulse.dtype, _dtypes.carry_dtype(impulse.dtype)
     decay, impulse = decay.to(carry_dtype), impulse.to(carry_dtype)
     states = empty(impulse, *impulse.shape)
     final_state = _carry(initial_state, impulse)
@@ -72,7 +73,7 @@ def backward(
     reverse: bool,
 ) -> tuple[Inexact[Tensor, "Bd Td Hd Dd"], Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
     """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}: grad_impulse = g, grad_decay_t = conj(h_{t-1}) g_t."""
-    dtype, carry_dtype = states.dtype, torch.promote_types(states.dtype, torch.float32)
+    dtype, carry_dtype = states.dtype, _dtypes.carry_dtype(states.dtype)
     decay_shape, decay_dtype = decay.shape, decay.dtype
     decay, states, grad_states = decay.to(carry_dtype), states.to(carry_dtype), grad_states.to(carry_dtype)
     grad_impulse = empty(states, *states.shape)

@@ -6,6 +6,7 @@ groups, decay (Bd, Td, Hd, Dd) whose sizes are each 1 or the full size, so that 
 
 import torch
 
+from legato import _dtypes
 from legato._shapes import Bool, Inexact, Tensor
 
 
@@ -20,7 +21,7 @@ def forward(
 
     The carry h is kept in float32 for 16-bit inputs. Returns all states in the impulse's dtype and the last carry.
     """
-    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(impulse.dtype)
     B, T, H, D = impulse.shape
     decay = decay.expand(-1, T, -1, -1)
     h = impulse.new_zeros((B, H, D), dtype=carry_dtype) if initial_state is None else initial_state.clone()

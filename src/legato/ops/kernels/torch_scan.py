@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from legato import _dtypes
 from legato._shapes import Bool, Inexact, Tensor
 
 
@@ -23,7 +24,7 @@ def forward(
     ``length`` is that of a chunk. It is 1, which is the loop, where products of decays overflow or underflow.
     """
     B, T, H, D = impulse.shape
-    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(impulse.dtype)
     carry = impulse.new_zeros((B, H, D), dtype=carry_dtype) if initial_state is None else initial_state
     if T == 0:
         return impulse.clone(), carry.clone()

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from legato import _dtypes
 from legato._shapes import Bool, Inexact, Tensor
 
 # Whether the kernels run in Triton's interpreter, on CPU tensors: settled when this module is imported.
@@ -63,7 +64,7 @@ def forward(
     A ``tuning`` may be given in place of ``TUNING``, to measure it.
     """
     B, T, H, D = impulse.shape
-    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(impulse.dtype)
     states = torch.empty_like(impulse)
     if impulse.numel() == 0:
         return states, _zeros_or_copy(initial_state, impulse)
@@ -100,7 +101,7 @@ def backward(
     The walk carries conj(decay_t) g_t, what a step hands to the one before it in the recurrence's order.
     """
     B, T, H, D = states.shape
-    carry_dtype = torch.promote_types(states.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(states.dtype)
     grad_impulse = torch.empty_like(states)
     if states.numel() == 0:
         return torch.zeros_like(decay), grad_impulse, grad_final.clone()
@@ -185,7 +186,7 @@ def _summarise(
     """Product of decays and state from zero at the end of every chunk, (B, chunks, H, D) each, in the carry's dtype;
     and for every row and block of channels whether a product overflows, or underflows and may grow again."""
     B, T, H, D = x.shape
-    carry_dtype = torch.promote_types(x.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(x.dtype)
     products = torch.empty((B, plan.chunks, H, D), dtype=carry_dtype, device=x.device)
     ends = torch.empty_like(products)
     overflows = torch.zeros(plan.grid[0] // plan.chunks, dtype=torch.uint8, device=x.device)
@@ -236,7 +237,7 @@ def _entering(scanned: Tensor, first: Tensor | None, *, down: bool) -> Tensor:
 
 def _zeros_or_copy(state: Tensor | None, impulse: Tensor) -> Tensor:
     B, _, H, D = impulse.shape
-    carry_dtype = torch.promote_types(impulse.dtype, torch.float32)
+    carry_dtype = _dtypes.carry_dtype(impulse.dtype)
     return impulse.new_zeros((B, H, D), dtype=carry_dtype) if state is None else state.clone()
 
 
