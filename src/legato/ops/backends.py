@@ -122,6 +122,7 @@ def register(name: str, kernel: Any) -> None:
     ``kernel`` has the functions of a module in ``legato.ops.kernels``, on any device.
     """
     TABLE["linear_recurrence"][name] = Entry(kernel)
+    _candidates.cache_clear()
     _load.cache_clear()
     _prepared.cache_clear()
 
@@ -160,8 +161,8 @@ def choose(
     if name is not None:
         return _named(op, device, name, dtype, adjoint)
     device_type, why = device.type, None
-    for backend, (_, needed, package) in TABLE[op].items():
-        if needed not in (None, device_type) or not _installed(package):
+    for backend, package in _candidates(op, device_type):
+        if not _installed(package):
             continue
         kernel = _usable(op, backend, dtype, adjoint)
         if kernel is None:
@@ -171,6 +172,13 @@ def choose(
         else:
             return kernel, backend, f"{device_type} tensors and {package} is installed"
     return None, "definition", why or f"no kernel for {device_type} is installed"
+
+
+@cache
+def _candidates(op: str, device_type: str) -> tuple[tuple[str, str | None], ...]:
+    """The backends that run on the device, in the order of the table, and their packages."""
+    entries = TABLE[op].items()
+    return tuple((backend, entry.package) for backend, entry in entries if entry.device_type in (None, device_type))
 
 
 def _named(op: str, device: torch.device, name: str, dtype: torch.dtype | None, adjoint: bool) -> tuple[Any, str, str]:

@@ -9,6 +9,7 @@ results are still in the cache when they are needed; everywhere else the definit
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -365,6 +366,9 @@ def _fields(spec: GateSpec) -> tuple[tuple[str, ...], bool, bool, bool]:
     return spec.blocks, spec.candidate_tanh, spec.delayed, spec.skips_input
 
 
+_spec = cache(GateSpec)
+
+
 def _activation(output_tanh: bool) -> Callable[[Tensor], Tensor] | None:
     """The activations that the registered ops know."""
     return torch.tanh if output_tanh else None
@@ -375,7 +379,7 @@ def _run(
     blocks, candidate_tanh, delayed, skips_input, output_tanh, backend, save_products,
 ):  # fmt: skip
     """The products if they are to be saved, h_t where there is an output gate, c_t and the last c; else size 0."""
-    spec = GateSpec(tuple(blocks), candidate_tanh, delayed, skips_input)
+    spec = _spec(tuple(blocks), candidate_tanh, delayed, skips_input)
     like = (*inputs, products)[0]
     kernel, name, why = backends.choose("gated_unit", like.device, backend, like.dtype)
     backends.record("gated_unit", name, why)
@@ -397,7 +401,7 @@ def _run_backward(
     blocks, candidate_tanh, delayed, skips_input, output_tanh, backend,
 ):  # fmt: skip
     """The gradients of inputs, weights, bias, products and initial state (of size 0: not wanted or not given)."""
-    spec = GateSpec(tuple(blocks), candidate_tanh, delayed, skips_input)
+    spec = _spec(tuple(blocks), candidate_tanh, delayed, skips_input)
     kernel, name, why = backends.choose("gated_unit", states.device, backend, states.dtype, True)
     backends.record("gated_unit", name, why)
     grads = grad_output, grad_states, grad_final

@@ -84,9 +84,11 @@ def _check(decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: 
             f"decay must broadcast to the impulse's shape {tuple(impulse.shape)}, got {tuple(decay.shape)}:"
             " each of its axes, counted from the last, must be 1 or that of the impulse"
         )
-    state_shape = (impulse.shape[0], *impulse.shape[2:])
-    check_initial_state(initial_state, "(batch, *channels)", state_shape, impulse=impulse, decay=decay)
-    check_reset(reset, "impulse", impulse)
+    if initial_state is not None:
+        state_shape = (impulse.shape[0], *impulse.shape[2:])
+        check_initial_state(initial_state, "(batch, *channels)", state_shape, impulse=impulse, decay=decay)
+    if reset is not None:
+        check_reset(reset, "impulse", impulse)
 
 
 def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
