@@ -1,5 +1,6 @@
 """Linear recurrent networks: trained in parallel over time, run one step at a time."""
 
+from legato import models  # noqa: F401 - so that legato.models works after import legato
 from legato.layers import (
     GILR,
     GILRLSTM,
@@ -54,3 +55,7 @@ __all__ = [
     "use_backend",
     "window_decoder",
 ]
+
+# Pickles, error messages and the documentation then name what a user imports.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

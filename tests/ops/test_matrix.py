@@ -233,7 +233,7 @@ def test_a_growing_constant_matrix_stays_finite_as_long_as_its_states_do():
     ("change", "error", "message"),
     [
         ({"transition": 0.5}, TypeError, r"transition must be a tensor, got float: wrap it with torch.as_tensor\(\)"),
-        ({"reset": [True]}, TypeError, "reset must be a tensor, got list"),
+        ({"reset": [True]}, TypeError, "expected reset to be a tensor, got list"),
         ({"impulse": torch.randn(2, 3)}, ValueError, r"impulse must be \(batch, time, \*channels, N\), got shape"),
         ({"impulse": torch.randn(2, 4, 5)}, ValueError, r"transition must be \(N, N\) = \(5, 5\)"),
         ({"transition": torch.randn(2, 5, 3, 3)}, ValueError, r"= \(2, 4, 3, 3\) for this impulse, got \(2, 5, 3, 3\)"),

@@ -98,7 +98,7 @@ def test_a_wrong_shape_raises_a_value_error(op, name):
 @pytest.mark.parametrize(
     ("reset", "error", "message"),
     [
-        (RESET.tolist(), TypeError, "reset must be a tensor, got list: wrap it"),
+        (RESET.tolist(), TypeError, "expected reset to be a tensor, got list: wrap it"),
         (RESET.float(), TypeError, "reset must be a boolean tensor, got torch.float32"),
         (RESET[:, 1:], ValueError, r"reset must be \(batch, time\) = \(2, 4\), got \(2, 3\)"),
         (RESET[0], ValueError, r"reset must be \(batch, time\) = \(2, 4\), got \(4,\)"),

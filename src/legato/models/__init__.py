@@ -15,3 +15,6 @@ __all__ = [
     "SequenceClassifier",
     "SequenceRegressor",
 ]
+
+for _name in __all__:
+    globals()[_name].__module__ = __name__

@@ -102,7 +102,7 @@ def explain() -> str:
     Example:
         >>> import torch, legato
         >>> _ = legato.linear_recurrence(torch.rand(1, 8, 2), torch.rand(1, 8, 2), backend="reference")
-        >>> print(legato.explain().splitlines()[-1])
+        >>> print(legato.explain())
         linear_recurrence: reference (named by the caller)
     """
     return "\n".join(f"{op}: {choice} ({why})" for op, (choice, why) in sorted(_last.items())) or "no op has run yet"

@@ -50,9 +50,9 @@ def matrix_recurrence(
     Example:
         >>> import torch, legato
         >>> quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        >>> states, last = legato.matrix_recurrence(quarter_turn, torch.zeros(1, 3, 2), torch.tensor([[1.0, 0.0]]))
+        >>> states, last = legato.matrix_recurrence(quarter_turn, torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]))
         >>> last.tolist()
-        [[-0.0, -1.0]]
+        [[1.0, -1.0]]
 
     Source: Martin & Cundy (2018), section 2.2: reduce chunks, scan their summaries, finish inside the chunks.
     """
