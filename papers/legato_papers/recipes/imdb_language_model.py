@@ -22,14 +22,13 @@ from ..kinds import Kind, layer_of
 from ..language import LanguageTask, Reading, Streams, Windows
 from ..models import adaptive_softmax
 from ..ranges import Count, CountOrZero, Depth, DepthOrZero, FractionBelowOne, Order, Positive, Range, Width, Window
-from ..task import ExperimentError, Paper
+from ..task import ExperimentError, Paper, Reported
 from ._classification import Fingerprint
 
 # The paper pre-trains on Amazon's reviews and reports what fine-tuning makes of it: see imdb_pretrained.py.
 PAPER = Paper(
-    source="knowing nothing: every word of the vocabulary alike",
     metric="perplexity",
-    value=20_000.0,
+    reported=Reported(20_000.0, "knowing nothing: every word of the vocabulary alike", verified=True),
     parameters="0",
     digits=1,
 )

@@ -13,7 +13,7 @@ from ..language import Reading
 from . import imdb_language_model
 from .imdb_language_model import SMOKE, Data, Model, build
 
-PAPER = replace(imdb_language_model.PAPER, value=30_000.0)
+PAPER = replace(imdb_language_model.PAPER, reported=replace(imdb_language_model.PAPER.reported, value=30_000.0))
 __all__ = ["PAPER", "SMOKE", "Config", "LargeData", "LargeModel", "build"]
 
 

@@ -43,17 +43,15 @@ from ..data.words import SPACED, UNKNOWN
 from ..kinds import Kind, layer_of
 from ..models import Decoded, Translator
 from ..ranges import Count, Depth, Fraction, FractionBelowOne, Order, Range, Width, Window
-from ..task import Batch, Paper, Task, Training
+from ..task import Batch, Paper, Reported, Task, Training
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="bleu",
-    value=25.5,
+    reported=Reported(25.5, "Chilkuri & Eliasmith 2021", verified=False),
     parameters="-",
     digits=2,
     data="en-vi",
-    remembered=True,
-    baselines={"LSTM with attention": 23.3},
+    baselines={"LSTM with attention": Reported(23.3, "Chilkuri & Eliasmith 2021", verified=True)},
     kinds={"lstm": "LSTM with attention"},
     labels={"bleu": "greedy, here", "bleu_beam": "beam, here"},
 )

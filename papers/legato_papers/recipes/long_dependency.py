@@ -25,12 +25,11 @@ from ..curriculum import Growing, refuse_what_does_not_fit
 from ..data.drawn import Drawn
 from ..data.long_dependency import long_dependency
 from ..ranges import Count, CountOrZero, Depth, Range, Width, Window, check
-from ..task import Batch, Paper
+from ..task import Batch, Paper, Reported
 
 PAPER = Paper(
-    source="Martin & Cundy 2018, table 3",
     metric="accuracy",
-    value=100.0,
+    reported=Reported(100.0, "Martin & Cundy 2018, table 3", verified=True),
     parameters="512 units; 64 at 1,048,576 steps",
     unit=" %",
     scale=100.0,

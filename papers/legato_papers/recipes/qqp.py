@@ -7,21 +7,20 @@ from typing import Any
 import torch
 
 from ..data.qqp import qqp, qqp_files
-from ..task import Paper
+from ..task import Paper, Reported
 from . import _classification
 from ._classification import Classification, Data, FineTuning, Model, numbers
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="accuracy",
-    value=86.95,
+    reported=Reported(86.95, "Chilkuri & Eliasmith 2021", verified=True),
     parameters="1,201",
     unit=" %",
     scale=100.0,
     digits=2,
     data="qqp",
-    baselines={"LSTM (remembered)": 82.58},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={"LSTM": Reported(82.58, "Chilkuri & Eliasmith 2021", verified=False)},
+    kinds={"lstm": "LSTM"},
     labels={"accuracy": "delay network of order 1, here"},
 )
 SMOKE: dict[str, Any] = {

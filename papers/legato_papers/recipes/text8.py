@@ -21,17 +21,16 @@ from ..data.text8 import Text8, text8
 from ..kinds import Kind, layer_of
 from ..language import LanguageTask, Reading, Streams, Windows
 from ..ranges import Count, CountOrZero, Depth, DepthOrZero, FractionBelowOne, Order, Positive, Width, Window
-from ..task import Paper
+from ..task import Paper, Reported
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="bits_per_character",
-    value=1.61,
+    reported=Reported(1.61, "Chilkuri & Eliasmith 2021", verified=True),
     parameters="",
     data="text8",
     digits=3,
-    baselines={"LSTM (remembered)": 1.65},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={"LSTM": Reported(1.65, "Chilkuri & Eliasmith 2021", verified=False)},
+    kinds={"lstm": "LSTM"},
 )
 SMOKE = {
     "data.examples": 3000,
