@@ -209,7 +209,7 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     paper = recipe(first["recipe"]).paper
     seeds = [r["seed"] for r in results]
     row = {
-        "experiment": " ".join([first["recipe"], _other_kind(first), *_other_fields(first)]).replace("  ", " ").strip(),
+        "experiment": " ".join(filter(None, [first["recipe"], _size(first), *_other_fields(first)])),
         "seeds": str(len(seeds)),
         "data": first.get("data", ""),
         "parameters": size_in_words(first).replace(" parameters", "").replace(" and ", " + "),
@@ -227,6 +227,20 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
         }
         for metric in sorted(first["test"], key=lambda metric: metric != paper.metric)
     ]
+
+
+def _size(result: dict[str, Any]) -> str:
+    """The preset whose fields a result has, else the kind of its network, where it is not the recipe's own."""
+    for name, preset in recipe(result["recipe"]).presets.items():
+        if all(_field(result["config"], path) == value for path, value in preset.fields.items()):
+            return name
+    return _other_kind(result)
+
+
+def _field(config: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        config = config.get(name, {})
+    return config
 
 
 def _other_kind(result: dict[str, Any]) -> str:

@@ -51,6 +51,19 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """Another size of a recipe, chosen by ``--preset``.
+
+    Args:
+        description: of the size, for ``--help``.
+        fields: values that differ from the defaults of ``Config``, by dotted name such as ``training.epochs``.
+    """
+
+    description: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Reported:
     """A value that a paper reports.
 
@@ -80,7 +93,8 @@ class Paper:
         data: data set of the paper's value, as ``Task.source`` names it. Results on other data are not compared with
             it. Empty where the task needs no data set.
         baselines: values of other networks, by the name of the network.
-        kinds: the baseline with which a network of that ``model.kind`` is compared.
+        kinds: the baseline with which a network of that ``model.kind`` is compared; "" is ``reported``, with which the
+            default kind of a recipe is always compared.
         labels: names of our metrics in the table of the demonstration.
     """
 

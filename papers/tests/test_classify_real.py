@@ -32,7 +32,18 @@ def test_a_few_real_texts_go_all_the_way(name, tmp_path, capsys):
         if not (DATA / part).is_dir():
             pytest.skip(f"{DATA / part} is not here")
     run = tmp_path / "run"
-    command = ["train", name, "--smoke", "--data-dir", str(DATA), "--accelerator", "cpu", "--run-dir", str(run)]
+    command = [
+        "train",
+        name,
+        "--preset",
+        "smoke",
+        "--data-dir",
+        str(DATA),
+        "--accelerator",
+        "cpu",
+        "--run-dir",
+        str(run),
+    ]
     assert main(command) == 0
     result = json.loads((run / "seed-0" / "result.json").read_text())
     assert result["parameters"] - result["embedding_parameters"] == BESIDE[name]
@@ -46,8 +57,8 @@ def test_a_few_real_texts_go_all_the_way(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", list(PARTS))
-def test_a_smoke_size_is_small(name):
-    smoke = recipe(name).smoke
+def test_the_smoke_preset_is_small(name):
+    smoke = recipe(name).presets["smoke"].fields
     assert smoke["training.epochs"] == 1
     assert smoke["data.examples"] <= 200
 
@@ -64,7 +75,7 @@ def train_on_official(name, folder, tmp_path):
     """The result of a smoke run on these files, with drawn vectors."""
     run = tmp_path / "run"
     options = ["--data.vectors", "null", "--data-dir", str(folder), "--accelerator", "cpu", "--run-dir", str(run)]
-    assert main(["train", name, "--smoke", *options]) == 0
+    assert main(["train", name, "--preset", "smoke", *options]) == 0
     return json.loads((run / "seed-0" / "result.json").read_text())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import configs
 from legato_papers.bleu import bleu, bleu_counts
 from legato_papers.checkpoint import load
 from legato_papers.cli import main
@@ -45,11 +46,7 @@ def invented(monkeypatch, tmp_path):
 
 
 def smoke(**fields):
-    config = iwslt15.Config()
-    for name, value in (iwslt15.SMOKE | {name.replace("__", "."): value for name, value in fields.items()}).items():
-        part, field = name.split(".")
-        setattr(getattr(config, part), field, value)
-    return config
+    return configs.preset(iwslt15, "smoke", **fields)
 
 
 def run(config, folder):
@@ -202,8 +199,8 @@ def test_a_few_real_sentences_go_all_the_way(pair, tmp_path, monkeypatch, capsys
         pytest.skip(f"{DATA / folder} is not here")
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
     where = tmp_path / "run"
-    command = ["train", "iwslt15", "--smoke", "--data.pair", pair, "--data-dir", str(DATA), "--run-dir", str(where)]
-    assert main([*command, "--accelerator", "cpu"]) == 0
+    command = ["train", "iwslt15", "--preset", "smoke", "--data.pair", pair, "--data-dir", str(DATA)]
+    assert main([*command, "--run-dir", str(where), "--accelerator", "cpu"]) == 0
     result = json.loads((where / "seed-0" / "result.json").read_text())
     assert result["data"] == pair
     assert result["signatures"]["bleu"] in capsys.readouterr().out

@@ -23,8 +23,8 @@ def _own_folder_and_cache(tmp_path, monkeypatch):
 def smoke(name, folder, *options):
     """What ``result.json`` of a smoke run says."""
     run = Path("runs") / name / "smoke"
-    command = ["train", name, "--smoke", "--data-dir", str(folder), "--accelerator", "cpu", "--run-dir", str(run)]
-    assert main([*command, *options]) == 0
+    command = ["train", name, "--preset", "smoke", "--data-dir", str(folder), "--accelerator", "cpu"]
+    assert main([*command, "--run-dir", str(run), *options]) == 0
     assert (run / "seed-0" / "training.png").stat().st_size > 0
     return json.loads((run / "seed-0" / "result.json").read_text())
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import bounds
+import configs
+from legato_papers import recipes
 from legato_papers.cli import main
 from legato_papers.data.long_dependency import long_dependency
-from legato_papers.recipes import long_dependency_paper as paper
 from legato_papers.recipes.long_dependency import Config, Curriculum, Model, build
 from legato_papers.task import ExperimentError
 
@@ -71,7 +72,7 @@ def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
             taus = -1 / bias.double().sigmoid().log().sort().values
             expected = torch.logspace(0, np.log10(65_536), 8, dtype=torch.float64)
             bounds.assert_close(taus, expected, magnitude=11 * expected, roundings=32, dtype=torch.float32)
-    for layer in paper.build(paper.Config(50), 0).model.layers:
+    for layer in build(configs.preset(recipes.long_dependency, "paper", length=50), 0).model.layers:
         assert all((bias == 5).all() for bias in layer.forget_biases())
     lstm = build(Config(50, Model(kind="lstm", units=8)), 0).model.lstm
     longest = (-1 / lstm.bias_ih_l1[8:16].detach().double().sigmoid().log()).max().item()

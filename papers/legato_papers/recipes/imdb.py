@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data.imdb import imdb, imdb_files
-from ..task import Paper, Reported
+from ..task import Paper, Preset, Reported
 from . import _classification
 from ._classification import Classification, Data, FineTuning, Model, numbers
 
@@ -23,12 +22,17 @@ PAPER = Paper(
     kinds={"lstm": "LSTM"},
     labels={"accuracy": "delay network of order 1, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "data.longest": 100,
-    "model.units": 8,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds",
+        {
+            "data.examples": 200,
+            "data.longest": 100,
+            "model.units": 8,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 
 

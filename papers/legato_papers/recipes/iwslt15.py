@@ -43,7 +43,7 @@ from ..data.words import SPACED, UNKNOWN
 from ..kinds import Kind, layer_of
 from ..models import Decoded, Translator
 from ..ranges import Count, Depth, Fraction, FractionBelowOne, Order, Range, Width, Window
-from ..task import Batch, Paper, Reported, Task, Training
+from ..task import Batch, Paper, Preset, Reported, Task, Training
 
 PAPER = Paper(
     metric="bleu",
@@ -55,14 +55,19 @@ PAPER = Paper(
     kinds={"lstm": "LSTM with attention"},
     labels={"bleu": "greedy, here", "bleu_beam": "beam, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "data.pieces": 500,
-    "model.channels": 16,
-    "model.units": 16,
-    "model.width": 2,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds",
+        {
+            "data.examples": 200,
+            "data.pieces": 500,
+            "model.channels": 16,
+            "model.units": 16,
+            "model.width": 2,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 #: Sentences translated together.
 TRANSLATED_AT_ONCE = 128

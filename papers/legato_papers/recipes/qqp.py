@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data.qqp import qqp, qqp_files
-from ..task import Paper, Reported
+from ..task import Paper, Preset, Reported
 from . import _classification
 from ._classification import Classification, Data, FineTuning, Model, numbers
 
@@ -23,11 +22,16 @@ PAPER = Paper(
     kinds={"lstm": "LSTM"},
     labels={"accuracy": "delay network of order 1, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "model.units": 8,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds",
+        {
+            "data.examples": 200,
+            "model.units": 8,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 
 
