@@ -283,7 +283,7 @@ def _add_data_dir(parser: Any) -> None:
         "--data-dir",
         type=Path | None,
         default=None,
-        help="folder of the data files; by default $LEGATO_DATA, else ../shared/data, else they are downloaded",
+        help="folder of the data files; by default $LEGATO_DATA, else the user's cache, into which they are downloaded",
     )
 
 

@@ -146,9 +146,8 @@ def catalogue() -> list[Entry]:
             Entry(
                 name,
                 "word vectors",
-                "CC BY-SA 3.0" if name == "vectors300" else "PDDL 1.0",
+                "PDDL 1.0",
                 [[(folder, file)] for file in sorted(files, key=lambda file: not file.url)],
-                stands_for="glove.840B.300d" if name == "vectors300" else "",
             )
             for name, (folder, files) in VECTORS.items()
         ),

@@ -24,9 +24,10 @@ PAPER = Paper(
 )
 PRESETS = {
     "smoke": Preset(
-        "a few real examples, in seconds",
+        "a few real examples, in seconds, with drawn word vectors",
         {
             "data.examples": 200,
+            "data.vectors": None,
             "data.longest": 100,
             "model.units": 8,
             "training.epochs": 1,

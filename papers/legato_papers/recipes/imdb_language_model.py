@@ -86,7 +86,7 @@ class Data:
         vocabulary: words at most, the most frequent of the training and the unlabelled reviews, four symbols included.
         validation_words: of the validation reviews, those that choose the best weights.
         held_out: unlabelled reviews, the last ones, for the test figure.
-        vectors: of the words, at first: vectors300 or glove.840B.300d, from disk; null draws them.
+        vectors: initial word vectors: glove.840B.300d, glove.6B.300d, or a file in GloVe's format; null draws them.
         streams: parts of the validation and of the test text that are read side by side.
         warm_up: words before each part that are read first and do not count.
     """
