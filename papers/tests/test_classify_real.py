@@ -31,19 +31,8 @@ def test_a_few_real_texts_go_all_the_way(name, tmp_path, capsys):
     if not real_data.there(PARTS[name], "vectors300"):
         pytest.skip(f"needs {PARTS[name]} and vectors300 in the folder of LEGATO_DATA")
     run = tmp_path / "run"
-    command = [
-        "train",
-        name,
-        "--preset",
-        "smoke",
-        "--data-dir",
-        str(real_data.DATA),
-        "--accelerator",
-        "cpu",
-        "--run-dir",
-        str(run),
-    ]
-    assert main(command) == 0
+    command = ["train", name, "--preset", "smoke", "--data.vectors", str(VECTORS), "--data-dir", str(real_data.DATA)]
+    assert main([*command, "--accelerator", "cpu", "--run-dir", str(run)]) == 0
     result = json.loads((run / "seed-0" / "result.json").read_text())
     assert result["parameters"] - result["embedding_parameters"] == BESIDE[name]
     assert result["vectors"] == str(VECTORS)
