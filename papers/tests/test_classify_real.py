@@ -1,7 +1,10 @@
-"""imdb, qqp and snli on a few real texts, from the command to the checkpoint, and from files in the official forms."""
+"""imdb, qqp and snli from the command to the checkpoint: on a few real texts, on small official files."""
 
 import csv
+import functools
+import http.server
 import json
+import threading
 import zipfile
 
 import pytest
@@ -75,23 +78,61 @@ def train_on_official(name, folder, tmp_path, vectors="null"):
     return json.loads((run / "seed-0" / "result.json").read_text())
 
 
-def test_the_official_file_of_qqp_is_all_that_the_paper_s_experiment_needs(tmp_path, monkeypatch):
+@pytest.fixture
+def official_qqp(tmp_path, monkeypatch):
+    """A folder with a small file in the format of Quora's and an archive in that of GloVe's, whose sizes are free."""
     monkeypatch.setattr(qqp, "OFFICIAL", File("quora_duplicate_questions.tsv"))
     monkeypatch.setattr(qqp, "COUNT", 80)
     monkeypatch.setattr(qqp, "_PER_CLASS", 10)
-    folder = tmp_path / "data"
+    monkeypatch.setitem(FILES, "glove.840B.300d", ("glove", (File("glove.840B.300d.zip"),)))
+    folder = tmp_path / "official"
     folder.mkdir()
     with open(folder / "quora_duplicate_questions.tsv", "w", newline="") as file:
         rows = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
         rows.writerow(["id", "qid1", "qid2", "question1", "question2", "is_duplicate"])
         rows.writerows([n, 2 * n, 2 * n + 1, a, b, label] for n, (a, b, label) in enumerate(pairs(80)))
-    monkeypatch.setitem(FILES, "glove.840B.300d", ("glove", (File("glove.840B.300d.zip"),)))
     with zipfile.ZipFile(folder / "glove.840B.300d.zip", "w") as archive:
         numbers = " ".join(["0.5"] * 300)
         archive.writestr("glove.840B.300d.txt", f"how {numbers}\npiano {numbers}\n")
-    result = train_on_official("qqp", folder, tmp_path, "glove.840B.300d")
+    return folder
+
+
+def test_official_files_of_qqp_and_glove_suffice(official_qqp, tmp_path):
+    result = train_on_official("qqp", official_qqp, tmp_path, "glove.840B.300d")
     assert (result["data"], result["updates"]) == ("qqp", 2)
     assert result["vectors"] == "glove.840B.300d"
+
+
+def test_qqp_in_an_empty_home_downloads_its_files(official_qqp, tmp_path, monkeypatch):
+    """With the default vectors, no folder of data and an empty cache, each official file is downloaded once."""
+    requested = []
+
+    class Server(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            requested.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Server, directory=official_qqp)
+    monkeypatch.delenv("LEGATO_DATA", raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        tsv, archive = (File(name, url=f"{address}/{name}") for name in (qqp.OFFICIAL.name, "glove.840B.300d.zip"))
+        monkeypatch.setattr(qqp, "OFFICIAL", tsv)
+        monkeypatch.setitem(FILES, "glove.840B.300d", ("glove", (archive,)))
+        small = ["--training.epochs", "1", "--training.batch_size", "20", "--accelerator", "cpu", "--run-dir", "run"]
+        assert main(["train", "qqp", *small]) == 0
+        assert main(["evaluate", "run"]) == 0
+        server.shutdown()
+    result = json.loads((home / "run/seed-0/result.json").read_text())
+    assert (result["data"], result["vectors"]) == ("qqp", "glove.840B.300d")
+    assert sorted(requested) == [f"/{archive.name}", f"/{tsv.name}"]
 
 
 def test_the_official_archive_of_snli_is_all_that_the_paper_s_experiment_needs(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import bounds
 import configs
@@ -193,3 +194,22 @@ def test_a_training_step_at_131072_steps_holds_one_segment():
 def test_numbers_out_of_range_are_named(config, message):
     with pytest.raises(ExperimentError, match=message):
         build(config, 0)
+
+
+def test_a_run_records_the_fields_of_its_preset(tmp_path, capsys):
+    small = ["--length", "20", "--model.units", "4", "--model.forget_bias", "4", "--training.epochs", "2"]
+    words = ["train", "long-dependency", "--preset", "paper", *small, "--accelerator", "cpu"]
+    words += ["--run-dir", str(tmp_path / "run")]
+    assert main(words) == 0
+    config = yaml.safe_load((tmp_path / "run/seed-0/config.yaml").read_text())
+    assert config["model"]["activation"] == "identity"
+    assert config["model"]["forget_bias"] == 4  # given, so it counts more than the preset's 5
+    assert config["training"]["first_length"] is None
+    result = json.loads((tmp_path / "run/seed-0/result.json").read_text())
+    again = [*result["command"].split()[1:], "--run-dir", str(tmp_path / "run"), "--resume"]
+    for command in ([*words, "--resume"], again, ["evaluate", str(tmp_path / "run")]):
+        capsys.readouterr()
+        assert main(command) == 0, command
+    assert f"{100 * result['test']['accuracy']:.2f}" in capsys.readouterr().out
+    assert main([*again, "--preset", "paper", "--model.forget_bias", "5"]) == 1
+    assert "model.forget_bias 4.0 -> 5.0" in capsys.readouterr().err
