@@ -42,7 +42,7 @@ class Entry:
             return self.origin or first.origin
         where = addresses[0] + " and the others there" * (len(addresses) > 1)
         return (
-            f"put {where} in {folder}/; the first use downloads it, if no folder of data is named nor a stand-in found"
+            f"put {where} in {folder}/, or leave --data-dir and LEGATO_DATA out: it is then downloaded when first used"
         )
 
 

@@ -260,7 +260,7 @@ def network(config: Config, data: Encoded, classes: int) -> nn.Module:
 
 
 def recurrent_layer(config: Config) -> RecurrentLayer:
-    """The delay network of the paper, one a channel, or what stands in its place."""
+    """The layer of this kind; of lmu the paper's delay network, one per channel."""
     model, longest = config.model, config.data.longest
     if model.kind == "lmu":
         return LegendreMemory(model.channels, 1, model.theta or longest, return_sequences=False)

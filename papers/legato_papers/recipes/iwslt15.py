@@ -167,7 +167,7 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "Translati
     """The task of this configuration, its weights drawn by ``seed``.
 
     Raises:
-        ExperimentError: files are missing or not whole: for en-vi it names those that nobody has put there yet.
+        ExperimentError: files are missing or incomplete; the message names them.
     """
     task = Translation(config, seed, data_dir)
     console = Console(highlight=False, quiet=int(os.environ.get("RANK", 0)) != 0)
