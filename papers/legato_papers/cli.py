@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A recipe's own parser reads what follows its name: through two levels of commands, errors in files get lost.
     level = " ".join(arguments[:2]) if arguments[:1] == ["train"] and len(arguments) > 1 else ""
     level = level if level in parsers else ""
-    if level and "--smoke" in arguments:
-        parsers[level].set_defaults(_smoke(arguments[1]))
     try:
+        if level:
+            arguments = _apply_preset(arguments, parsers[level])
         chosen = parsers[level].parse_args(arguments[2:] if level else arguments)
     except (argparse.ArgumentError, TypeError, ValueError, RecursionError) as error:
         print(f"legato-papers: error: {_explain(str(error), arguments, parsers)}", file=sys.stderr)
@@ -61,9 +61,14 @@ def _train(name: str, chosen: Any) -> int:
     from legato_papers.recipes import recipe
     from legato_papers.report import show
     from legato_papers.run import Options, configured, is_first, train
+    from legato_papers.task import ExperimentError
 
     which = recipe(name)
     values = chosen.as_dict()
+    if "preset" in values:
+        raise ExperimentError(
+            f"expected --preset {values['preset']} on the command line, got it in a file: move it there"
+        )
     config = configured(which.config, {field.name: values[field.name] for field in fields(which.config)})
     results = train(which, config, Options(**{field.name: values[field.name] for field in fields(Options)}))
     if is_first():
@@ -173,17 +178,50 @@ def _parsers() -> dict[str, Any]:
         recipes.add_subcommand(name, parser(f"legato-papers train {name}", which.description), help=which.description)
         one = parser(f"legato-papers train {name} [--config FILE] [--FIELD VALUE ...] [options]", which.description)
         _add_options(one)
-        if which.smoke:
-            one.add_argument("--smoke", action="store_true", help="a size that takes seconds; fields given count more")
+        if which.presets:
+            _add_preset(one, which.presets)
         one.add_class_arguments(which.config)
         parsers[f"train {name}"] = one
     return parsers
 
 
-def _smoke(name: str) -> dict[str, Any]:
+def _apply_preset(arguments: list[str], parser: Any) -> list[str]:
+    """The arguments of ``train RECIPE`` without ``--preset NAME``, whose fields become the defaults of the parser.
+
+    Fields on the command line and in --config therefore count more, wherever --preset stands.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
     from legato_papers.recipes import recipe
 
-    return recipe(name).smoke
+    rest = [word for word in arguments if not word.startswith("--preset=")]
+    chosen = [word.partition("=")[2] for word in arguments if word.startswith("--preset=")]
+    while "--preset" in rest:
+        at = rest.index("--preset")
+        chosen += rest[at + 1 : at + 2] or [""]
+        del rest[at : at + 2]
+    presets = recipe(arguments[1]).presets
+    for name in chosen:
+        if not presets:
+            raise ValueError(f"{arguments[1]} has no presets: leave --preset out")
+        if name not in presets:
+            wrong = f"there is no preset {name}{_nearest(name, list(presets))}: " if name else ""
+            raise ValueError(f"{wrong}expected --preset to be one of {', '.join(presets)}")
+        parser.set_defaults(presets[name].fields)
+    return rest
+
+
+def _add_preset(parser: Any, presets: dict[str, Any]) -> None:
+    """``--preset`` for --help and in files; on the command line ``_apply_preset`` reads it."""
+    sizes = ", ".join(f"{name} ({preset.description})" for name, preset in presets.items())
+    parser.add_argument(
+        "--preset",
+        type=str,
+        default=argparse.SUPPRESS,
+        metavar="|".join(presets),
+        help=f"another size of the recipe; any field that is given counts more: {sizes}",
+    )
 
 
 def _add_options(parser: Any) -> None:
@@ -245,7 +283,7 @@ def _add_data_dir(parser: Any) -> None:
         "--data-dir",
         type=Path | None,
         default=None,
-        help="folder of the data files; by default $LEGATO_DATA, else ../shared/data, else they are downloaded",
+        help="folder of the data files; by default $LEGATO_DATA, else the user's cache, into which they are downloaded",
     )
 
 

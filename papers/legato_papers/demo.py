@@ -19,7 +19,7 @@ from legato.models import SequenceRegressor
 from .locks import contents, owned
 from .recipes import recipe
 from .recipes.mackey_glass import Config, MackeyGlass, Model, network
-from .report import REMEMBERED, paper_and_measured
+from .report import paper_and_measured
 from .run import Options, open_checkpoint, train
 from .task import ExperimentError
 
@@ -67,11 +67,10 @@ def _demo(out: Path, epochs: int, console: Console) -> None:
 
     console.rule("4  paper and measured", align="left")
     console.print(paper_and_measured("mackey-glass", results))
-    console.print(REMEMBERED)
     console.print("after 100 points: fed the 100 points before each series, which the protocol drops, so not from zero")
 
     shutil.copy(out / "seed-0" / "prediction.png", out / "demo.png")
-    console.print(f"\nprediction, error and remembered window: [bold]{out / 'demo.png'}[/]")
+    console.print(f"\nprediction, error and the window in memory: [bold]{out / 'demo.png'}[/]")
     console.print("the whole schedule: [bold]legato-papers train mackey-glass --seeds 3[/]")
 
 

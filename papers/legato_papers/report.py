@@ -12,9 +12,6 @@ from .data.files import write
 from .recipes import names, recipe
 from .task import ExperimentError, Paper
 
-#: What the star behind a paper's figure means.
-REMEMBERED = "* remembered: not seen in print by those who wrote it down"
-
 # What every result has.
 _RESULT: dict[str, Any] = {"recipe": str, "seed": int, "config": dict, "validation": dict, "test": dict}
 _RESULT |= {"machine": dict, "parameters": int, "seconds": int | float, "command": str}
@@ -35,21 +32,18 @@ _COLUMNS = [
 
 
 def list_recipes() -> None:
-    """Print every recipe with its description and its paper's figure."""
-    table = Table("recipe", "what", "paper", "figure", box=None, pad_edge=False)
+    """Print every recipe with its description and the value that its paper reports."""
+    table = Table("recipe", "what", "paper", "reported", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     for name in names():
         which = recipe(name)
         table.add_row(
             name,
             which.description,
-            which.paper.source,
-            f"{which.paper.metric} {_figure(which.paper)}",
+            which.paper.reported.source,
+            f"{which.paper.metric} {_reported(which.paper)}",
         )
-    console = _console()
-    console.print(table)
-    if any(recipe(name).paper.remembered for name in names()):
-        console.print(REMEMBERED)
+    _console().print(table)
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -82,16 +76,13 @@ def show(results: list[dict[str, Any]]) -> None:
         table.add_row(str(result["seed"]), *figures)
     if len(results) > 1:
         table.add_row("mean", *[_spread([r["test"][name] for r in results], paper) for name in metrics], "")
-    beside = paper_figure(results[0])
-    if beside:
-        table.add_row("paper", *[beside if name == paper.metric else "" for name in metrics], "")
+    reported = paper_value(results[0])
+    if reported:
+        table.add_row("paper", *[reported if name == paper.metric else "" for name in metrics], "")
     console = _console()
     console.print(table)
     if not comparable(results[0]):
-        beside = _figure(paper)
-        console.print(f"The paper's {beside} is on {paper.data}: not comparable with {data}.")
-    if "*" in beside:
-        console.print(REMEMBERED)
+        console.print(f"The paper's {_reported(paper)} is on {paper.data}: not comparable with {data}.")
 
 
 def report(folders: list[Path], markdown: Path | None = None, json_file: Path | None = None) -> None:
@@ -108,8 +99,6 @@ def report(folders: list[Path], markdown: Path | None = None, json_file: Path | 
         table.add_row(*[row[column] for column in _COLUMNS[:-4]])
     console = _console()
     console.print(table)
-    if any("*" in row["paper"] for row in rows):
-        console.print(REMEMBERED)
     for command, seconds, machine, commit in dict.fromkeys(
         (row["command"], row["s a seed"], row["machine"], row["commit"]) for row in rows
     ):
@@ -147,19 +136,22 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def comparable(result: dict[str, Any]) -> bool:
-    """Whether a result is on the data that its paper's figure is on."""
+    """Whether a result is on the data set of its paper's value."""
     data = recipe(result["recipe"]).paper.data
     return not data or result.get("data", "") == data
 
 
-def paper_figure(result: dict[str, Any]) -> str:
-    """What the paper has for a network of this kind; empty where it has nothing, on other data than the result, or
-    where a part of the recipe, such as pre-training, is switched off."""
+def paper_value(result: dict[str, Any]) -> str:
+    """The value that the paper reports for a network of this kind.
+
+    Empty where it reports none, where the result is on other data, and where a part of the recipe, such as
+    pre-training, is switched off.
+    """
     paper, kind = recipe(result["recipe"]).paper, _other_kind(result)
     switched = any(field.endswith((" true", " false")) for field in _other_fields(result))
     if switched or not comparable(result) or kind not in ("", *paper.kinds):
         return ""
-    return _figure(paper, paper.kinds.get(kind, ""))
+    return _reported(paper, paper.kinds.get(kind, ""))
 
 
 def size_in_words(result: dict[str, Any]) -> str:
@@ -176,14 +168,14 @@ def paper_and_measured(name: str, results: list[dict[str, Any]]) -> Table:
         "network",
         paper.metric,
         "parameters",
-        title=f"{name}: {paper.source}",
+        title=f"{name}: {paper.reported.source}",
         title_justify="left",
         box=None,
         pad_edge=False,
     )
     for network in paper.baselines:
-        table.add_row(f"{network}, paper", _figure(paper, network), "")
-    table.add_row("parallel LMU, paper", _figure(paper), paper.parameters)
+        table.add_row(f"{network}, paper", _reported(paper, network), "")
+    table.add_row("parallel LMU, paper", _reported(paper), paper.parameters)
     for metric in results[0]["test"]:
         label = paper.labels.get(metric, metric)
         table.add_row(
@@ -217,7 +209,7 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     paper = recipe(first["recipe"]).paper
     seeds = [r["seed"] for r in results]
     row = {
-        "experiment": " ".join([first["recipe"], _other_kind(first), *_other_fields(first)]).replace("  ", " ").strip(),
+        "experiment": " ".join(filter(None, [first["recipe"], _size(first), *_other_fields(first)])),
         "seeds": str(len(seeds)),
         "data": first.get("data", ""),
         "parameters": size_in_words(first).replace(" parameters", "").replace(" and ", " + "),
@@ -230,11 +222,25 @@ def _rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
         row
         | {
             "test figure": metric,
-            "paper": paper_figure(first) if metric == paper.metric else "",
+            "paper": paper_value(first) if metric == paper.metric else "",
             "measured": _spread([r["test"][metric] for r in results], paper),
         }
         for metric in sorted(first["test"], key=lambda metric: metric != paper.metric)
     ]
+
+
+def _size(result: dict[str, Any]) -> str:
+    """The preset whose fields a result has, else the kind of its network, where it is not the recipe's own."""
+    for name, preset in recipe(result["recipe"]).presets.items():
+        if all(_field(result["config"], path) == value for path, value in preset.fields.items()):
+            return name
+    return _other_kind(result)
+
+
+def _field(config: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        config = config.get(name, {})
+    return config
 
 
 def _other_kind(result: dict[str, Any]) -> str:
@@ -269,11 +275,10 @@ def _scaled(value: float, paper: Paper) -> str:
     return f"{value * paper.scale:.{paper.digits}f}{paper.unit}"
 
 
-def _figure(paper: Paper, baseline: str = "") -> str:
-    """The paper's figure, or that of a baseline, as it prints it; with a star where nobody has seen it in print."""
-    value = paper.baselines[baseline] if baseline else paper.value
-    remembered = baseline.endswith("(remembered)") if baseline else paper.remembered
-    return f"{value}{paper.unit}" + " *" * remembered
+def _reported(paper: Paper, baseline: str = "") -> str:
+    """The paper's value, or that of a baseline, with its unit; an unverified one is marked."""
+    reported = paper.baselines[baseline] if baseline else paper.reported
+    return f"{reported.value}{paper.unit}" + " (unverified)" * (not reported.verified)
 
 
 def _console() -> Console:

@@ -50,36 +50,62 @@ class Training:
     average: FractionBelowOne = 0.0
 
 
-@dataclass
-class Paper:
-    """What a paper reports for an experiment, and how our figure is read beside it.
+@dataclass(frozen=True)
+class Preset:
+    """Another size of a recipe, chosen by ``--preset``.
 
     Args:
-        source: where the figure stands.
-        metric: the figure of ours that is comparable.
-        value: the paper's.
-        parameters: of the paper's network.
-        unit: printed behind every figure.
-        scale: factor from our figure to the printed one, such as 100 for percent.
-        digits: after the point, in the printed one.
-        data: what the figure was measured on, as ``Task.source`` names it; a figure of ours on other data is never held
-            against it. Empty where the task needs no data set.
-        remembered: nobody has seen the value in print here: it is quoted as a hypothesis.
-        baselines: other figures from the same table; the name of one that nobody has seen ends in "(remembered)".
-        kinds: which baseline a network of ours of that kind, ``model.kind``, is to be held against.
-        labels: what each figure of ours is called in that table.
+        description: of the size, for ``--help``.
+        fields: values that differ from the defaults of ``Config``, by dotted name such as ``training.epochs``.
     """
 
-    source: str
-    metric: str
+    description: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A value that a paper reports.
+
+    Args:
+        value: as printed there, in the unit of ``Paper.unit``.
+        source: paper and table.
+        verified: the value has been compared with its source. An unverified one is marked as such wherever it is
+            printed, and is never a target.
+    """
+
     value: float
+    source: str
+    verified: bool
+
+
+@dataclass
+class Paper:
+    """What a paper reports for an experiment, and how our results are printed beside it.
+
+    Args:
+        metric: the metric of ours that is comparable.
+        reported: the paper's value of it.
+        parameters: of the paper's network.
+        unit: printed behind every value.
+        scale: factor from our value to the printed one, such as 100 for percent.
+        digits: decimals of the printed value.
+        data: data set of the paper's value, as ``Task.source`` names it. Results on other data are not compared with
+            it. Empty where the task needs no data set.
+        baselines: values of other networks, by the name of the network.
+        kinds: the baseline with which a network of that ``model.kind`` is compared; "" is ``reported``, with which the
+            default kind of a recipe is always compared.
+        labels: names of our metrics in the table of the demonstration.
+    """
+
+    metric: str
+    reported: Reported
     parameters: str
     unit: str = ""
     scale: float = 1.0
     digits: int = 4
     data: str = ""
-    remembered: bool = False
-    baselines: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, Reported] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
 

@@ -1,15 +1,12 @@
 import math
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.bleu import bleu, bleu_counts, detokenised, signature
 from legato_papers.data.translation import translation
 
-DATA = Path(os.environ.get("LEGATO_DATA", "../shared/data"))
-REAL = (DATA / "iwslt15-en-vi").is_dir()
 SENTENCES = ["The cat sat on the mat .", "A dog barks , loudly .", "Nobody knows why the bird sings ."]
 CLOSE = ["The cat sat on a mat .", "The dog barks , loudly .", "Nobody knows why birds sing ."]
 
@@ -53,10 +50,10 @@ def test_detokenised_text_reads_as_it_was_written():
     assert detokenised("") == ""
 
 
-@pytest.mark.skipif(not REAL, reason="the official IWSLT'15 files are not here")
+@real_data.needs("iwslt15-en-vi")
 @pytest.mark.parametrize(("part", "sentences", "words"), [("validation", 1553, 34297), ("test", 1268, 33682)])
 def test_the_official_references_score_100_against_themselves_and_less_when_changed(part, sentences, words):
-    references = getattr(translation("en-vi", DATA, train=False), part).target
+    references = getattr(translation("en-vi", real_data.DATA, train=False), part).target
     counts = bleu_counts(references, references, "none")
     assert (len(references), counts[-1]) == (sentences, words)
     assert bleu(counts, "none") == pytest.approx(100)

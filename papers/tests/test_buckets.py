@@ -1,16 +1,13 @@
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import real_data
 from legato_papers.data.buckets import Bucketed, padded
 from legato_papers.data.words import word_vocabulary
 from legato_papers.task import ExperimentError
-
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "imdb").is_dir()), None)
 
 
 def drawn(count, seed=0):
@@ -132,12 +129,12 @@ def test_the_end_to_cut_at_must_be_named_rightly():
         padded([np.array([5], np.int32)], 2, "middle")
 
 
-@pytest.mark.skipif(REAL is None, reason="needs IMDB in LEGATO_DATA or ../shared/data")
+@real_data.needs("imdb")
 def test_padding_is_a_small_share_on_film_reviews():
     import json
     import lzma
 
-    with lzma.open(REAL / "imdb" / "test.jsonl.xz", "rt", encoding="utf-8") as file:
+    with lzma.open(real_data.DATA / "imdb" / "test.jsonl.xz", "rt", encoding="utf-8") as file:
         reviews = [json.loads(line)["text"] for line in itertools.islice(file, 3200)]
     examples = bucketed(torch.from_numpy(word_vocabulary(reviews).encode(reviews).lengths), 32)
     assert padding_share(examples.shuffled(0, 0, examples.updates_per_pass), examples.lengths) < 0.15

@@ -1,18 +1,16 @@
 import gzip
 import lzma
-import os
 import zipfile
-from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.cli import main
 from legato_papers.data.catalogue import Entry, catalogue, look
 from legato_papers.data.convert import CONVERTERS, convert
 from legato_papers.data.files import File
 from legato_papers.task import ExperimentError
 
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "imdb").is_dir()), None)
 SIZES = (0, 1, 127, 128, 70_000)
 
 
@@ -116,7 +114,7 @@ def test_what_is_published_nowhere_has_what_takes_its_place(tmp_path, capsys):
     assert main(["data", "list", "--data-dir", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "there is no wiki100m.txt: it is not published; text8 takes its place\n" in told
-    assert "there is no sg300_wiki_imdb.npz: it is not published: use the vectors glove.840B.300d" in told
+    assert "put https://nlp.stanford.edu/data/glove.840B.300d.zip in glove/" in told
 
 
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
@@ -147,9 +145,9 @@ def test_converting_is_stopped_without_a_word_of_checkpoints(tmp_path, capsys, m
     assert capsys.readouterr().err == "legato-papers: stopped\n"
 
 
-@pytest.mark.skipif(REAL is None, reason="needs the files in LEGATO_DATA or ../shared/data")
+@real_data.needs("mnist", "imdb")
 def test_what_is_there_of_the_real_files_has_the_known_sizes():
-    found = {one.name: look(one, REAL) for one in catalogue()}
+    found = {one.name: look(one, real_data.DATA) for one in catalogue()}
     for name in ("MNIST", "IMDB"):
         assert found[name].whole
         assert found[name].compared

@@ -136,7 +136,7 @@ def test_labels_outside_the_classes_are_refused():
 def test_vectors_of_another_width_are_refused():
     data = texts(Labelled(TEXTS, LABELS))
     wide = replace(data, vectors=np.zeros((data.vocabulary.size, 12), np.float32))
-    with pytest.raises(ExperimentError, match=r"vectors300 are 12 wide, .* reads 8 channels: set --model.channels 12"):
+    with pytest.raises(ExperimentError, match=r"300d are 12 wide, .* reads 8 channels: set --model.channels 12"):
         task(wide)
 
 

@@ -39,11 +39,14 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_list_names_every_recipe_with_its_papers_figure(capsys):
+def test_list_names_every_recipe_with_its_papers_value(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = legato(capsys, "list")
     assert status == 0
-    for word in ("mackey-glass", "0.044", "psmnist", "98.49"):
-        assert word in out
+    lines = {line.split()[0]: line.strip() for line in out.splitlines() if line.strip()}
+    assert set(recipes.names()) <= set(lines)
+    assert lines["mackey-glass"].endswith("0.044 (unverified)")
+    assert lines["psmnist"].endswith("98.49 %")
 
 
 def test_version_and_help(capsys):
@@ -62,6 +65,11 @@ def test_version_and_help(capsys):
         ("train mackey-glass --model.ordr 3", "there is no option --model.ordr (did you mean --model.order?)"),
         ("train mackey-glass --model.orde 3", "there is no option --model.orde (did you mean --model.order?)"),
         ("train mackey-glass --run_dir x", "there is no option --run_dir (did you mean --run-dir?)"),
+        ("train text8 --preset larg", "there is no preset larg (did you mean large?): expected --preset to be one of"),
+        ("train text8 --preset", "expected --preset to be one of large, smoke: see legato-papers train text8 --help"),
+        ("train psmnist --preset smoke", "psmnist has no presets: leave --preset out"),
+        ("train text8 --smoke", "there is no option --smoke"),
+        ("train text8-large", "there is no recipe text8-large (did you mean text8?)"),
         ("train mackey-glass --model.order many", "--model.order: expected int or null, got 'many'"),
         ("train mackey-glass --model.kind gru", "--model.kind: expected one of"),
         ("train", "expected a recipe: adding, capacity, copy-memory, "),
@@ -79,6 +87,63 @@ def test_what_is_not_understood_is_explained_in_one_line(capsys, words, message)
     assert err.startswith("legato-papers: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_help_lists_the_presets(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = legato(capsys, "train", "text8", "--help")
+    assert status == 0
+    assert "--preset large|smoke" in out
+    for preset in recipes.recipe("text8").presets.values():
+        assert preset.description in " ".join(out.split())
+    assert "--preset" not in legato(capsys, "train", "psmnist", "--help")[1]
+
+
+@pytest.mark.parametrize("words", ["--preset large --model.order 7", "--model.order 7 --preset=large"])
+def test_fields_given_count_more_than_the_preset(capsys, tmp_path, words):
+    path = tmp_path / "config.yaml"
+    path.write_text("training:\n  window: 9\n")
+    status, out, _ = legato(capsys, "train", "text8", *words.split(), "--config", path, "--print_config")
+    config = yaml.safe_load(out)
+    assert status == 0
+    assert (config["model"]["order"], config["model"]["blocks"]) == (7, 5)
+    assert (config["training"]["window"], config["training"]["batch_size"]) == (9, 256)
+    assert "preset" not in config
+
+
+def test_a_preset_does_not_outlast_its_command(capsys):
+    legato(capsys, "train", "text8", "--preset", "smoke", "--print_config")
+    config = yaml.safe_load(legato(capsys, "train", "text8", "--print_config")[1])
+    assert config["training"]["epochs"] == 10
+
+
+def test_a_preset_in_a_file_is_refused(capsys, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("preset: large\n")
+    status, _, err = legato(capsys, "train", "text8", "--config", path)
+    assert status == 1
+    assert err.startswith("legato-papers: error: expected --preset large on the command line")
+    assert err.count("\n") == 1
+
+
+def test_a_run_of_a_recipe_that_is_gone_is_explained(capsys, run, tmp_path):
+    home = tmp_path / "old/seed-0"
+    home.mkdir(parents=True)
+    for name in ("config.yaml", "result.json", "last.ckpt"):
+        (home / name).write_bytes((run / "seed-0" / name).read_bytes())
+    content = checkpoint.load(run / "seed-0/best.ckpt")
+    checkpoint.save(content | {"about": content["about"] | {"recipe": "glass-large"}}, home / "best.ckpt")
+    result = json.loads((home / "result.json").read_text())
+    (home / "result.json").write_text(json.dumps(result | {"recipe": "glass-large"}))
+    for words in (
+        ["evaluate", tmp_path / "old"],
+        ["report", tmp_path / "old"],
+        ["train", "mackey-glass", *SMALL, "--run-dir", tmp_path / "old", "--resume"],
+    ):
+        status, _, err = legato(capsys, *words)
+        assert status == 1
+        assert "'glass-large'" in err
+        assert err.count("\n") == 1
 
 
 def test_an_unknown_field_in_a_file_is_explained(capsys, tmp_path):
@@ -287,7 +352,7 @@ def test_a_figure_on_other_data_is_not_held_against_the_papers(capsys, tmp_path,
     result = json.loads((run / "seed-0/result.json").read_text())
     paper = recipes.recipe("mackey-glass").paper
     monkeypatch.setattr(paper, "data", "the real thing")
-    for data, beside in (("the real thing", str(paper.value)), ("a stand-in", "")):
+    for data, beside in (("the real thing", str(paper.reported.value)), ("a stand-in", "")):
         home = tmp_path / data / "seed-0"
         home.mkdir(parents=True)
         (home / "result.json").write_text(json.dumps(result | {"data": data}))
@@ -301,29 +366,37 @@ def test_a_figure_on_other_data_is_not_held_against_the_papers(capsys, tmp_path,
 @pytest.mark.parametrize(
     ("name", "data", "kind", "beside"),
     [
-        ("imdb", "IMDB", "lmu", "89.1 % *"),
-        ("imdb", "IMDB", "lstm", "87.29 % *"),
+        ("imdb", "IMDB", "lmu", "89.1 % (unverified)"),
+        ("imdb", "IMDB", "lstm", "87.29 % (unverified)"),
         ("imdb", "IMDB", "sru", ""),
         ("qqp", "qqp", "lmu", "86.95 %"),
-        ("qqp", "qqp", "lstm", "82.58 % *"),
-        ("text8", "text8", "lstm", "1.65 *"),
+        ("qqp", "qqp", "lstm", "82.58 % (unverified)"),
+        ("text8", "text8", "lmu", "1.61"),
+        ("text8", "text8", "lstm", "1.65 (unverified)"),
         ("text8", "wiki100m", "lstm", ""),
     ],
 )
-def test_each_kind_is_held_against_the_papers_figure_for_it_with_a_star_where_nobody_saw_it(
-    capsys, name, data, kind, beside
-):
+def test_each_kind_has_the_papers_value_for_it_beside(capsys, name, data, kind, beside):
     metric = recipes.recipe(name).paper.metric
     figures = {metric: 0.5}
     result = {"recipe": name, "data": data, "seed": 0, "validation": figures, "test": figures}
     result |= {"config": {"model": {"kind": kind}}}
-    assert report.paper_figure(result) == beside
+    assert report.paper_value(result) == beside
     report.show([result])
     out = capsys.readouterr().out
     assert [line.split()[1:] for line in out.splitlines() if line.startswith("paper")] == [beside.split()] * bool(
         beside
     )
-    assert (report.REMEMBERED in out) == ("*" in out.replace(report.REMEMBERED, ""))
+
+
+def test_the_report_names_the_preset():
+    config = {name: asdict(recipes.recipe(name).config()) for name in ("text8", "long-dependency")}
+    assert report._size({"recipe": "text8", "config": config["text8"]}) == ""
+    config["text8"]["model"]["kind"] = "lstm"
+    assert report._size({"recipe": "text8", "config": config["text8"]}) == "lstm"
+    config["long-dependency"]["model"] |= {"activation": "identity", "forget_bias": 5.0}
+    config["long-dependency"]["training"]["first_length"] = None
+    assert report._size({"recipe": "long-dependency", "config": config["long-dependency"]}) == "paper"
 
 
 def test_parameters_in_embeddings_are_counted_apart():
@@ -336,5 +409,5 @@ def test_parameters_in_embeddings_are_counted_apart():
 def test_a_network_without_the_papers_pre_training_is_not_held_against_it():
     config = asdict(recipes.recipe("imdb-pretrained").config())
     result = {"recipe": "imdb-pretrained", "data": "IMDB", "config": config}
-    assert report.paper_figure(result) == "93.2 %"
-    assert report.paper_figure(result | {"config": config | {"pretrained": False}}) == ""
+    assert report.paper_value(result) == "93.2 %"
+    assert report.paper_value(result | {"config": config | {"pretrained": False}}) == ""

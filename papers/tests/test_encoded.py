@@ -6,7 +6,6 @@ import pytest
 from legato_papers.data.encoded import arrays, encoded, found
 from legato_papers.data.files import File
 from legato_papers.data.texts import Labelled, Pairs, Parallel
-from legato_papers.data.vectors import FILES
 from legato_papers.task import ExperimentError
 
 
@@ -147,21 +146,21 @@ def test_labels_that_are_not_one_to_a_text_are_refused(files):
 
 
 def test_vectors_belong_to_the_words_and_are_read_once(files, tmp_path, monkeypatch):
-    monkeypatch.setitem(FILES, "vectors300", ("vectors300", (File("sg300_wiki_imdb.npz"),)))
+    vectors_path = tmp_path / "vectors.npz"
     words = np.array([b"film", b"good", b"what"])
     vectors = np.arange(3 * 300, dtype=np.float16).reshape(3, 300) / 64
-    np.savez(tmp_path / "sg300_wiki_imdb.npz", words=words, vectors=vectors)
+    np.savez(vectors_path, words=words, vectors=vectors)
     for _ in range(2):
-        data = encoded("reviews", lambda: REVIEWS, files, vectors="vectors300", data_dir=tmp_path)
+        data = encoded("reviews", lambda: REVIEWS, files, vectors=str(vectors_path), data_dir=tmp_path)
         assert data.vectors.shape == (data.vocabulary.size, 300)
         assert data.vectors.flags.writeable
         ids = data.vocabulary.encode(["film good"])[0]
         np.testing.assert_array_equal(data.vectors[ids], vectors[:2].astype(np.float32))
         assert data.found.sum() == 2
         assert not data.vectors[~data.found].any()
-    (tmp_path / "sg300_wiki_imdb.npz").unlink()
-    with pytest.raises(ExperimentError, match=r"there is no sg300_wiki_imdb\.npz there"):
-        encoded("reviews", lambda: REVIEWS, files, vectors="vectors300", data_dir=tmp_path)
+    vectors_path.unlink()
+    with pytest.raises(ExperimentError, match=r"there are no vectors .*vectors\.npz"):
+        encoded("reviews", lambda: REVIEWS, files, vectors=str(vectors_path), data_dir=tmp_path)
 
 
 def test_files_that_the_loader_downloads_are_found_afterwards(tmp_path):

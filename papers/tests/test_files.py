@@ -50,11 +50,9 @@ def put(path, content=CONTENT):
 
 def test_the_named_folder_is_the_only_one(tmp_path, monkeypatch):
     file = File("tides.txt")
-    for folder in ("named", "variable", "shared/data", "cache"):
+    for folder in ("named", "variable", "cache"):
         put(tmp_path / folder / "sea" / "tides.txt")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    assert find(file, "sea").resolve() == tmp_path / "shared/data/sea/tides.txt"
+    assert find(file, "sea") == tmp_path / "cache/sea/tides.txt"
     monkeypatch.setenv("LEGATO_DATA", str(tmp_path / "variable"))
     assert find(file, "sea") == tmp_path / "variable/sea/tides.txt"
     assert find(file, "sea", tmp_path / "named") == tmp_path / "named/sea/tides.txt"

@@ -182,9 +182,9 @@ def test_every_reader_names_a_damaged_file(tmp_path, case):
 @pytest.mark.parametrize("case", VECTORS)
 def test_word_vectors_name_a_damaged_file(tmp_path, case):
     kind = case.split(":")[0]
-    file = {"npz": "sg300_wiki_imdb.npz", "txt": "glove.840B.300d.txt", "zip": "glove.840B.300d.zip"}[kind]
+    file = {"npz": "own.npz", "txt": "glove.840B.300d.txt", "zip": "glove.840B.300d.zip"}[kind]
     (tmp_path / file).write_bytes(VECTORS[case])
-    name = "vectors300" if kind == "npz" else "glove.840B.300d"
+    name = str(tmp_path / file) if kind == "npz" else "glove.840B.300d"
     refuses(tmp_path / file, lambda: vectors.word_vectors(WORDS, tmp_path, name))
 
 

@@ -1,18 +1,15 @@
 import hashlib
 import io
-import os
 import tarfile
-from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.data import imdb as module
 from legato_papers.data.convert import convert
 from legato_papers.data.files import File, as_lines
 from legato_papers.data.imdb import imdb, imdb_files
 from legato_papers.task import ExperimentError
-
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "imdb").is_dir()), None)
 
 OFFICIAL = {
     "train/neg/0_3": "Dull.<br />So dull.",
@@ -143,12 +140,12 @@ def test_a_damaged_archive_and_an_empty_folder_are_named(small, tmp_path_factory
 @pytest.fixture(scope="module")
 def real():
     """The rows of the real reviews, read once, and what is made of them."""
-    if REAL is None:
-        pytest.skip("needs the reviews of IMDB in LEGATO_DATA or ../shared/data")
-    rows = module.reviews(REAL)
+    if not real_data.there("imdb"):
+        pytest.skip("needs imdb in the folder of LEGATO_DATA")
+    rows = module.reviews(real_data.DATA)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "reviews", lambda *_, **__: rows)
-        return rows, imdb(REAL)
+        return rows, imdb(real_data.DATA)
 
 
 def test_the_real_reviews_are_split_as_in_the_paper(real):

@@ -11,16 +11,11 @@ import pytest
 import torch
 
 import bounds
+import configs
 from legato_papers.checkpoint import CheckpointError
 from legato_papers.data.texts import Labelled
 from legato_papers.data.words import END, Texts
-from legato_papers.recipes import (
-    imdb_language_model,
-    imdb_language_model_large,
-    imdb_pretrained,
-    imdb_pretrained_large,
-    recipe,
-)
+from legato_papers.recipes import imdb_language_model, imdb_pretrained, recipe
 from legato_papers.recipes.imdb_language_model import end_to_end
 from legato_papers.run import Options, evaluate, train
 from legato_papers.task import ExperimentError
@@ -68,16 +63,8 @@ def use(monkeypatch, data):
     monkeypatch.setattr(imdb_language_model, "imdb_files", lambda data_dir=None, unlabelled=False: [])
 
 
-def smoke(module, **fields):
-    config = module.Config()
-    values = module.SMOKE | {"data.examples": None} | {name.replace("__", "."): v for name, v in fields.items()}
-    for name, value in values.items():
-        *path, last = name.split(".")
-        part = config
-        for step in path:
-            part = getattr(part, step)
-        setattr(part, last, value)
-    return config
+def smoke(module, *presets, **fields):
+    return configs.preset(module, *presets, "smoke", **{"data__examples": None} | fields)
 
 
 def run(name, config, folder=None, precision="32-true", **options):
@@ -186,10 +173,11 @@ def test_cut_reviews_are_counted_and_keep_their_end():
 @pytest.mark.parametrize("large", [False, True])
 def test_the_recipes_run_in_mixed_precision(large, tmp_path):
     if large:
-        assert run("imdb-language-model-large", smoke(imdb_language_model_large), precision="bf16-mixed")
-        config = smoke(imdb_pretrained_large, pretrained=True)
-        result = run("imdb-pretrained-large", config, tmp_path / "tuned", precision="bf16-mixed")
-        assert result["config"]["language_model"].startswith("runs/imdb-language-model-large/")
+        assert run("imdb-language-model", smoke(imdb_language_model, "large"), precision="bf16-mixed")
+        config = smoke(imdb_pretrained, "large", pretrained=True)
+        result = run("imdb-pretrained", config, tmp_path / "tuned", precision="bf16-mixed")
+        assert result["config"]["language_model"].startswith("runs/imdb-language-model/")
+        assert result["config"]["model"]["highways"] == 3
     else:
         assert run("imdb-pretrained", smoke(imdb_pretrained), precision="bf16-mixed")
 
@@ -204,13 +192,13 @@ def test_the_large_size_has_34_million_parameters():
         vocabulary: Words = Words()
         vectors: None = None
 
-    model = imdb_language_model.network(imdb_language_model_large.LargeModel(), Sizes())
+    model = imdb_language_model.network(configs.preset(imdb_language_model, "large").model, Sizes())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(34e6, rel=0.02)
 
 
 def test_a_missing_language_model_gets_a_clear_error(tmp_path):
     with pytest.raises(
-        ExperimentError, match="legato-papers train imdb-language-model, name one with --language_model"
+        ExperimentError, match="train imdb-language-model and the same --preset, name one with --language_model"
     ):
         started(smoke(imdb_pretrained, pretrained=True))
     named = smoke(imdb_pretrained, pretrained=True, language_model="nowhere")
@@ -227,6 +215,11 @@ def test_a_run_of_another_recipe_gets_a_clear_error(tmp_path):
     config = smoke(imdb_pretrained, pretrained=True, language_model=str(tmp_path / "other"))
     with pytest.raises(ExperimentError, match="is of recipe imdb-pretrained: expected the"):
         started(config)
+
+
+def test_large_and_default_networks_do_not_mix(language_model):
+    with pytest.raises(ExperimentError, match=r"model\.highways 1 \(here 3\).*give the same --preset"):
+        started(smoke(imdb_pretrained, "large", pretrained=True))
 
 
 def test_a_language_model_of_another_shape_or_vocabulary_gets_a_clear_error(language_model, monkeypatch):

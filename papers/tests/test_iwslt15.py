@@ -1,13 +1,13 @@
 """The recipe iwslt15: figures of whole runs on sentences of our own, and on a few real ones."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import configs
+import real_data
 from legato_papers.bleu import bleu, bleu_counts
 from legato_papers.checkpoint import load
 from legato_papers.cli import main
@@ -20,7 +20,6 @@ from legato_papers.recipes import iwslt15, recipe
 from legato_papers.run import Options, evaluate, train
 from legato_papers.task import ExperimentError
 
-DATA = Path(os.environ.get("LEGATO_DATA") or "../shared/data").absolute()
 # A language of our own: word by word, and the other way round.
 WORDS = {"river": "vau", "stone": "mok", "green": "sil", "old": "tar", "finds": "ep", "a": "u", "lamp": "nodi"}
 
@@ -45,11 +44,7 @@ def invented(monkeypatch, tmp_path):
 
 
 def smoke(**fields):
-    config = iwslt15.Config()
-    for name, value in (iwslt15.SMOKE | {name.replace("__", "."): value for name, value in fields.items()}).items():
-        part, field = name.split(".")
-        setattr(getattr(config, part), field, value)
-    return config
+    return configs.preset(iwslt15, "smoke", **fields)
 
 
 def run(config, folder):
@@ -171,19 +166,19 @@ def test_missing_files_to_train_on_are_named(tmp_path):
         iwslt15.build(smoke(data__pair="en-vi"), 0, tmp_path)
 
 
-@pytest.mark.skipif(not (DATA / "iwslt15-en-vi").is_dir(), reason="the official IWSLT'15 files are not here")
-@pytest.mark.skipif((DATA / "iwslt15-en-vi" / "train.en.xz").exists(), reason="nothing is missing here")
+@real_data.needs("iwslt15-en-vi")
+@pytest.mark.skipif((real_data.DATA / "iwslt15-en-vi" / "train.en.xz").exists(), reason="nothing is missing here")
 def test_the_official_files_lack_those_to_train_on():
     with pytest.raises(ExperimentError, match=r"train\.en"):
-        iwslt15.build(smoke(data__pair="en-vi"), 0, DATA)
+        iwslt15.build(smoke(data__pair="en-vi"), 0, real_data.DATA)
 
 
-@pytest.mark.skipif(not (DATA / "iwslt15-en-vi").is_dir(), reason="the official IWSLT'15 files are not here")
+@real_data.needs("iwslt15-en-vi")
 def test_the_official_words_write_the_official_references_but_for_one_in_a_hundred(monkeypatch):
-    official = translation("en-vi", DATA, train=False)
+    official = translation("en-vi", real_data.DATA, train=False)
     monkeypatch.setattr(iwslt15, "translation", lambda *_: official._replace(train=official.validation))
     monkeypatch.setattr(iwslt15, "found", lambda *_: [])
-    task = iwslt15.build(smoke(data__pair="en-vi", data__examples=None), 0, DATA)
+    task = iwslt15.build(smoke(data__pair="en-vi", data__examples=None), 0, real_data.DATA)
     assert {side: of_side.vocabulary.size for side, of_side in task.numbers.items()} == {
         "source": 17192,
         "target": 7710,
@@ -198,12 +193,12 @@ def test_the_official_words_write_the_official_references_but_for_one_in_a_hundr
 @pytest.mark.parametrize("pair", ["fra-eng", "multi30k-en-de"])
 def test_a_few_real_sentences_go_all_the_way(pair, tmp_path, monkeypatch, capsys):
     folder = pair.removesuffix("-en-de")
-    if not (DATA / folder).is_dir():
-        pytest.skip(f"{DATA / folder} is not here")
+    if not real_data.there(folder):
+        pytest.skip(f"needs {folder} in the folder of LEGATO_DATA")
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "cache"))
     where = tmp_path / "run"
-    command = ["train", "iwslt15", "--smoke", "--data.pair", pair, "--data-dir", str(DATA), "--run-dir", str(where)]
-    assert main([*command, "--accelerator", "cpu"]) == 0
+    command = ["train", "iwslt15", "--preset", "smoke", "--data.pair", pair, "--data-dir", str(real_data.DATA)]
+    assert main([*command, "--run-dir", str(where), "--accelerator", "cpu"]) == 0
     result = json.loads((where / "seed-0" / "result.json").read_text())
     assert result["data"] == pair
     assert result["signatures"]["bleu"] in capsys.readouterr().out

@@ -2,16 +2,14 @@
 
 import json
 import lzma
-import os
 from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.cli import main
 from legato_papers.data import text8
 from legato_papers.data.files import File
-
-DATA = Path(os.environ.get("LEGATO_DATA") or "../shared/data").absolute()
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +21,15 @@ def _own_folder_and_cache(tmp_path, monkeypatch):
 def smoke(name, folder, *options):
     """What ``result.json`` of a smoke run says."""
     run = Path("runs") / name / "smoke"
-    command = ["train", name, "--smoke", "--data-dir", str(folder), "--accelerator", "cpu", "--run-dir", str(run)]
-    assert main([*command, *options]) == 0
+    command = ["train", name, "--preset", "smoke", "--data-dir", str(folder), "--accelerator", "cpu"]
+    assert main([*command, "--run-dir", str(run), *options]) == 0
     assert (run / "seed-0" / "training.png").stat().st_size > 0
     return json.loads((run / "seed-0" / "result.json").read_text())
 
 
+@real_data.needs("wiki100m")
 def test_a_few_real_characters_go_all_the_way(tmp_path, monkeypatch):
-    packed = next(iter((DATA / "wiki100m").glob("wiki100m.txt*")), None)
-    if packed is None:
-        pytest.skip(f"{DATA / 'wiki100m'} is not here")
+    packed = next((real_data.DATA / "wiki100m").glob("wiki100m.txt*"))
     with (lzma.open if packed.suffix == ".xz" else open)(packed, "rb") as file:
         beginning = file.read(100_000)
     monkeypatch.setattr(text8, "STAND_IN", File("wiki100m.txt"))
@@ -43,15 +40,14 @@ def test_a_few_real_characters_go_all_the_way(tmp_path, monkeypatch):
     assert result["tokens_per_second"] > 0
 
 
+@real_data.needs("imdb")
 def test_a_few_real_reviews_go_all_the_way(capsys):
-    if not (DATA / "imdb").is_dir():
-        pytest.skip(f"{DATA / 'imdb'} is not here")
-    model = smoke("imdb-language-model", DATA)
+    model = smoke("imdb-language-model", real_data.DATA)
     assert model["data"] == "IMDB reviews"
     assert 1 < model["test"]["perplexity"] < 1000
-    tuned = smoke("imdb-pretrained", DATA, "--pretrained", "true")
+    tuned = smoke("imdb-pretrained", real_data.DATA, "--pretrained", "true")
     assert tuned["data"] == "IMDB"
     assert tuned["config"]["language_model"].endswith("seed-0/best.ckpt")
     capsys.readouterr()
-    assert main(["evaluate", "runs/imdb-pretrained/smoke", "--data-dir", str(DATA)]) == 0
+    assert main(["evaluate", "runs/imdb-pretrained/smoke", "--data-dir", str(real_data.DATA)]) == 0
     assert f"{100 * tuned['test']['accuracy']:.2f}" in capsys.readouterr().out

@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import bounds
+import configs
+from legato_papers import recipes
 from legato_papers.cli import main
 from legato_papers.data.long_dependency import long_dependency
-from legato_papers.recipes import long_dependency_paper as paper
 from legato_papers.recipes.long_dependency import Config, Curriculum, Model, build
 from legato_papers.task import ExperimentError
 
@@ -71,7 +73,7 @@ def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
             taus = -1 / bias.double().sigmoid().log().sort().values
             expected = torch.logspace(0, np.log10(65_536), 8, dtype=torch.float64)
             bounds.assert_close(taus, expected, magnitude=11 * expected, roundings=32, dtype=torch.float32)
-    for layer in paper.build(paper.Config(50), 0).model.layers:
+    for layer in build(configs.preset(recipes.long_dependency, "paper", length=50), 0).model.layers:
         assert all((bias == 5).all() for bias in layer.forget_biases())
     lstm = build(Config(50, Model(kind="lstm", units=8)), 0).model.lstm
     longest = (-1 / lstm.bias_ih_l1[8:16].detach().double().sigmoid().log()).max().item()
@@ -192,3 +194,22 @@ def test_a_training_step_at_131072_steps_holds_one_segment():
 def test_numbers_out_of_range_are_named(config, message):
     with pytest.raises(ExperimentError, match=message):
         build(config, 0)
+
+
+def test_a_run_records_the_fields_of_its_preset(tmp_path, capsys):
+    small = ["--length", "20", "--model.units", "4", "--model.forget_bias", "4", "--training.epochs", "2"]
+    words = ["train", "long-dependency", "--preset", "paper", *small, "--accelerator", "cpu"]
+    words += ["--run-dir", str(tmp_path / "run")]
+    assert main(words) == 0
+    config = yaml.safe_load((tmp_path / "run/seed-0/config.yaml").read_text())
+    assert config["model"]["activation"] == "identity"
+    assert config["model"]["forget_bias"] == 4  # given, so it counts more than the preset's 5
+    assert config["training"]["first_length"] is None
+    result = json.loads((tmp_path / "run/seed-0/result.json").read_text())
+    again = [*result["command"].split()[1:], "--run-dir", str(tmp_path / "run"), "--resume"]
+    for command in ([*words, "--resume"], again, ["evaluate", str(tmp_path / "run")]):
+        capsys.readouterr()
+        assert main(command) == 0, command
+    assert f"{100 * result['test']['accuracy']:.2f}" in capsys.readouterr().out
+    assert main([*again, "--preset", "paper", "--model.forget_bias", "5"]) == 1
+    assert "model.forget_bias 4.0 -> 5.0" in capsys.readouterr().err

@@ -1,18 +1,15 @@
 import gzip
 import hashlib
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
 import bounds
+import real_data
 from legato_papers.data import mnist as module
 from legato_papers.data.mnist import mnist, read_idx
 from legato_papers.recipes.psmnist import Config, build
 from legato_papers.task import ExperimentError
-
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "mnist").is_dir()), None)
 
 
 def idx(array):
@@ -131,9 +128,9 @@ def test_the_network_has_the_papers_size(small):
     assert sum(p.numel() for p in build(config, 0, folder).model.parameters()) == 166_092
 
 
-@pytest.mark.skipif(REAL is None, reason="needs the files of MNIST in LEGATO_DATA or ../shared/data")
+@real_data.needs("mnist")
 def test_the_real_files_have_the_known_content():
-    digits = mnist(REAL)
+    digits = mnist(real_data.DATA)
     assert digits.train_images.shape == (60_000, 28, 28)
     assert digits.test_images.shape == (10_000, 28, 28)
     assert torch.bincount(digits.train_labels.long()).tolist() == [

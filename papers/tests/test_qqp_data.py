@@ -1,16 +1,13 @@
 import csv
-import os
-from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.data import qqp as module
 from legato_papers.data.convert import convert
 from legato_papers.data.files import File
 from legato_papers.data.qqp import qqp, qqp_files
 from legato_papers.task import ExperimentError
-
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "qqp-20k").is_dir()), None)
 
 HEAD = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
 ODD = {3: ('Why "so"?', "Why\tso?"), 4: ("Is this\ntwo lines?", ""), 5: ("Où?", "“Where�?")}
@@ -131,9 +128,9 @@ def test_an_empty_folder_is_told_what_to_get(tmp_path):
         qqp(tmp_path)
 
 
-@pytest.mark.skipif(REAL is None, reason="needs qqp-20k in LEGATO_DATA or ../shared/data")
+@real_data.needs("qqp-20k")
 def test_the_real_stand_in_is_balanced():
-    data = qqp(REAL)
+    data = qqp(real_data.DATA)
     if data.source == "qqp-20k":
         assert [len(part.labels) for part in data[:3]] == [9_000, 1_000, 10_000]
         assert [sum(part.labels) for part in data[:3]] == [4_500, 500, 5_000]

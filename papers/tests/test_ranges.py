@@ -1,5 +1,6 @@
 """Every number that a recipe takes has a range, and what is out of it is told in one line."""
 
+import importlib
 import math
 from dataclasses import fields, is_dataclass
 from typing import get_args
@@ -7,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
+import configs
 from legato_papers import recipes
 from legato_papers.cli import main
 from legato_papers.ranges import Range, check, range_of
@@ -67,6 +69,18 @@ def test_options_that_never_end_or_diverge_are_refused():
         for name, value in (("epochs", 0), ("epochs", -1), ("batch_size", 0), ("average", 1.0), ("warmup", 1.1)):
             with pytest.raises(ExperimentError, match=f"expected --training.{name} to be"):
                 check(set_to(recipe, f"training.{name}", value))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset"), [(name, preset) for name in recipes.names() for preset in recipes.recipe(name).presets]
+)
+def test_presets_are_in_range_and_differ_from_the_defaults(recipe, preset):
+    which = recipes.recipe(recipe)
+    module = importlib.import_module(which.build.__module__)
+    config = configs.preset(module, preset)
+    check(config)
+    assert config != which.config()
+    assert which.presets[preset].description
 
 
 def test_a_subclass_keeps_the_range_and_may_narrow_it():
@@ -130,9 +144,8 @@ def test_a_failed_start_leaves_no_folder(capsys, tmp_path, monkeypatch):
 
 
 def test_a_validation_figure_that_is_not_finite_stops_the_run(tmp_path):
-    from test_training import Noisy
-
     from legato_papers.training import Device, fit
+    from test_training import Noisy
 
     task = Noisy()
     task.metrics = lambda totals: {"error": math.nan}

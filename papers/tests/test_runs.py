@@ -292,9 +292,8 @@ def test_evaluation_gives_every_module_its_mode_back():
 
 
 def test_validation_leaves_a_frozen_part_in_evaluation(tmp_path):
-    from test_training import CPU, TRAINING, Noisy
-
     from legato_papers.training import fit
+    from test_training import CPU, TRAINING, Noisy
 
     task, seen = Noisy(), []
     task.model[1].eval()

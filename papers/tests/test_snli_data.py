@@ -1,20 +1,17 @@
 import json
-import os
 import zipfile
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.data import snli as module
 from legato_papers.data.convert import convert
 from legato_papers.data.files import File
 from legato_papers.data.snli import snli, snli_files
 from legato_papers.task import ExperimentError
-
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "snli").is_dir()), None)
 
 ROWS = {
     "train": [
@@ -148,9 +145,9 @@ def test_an_empty_folder_is_told_what_to_get(tmp_path):
         snli(tmp_path)
 
 
-@pytest.mark.skipif(REAL is None, reason="needs SNLI's dev and test in LEGATO_DATA or ../shared/data")
+@real_data.needs("snli")
 def test_the_real_files_have_the_known_numbers_of_labels():
-    data = snli(REAL)
+    data = snli(real_data.DATA)
     assert len(data.train.labels) == (549_367 if data.source == "snli" else 12_830)
     assert Counter(data.validation.labels) == {0: 3_329, 1: 3_235, 2: 3_278}
     assert Counter(data.test.labels) == {0: 3_368, 1: 3_219, 2: 3_237}

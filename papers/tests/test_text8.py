@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import bounds
+import configs
 from legato_papers.data.text8 import Text8
 from legato_papers.kinds import KINDS
-from legato_papers.recipes import recipe, text8, text8_large
+from legato_papers.recipes import recipe, text8
 from legato_papers.run import Options, evaluate, train
 
 WORDS = ["river", "stone", "lamp", "the", "of", "a", "green", "moss"]
@@ -30,18 +31,14 @@ def short_text(monkeypatch, tmp_path):
     monkeypatch.setattr(text8, "text8", lambda data_dir=None: text)
 
 
-def smoke(module=text8, **fields):
-    config = module.Config()
-    for name, value in (module.SMOKE | {name.replace("__", "."): value for name, value in fields.items()}).items():
-        part, field = name.split(".")
-        setattr(getattr(config, part), field, value)
-    return config
+def smoke(**fields):
+    return configs.preset(text8, "smoke", **fields)
 
 
-def run(name, config, precision="32-true", **options):
+def run(config, precision="32-true", **options):
     chosen = {"seeds": [], "seed": 0, "run_dir": None, "resume": False, "overwrite": False, "data_dir": None}
     chosen |= {"accelerator": "cpu", "devices": 1, "precision": precision}
-    return train(recipe(name), config, Options(**(chosen | options)))[0]
+    return train(recipe("text8"), config, Options(**(chosen | options)))[0]
 
 
 def count(model):
@@ -72,7 +69,7 @@ def test_every_kind_streams_what_it_computes_at_once(kind):
 
 
 def test_a_whole_run_is_tested_evaluated_again_and_writes_a_sample(tmp_path):
-    result = run("text8", smoke(), run_dir=tmp_path / "run")
+    result = run(smoke(), run_dir=tmp_path / "run")
     assert result["data"] == "wiki100m"
     assert result["test"].keys() == {"bits_per_character"}
     assert result["tokens_per_second"] > 0
@@ -87,7 +84,7 @@ def test_a_whole_run_is_tested_evaluated_again_and_writes_a_sample(tmp_path):
 
 def test_training_finds_the_words():
     longer = {"training__epochs": 4, "training__updates_per_epoch": 40, "training__learning_rate": 0.01}
-    result = run("text8", smoke(data__examples=None, **longer))
+    result = run(smoke(data__examples=None, **longer))
     # A word is one of eight, and its letters follow but for a few: 3 bits a word of 5.1 characters on average.
     assert result["test"]["bits_per_character"] < 1.5
 
@@ -109,8 +106,10 @@ def test_a_network_that_knows_nothing_needs_the_logarithm_of_27():
 
 
 def test_the_size_for_a_gpu_runs_in_mixed_precision():
-    assert count(text8.network(text8_large.LargeModel())) == pytest.approx(18.7e6, rel=0.01)
-    result = run("text8-large", smoke(text8_large), precision="bf16-mixed")
+    large = configs.preset(text8, "large")
+    assert count(text8.network(large.model)) == pytest.approx(18.7e6, rel=0.01)
+    result = run(configs.preset(text8, "large", "smoke"), precision="bf16-mixed")
+    assert result["config"]["model"]["blocks"] == 5
     assert 3 < result["test"]["bits_per_character"] < 6
 
 

@@ -1,19 +1,16 @@
 import lzma
-import os
 import zipfile
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import real_data
 from legato_papers.data import text8 as module
 from legato_papers.data.convert import convert
 from legato_papers.data.files import File
 from legato_papers.data.text8 import text8
 from legato_papers.task import ExperimentError
-
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "text8_head").is_dir()), None)
 
 TEXT = b" the quick zebra jumps over a lazy fox" * 50
 OTHER = TEXT.replace(b"fox", b"yak")
@@ -112,11 +109,11 @@ def test_an_empty_folder_is_told_what_to_get(tmp_path):
         text8(tmp_path)
 
 
-@pytest.mark.skipif(REAL is None, reason="needs text8_head in LEGATO_DATA or ../shared/data")
+@real_data.needs("text8_head")
 def test_the_head_of_the_real_text_is_read(monkeypatch):
     digest = "sha256:e7cb14eecbf8b23160e644449d661ed6be672f1c84813c8cdbeb6cfa06168a4d"
     monkeypatch.setattr(module, "TEXT8", File("text8_first_2072615_bytes.txt", 2_072_615, digest))
     monkeypatch.setattr(module, "FOLDER", "text8_head")
-    data = text8(REAL)
+    data = text8(real_data.DATA)
     assert letters(data.train[:40]) == b" anarchism originated as a term of abuse"
     assert sum(len(part) for part in data[:3]) == 2_072_615

@@ -1,19 +1,16 @@
-import os
 import zipfile
 from hashlib import sha1, sha256
-from pathlib import Path
 
 import pytest
 
+import real_data
 from legato_papers.data import translation as module
 from legato_papers.data.convert import convert
 from legato_papers.data.files import File
 from legato_papers.data.translation import translation, vocabulary
 from legato_papers.task import ExperimentError
 
-DATA = Path(os.environ.get("LEGATO_DATA", "../shared/data"))
-REAL = next((p for p in (DATA,) if (p / "iwslt15-en-vi").is_dir()), None)
-needs_real = pytest.mark.skipif(REAL is None, reason="needs the files of IWSLT'15 in LEGATO_DATA or ../shared/data")
+needs_real = real_data.needs("iwslt15-en-vi", "fra-eng", "multi30k")
 
 EN_VI = {
     "train.en": "The sea is calm .\nA boat , two boats .\n\nIt &apos;s late .\n",
@@ -121,16 +118,16 @@ def test_captions_are_downloaded_packed_from_one_version():
 
 @needs_real
 def test_the_real_test_sets_and_vocabularies_have_the_known_sizes():
-    data = translation("en-vi", REAL, train=False)
+    data = translation("en-vi", real_data.DATA, train=False)
     assert [len(part.source) for part in data[1:3]] == [1_553, 1_268]
-    assert len(vocabulary("en", REAL)) == 17_191
-    assert len(vocabulary("vi", REAL)) == 7_709
+    assert len(vocabulary("en", real_data.DATA)) == 17_191
+    assert len(vocabulary("vi", real_data.DATA)) == 7_709
 
 
 @needs_real
 def test_the_real_stand_ins_are_split_as_documented():
-    data = translation("fra-eng", REAL)
+    data = translation("fra-eng", real_data.DATA)
     assert [len(part.source) for part in data[:3]] == [138_229, 1_560, 1_583]
     assert not set(data.train.source) & set(data.validation.source + data.test.source)
-    data = translation("multi30k-en-de", REAL)
+    data = translation("multi30k-en-de", real_data.DATA)
     assert [len(part.target) for part in data[:3]] == [29_000, 1_014, 1_000]

@@ -1,20 +1,20 @@
 import gzip
 import http.server
 import io
-import os
+import lzma
 import threading
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import real_data
 from legato_papers.data import vectors as module
 from legato_papers.data.files import File
 from legato_papers.data.vectors import word_vectors
 from legato_papers.task import ExperimentError
 
-REAL = next((p for p in (Path(os.environ.get("LEGATO_DATA", "../shared/data")),) if (p / "vectors300").is_dir()), None)
+VECTORS300 = real_data.DATA / "vectors300" / "sg300_wiki_imdb.npz"
 WORDS = ["padding symbol", "film", "unheard", "caf\u00e9", "."]
 
 
@@ -78,9 +78,10 @@ def test_each_file_of_an_archive_has_its_name(tmp_path):
 def test_arrays_of_words_and_vectors_are_read(tmp_path):
     half = np.stack([vector(seed) for seed in range(3)]).astype(np.float16)
     words = np.array([w.encode() for w in (".", "caf\u00e9", "film")])
-    np.savez_compressed(tmp_path / "sg300_wiki_imdb.npz", words=words, vectors=half)
-    matrix, found, source = word_vectors(WORDS, tmp_path)
-    assert source == "vectors300"
+    path = str(tmp_path / "own.npz")
+    np.savez_compressed(path, words=words, vectors=half)
+    matrix, found, source = word_vectors(WORDS, None, path)
+    assert source == path
     assert found.tolist() == [False, True, False, True, True]
     np.testing.assert_array_equal(matrix[[4, 3, 1]], half.astype(np.float32))
 
@@ -88,8 +89,8 @@ def test_arrays_of_words_and_vectors_are_read(tmp_path):
 @pytest.mark.parametrize("width", [50, 301])
 def test_vectors_of_another_width_are_refused(tmp_path, width):
     (tmp_path / "glove.6B.300d.txt").write_text(glove(width), encoding="utf-8")
-    np.savez(tmp_path / "sg300_wiki_imdb.npz", words=np.array([b"film"]), vectors=np.zeros((1, width), np.float16))
-    for name in ("glove.6B.300d", "vectors300"):
+    np.savez(tmp_path / "own.npz", words=np.array([b"film"]), vectors=np.zeros((1, width), np.float16))
+    for name in ("glove.6B.300d", str(tmp_path / "own.npz")):
         with pytest.raises(ExperimentError, match=f"another width: expected 300 numbers for a word, got {width}"):
             word_vectors(WORDS, tmp_path, name)
 
@@ -102,10 +103,10 @@ def test_a_line_that_is_cut_short_is_named(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a whole archive"])
 def test_a_damaged_file_is_named(tmp_path, content):
-    for file in ("glove.840B.300d.zip", "glove.6B.300d.txt", "sg300_wiki_imdb.npz"):
+    for file in ("glove.840B.300d.zip", "glove.6B.300d.txt", "own.npz"):
         (tmp_path / file).write_bytes(content)
-    for name in ("glove.840B.300d", "glove.6B.300d", "vectors300"):
-        with pytest.raises(ExperimentError, match=r"(glove|sg300).*\.(zip|txt|npz) "):
+    for name in ("glove.840B.300d", "glove.6B.300d", str(tmp_path / "own.npz")):
+        with pytest.raises(ExperimentError, match=r"(glove|own).*\.(zip|txt|npz) "):
             word_vectors(WORDS, tmp_path, name)
 
 
@@ -122,9 +123,7 @@ def test_an_archive_cut_short_is_named(tmp_path):
 def test_a_missing_file_and_an_unknown_name_say_what_is_expected(tmp_path):
     with pytest.raises(ExperimentError, match=r"expected glove\.6B\.zip in .* nor glove\.6B\.300d\.txt"):
         word_vectors(WORDS, tmp_path, "glove.6B.300d")
-    with pytest.raises(ExperimentError, match=r"expected sg300_wiki_imdb\.npz.* in .*vectors300"):
-        word_vectors(WORDS, tmp_path)
-    with pytest.raises(ExperimentError, match="'glove': expected one of vectors300, glove"):
+    with pytest.raises(ExperimentError, match=r"'glove': expected one of glove\.840B\.300d, .* or the path of a file"):
         word_vectors(WORDS, tmp_path, "glove")
 
 
@@ -164,10 +163,24 @@ def test_a_file_that_is_nowhere_is_downloaded_once(tmp_path, monkeypatch):
     assert asked == ["/glove.6B.zip"]
 
 
-@pytest.mark.skipif(REAL is None, reason="needs vectors300 in LEGATO_DATA or ../shared/data")
-def test_the_vectors_of_this_project_know_the_usual_words(known, monkeypatch):
-    monkeypatch.setitem(module.FILES, "vectors300", known["vectors300"])
-    matrix, found, _ = word_vectors(["don't", "film", "movie", "of", "zzzzzz"], REAL)
+@pytest.mark.parametrize("name", ["own.txt", "own.txt.gz", "own.txt.xz", "own.zip"])
+def test_a_named_file_may_be_packed(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("own.txt", glove())
+    else:
+        pack = {".txt": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[path.suffix]
+        path.write_bytes(pack(glove().encode()))
+    matrix, found, source = word_vectors(WORDS, None, str(path))
+    assert source == str(path)
+    assert found.tolist() == [False, True, False, True, True]
+    np.testing.assert_array_equal(matrix[1], vector(2).astype(np.float32))
+
+
+@real_data.needs("vectors300")
+def test_real_vectors_know_the_usual_words():
+    matrix, found, _ = word_vectors(["don't", "film", "movie", "of", "zzzzzz"], None, str(VECTORS300))
     assert found.tolist() == [True] * 4 + [False]
     unit = matrix[:4] / np.linalg.norm(matrix[:4], axis=1, keepdims=True)
     film, movie, of = unit[1:]

@@ -42,7 +42,7 @@ class Entry:
             return self.origin or first.origin
         where = addresses[0] + " and the others there" * (len(addresses) > 1)
         return (
-            f"put {where} in {folder}/; the first use downloads it, if no folder of data is named nor a stand-in found"
+            f"put {where} in {folder}/, or leave --data-dir and LEGATO_DATA out: it is then downloaded when first used"
         )
 
 
@@ -146,9 +146,8 @@ def catalogue() -> list[Entry]:
             Entry(
                 name,
                 "word vectors",
-                "CC BY-SA 3.0" if name == "vectors300" else "PDDL 1.0",
+                "PDDL 1.0",
                 [[(folder, file)] for file in sorted(files, key=lambda file: not file.url)],
-                stands_for="glove.840B.300d" if name == "vectors300" else "",
             )
             for name, (folder, files) in VECTORS.items()
         ),

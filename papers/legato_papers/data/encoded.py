@@ -8,7 +8,7 @@ A recipe calls ``encoded`` and makes batches of what it returns::
         lambda: imdb_files(data_dir),
         only=("train", "validation", "test"),
         vocabulary={"least_count": 2},
-        vectors="vectors300",
+        vectors="glove.840B.300d",
         data_dir=data_dir,
         examples=config.data.examples,
     )
@@ -97,7 +97,7 @@ def encoded(
         learnt_from: the words are counted in texts with one of these in their name.
         only: only what has one of these in its name is kept; None keeps all.
         examples: this many of each split, the classes in equal parts, those first in the data; None keeps all.
-        vectors: name for ``word_vectors``.
+        vectors: name or file for ``word_vectors``.
         data_dir: where the vectors are looked for.
 
     Raises:
@@ -131,7 +131,7 @@ def encoded(
     if vectors is None:
         return Encoded(texts, labels, made, content["source"])
     rows = prepare(
-        f"{name}-{vectors}",
+        f"{name}-{Path(vectors).name}",
         {"words": made.words},
         [*_CODE, vectors_file(data_dir, vectors)],
         lambda: dict(zip(("matrix", "found"), word_vectors(made.words, data_dir, vectors), strict=False)),

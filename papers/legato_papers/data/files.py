@@ -1,6 +1,7 @@
 """The files of data sets: found, downloaded, unpacked, checked and written. The loaders beside it say which files.
 
-A file is looked for in the folder that is named, else in ../shared/data and in the user's cache, else it is downloaded.
+A file is looked for in the folder of --data-dir, else in that of LEGATO_DATA, else in the user's cache, into which it
+is downloaded.
 """
 
 import gzip
@@ -24,7 +25,6 @@ from typing import Any
 from ..locks import locked
 from ..task import ExperimentError
 
-_SHARED = Path("../shared/data")
 _BLOCK = 1 << 20  # bytes read at a time
 _RECEIVED = 1 << 16  # bytes of a download at a time: what a broken connection may lose
 #: What the readers of the standard library and of numpy raise for files that are damaged or hostile: an encrypted
@@ -67,7 +67,7 @@ def find(file: File, folder: str, data_dir: Path | None = None) -> Path | None:
     Args:
         file: the file.
         folder: of its data set.
-        data_dir: folder of data. By default $LEGATO_DATA; else ../shared/data and the user's cache.
+        data_dir: folder of data. By default $LEGATO_DATA, else the user's cache.
     """
     paths = (place / name for place in _places(folder, data_dir) for name in file.names)
     return next((path for path in paths if path.is_file()), None)
@@ -410,10 +410,7 @@ def _named(data_dir: Path | None) -> Path | None:
 
 def _places(folder: str, data_dir: Path | None) -> Iterator[Path]:
     named = _named(data_dir)
-    # The cache is asked for last: finding it takes an import.
-    yield from (named / folder, named) if named else (_SHARED / folder, _SHARED)
-    if named is None:
-        yield cache() / folder
+    yield from (named / folder, named) if named else (cache() / folder,)
 
 
 def _unpacked(path: Path, packed: bool) -> io.BufferedIOBase:

@@ -51,8 +51,8 @@ def imdb(data_dir: Path | None = None, *, unlabelled: bool = False) -> IMDB:
     the order of class and number, UTF-8; ``unsup`` has no labels. All three are held to the same checksums.
 
     Args:
-        data_dir: folder that holds one of the forms, or holds it in ``imdb/``. By default $LEGATO_DATA, else
-            ../shared/data; else the archive is downloaded into the user's cache (84 MB).
+        data_dir: folder that holds one of the forms, or holds it in ``imdb/``. By default $LEGATO_DATA;
+            else the archive is downloaded into the user's cache (84 MB).
         unlabelled: read the 50,000 reviews without label too.
 
     Raises:

@@ -43,8 +43,8 @@ def mnist(data_dir: Path | None = None) -> MNIST:
     """The four files of MNIST as tensors of bytes.
 
     Args:
-        data_dir: folder that holds them, or holds them in ``mnist/``, packed or not. By default $LEGATO_DATA, else
-            ../shared/data; else they are downloaded into the user's cache.
+        data_dir: folder that holds them, or holds them in ``mnist/``, packed or not. By default $LEGATO_DATA;
+            else they are downloaded into the user's cache.
 
     Raises:
         ExperimentError: a file is missing, cut short, or its content is not that of MNIST; both checksums are named.

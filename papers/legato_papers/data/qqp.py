@@ -57,7 +57,7 @@ def qqp(data_dir: Path | None = None) -> QQP:
 
     Args:
         data_dir: folder that holds a form, or holds it in ``qqp/`` or ``qqp-20k/``; the complete data win. By default
-            $LEGATO_DATA, else ../shared/data; else the official file is downloaded into the user's cache.
+            $LEGATO_DATA; else the official file is downloaded into the user's cache.
 
     Raises:
         ExperimentError: a file is missing, damaged, or has another content; with the line, where it is one line.

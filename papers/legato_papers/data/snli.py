@@ -53,8 +53,8 @@ def snli(data_dir: Path | None = None) -> SNLI:
     them, no header; SICK as published. All but the archive may be packed by xz or gzip.
 
     Args:
-        data_dir: folder that holds a form, or holds it in ``snli/`` and ``sick/``; SNLI wins. By default $LEGATO_DATA,
-            else ../shared/data; else the archive is downloaded into the user's cache (95 MB).
+        data_dir: folder that holds a form, or holds it in ``snli/`` and ``sick/``; SNLI wins. By default $LEGATO_DATA;
+            else the archive is downloaded into the user's cache (95 MB).
 
     Raises:
         ExperimentError: a file is missing, damaged, or has another content; with the line, where it is one line.

@@ -45,7 +45,7 @@ def text8(data_dir: Path | None = None) -> Text8:
 
     Args:
         data_dir: folder that holds one of the files, or holds it in ``text8/`` or ``wiki100m/``; text8 wins. By default
-            $LEGATO_DATA, else ../shared/data; else text8.zip is downloaded into the user's cache (31 MB).
+            $LEGATO_DATA; else text8.zip is downloaded into the user's cache (31 MB).
 
     Raises:
         ExperimentError: no file is there, or it is damaged, has another content or a character outside of a to z.

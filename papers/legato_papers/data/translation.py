@@ -91,7 +91,7 @@ def translation(pair: Pair, data_dir: Path | None = None, *, train: bool = True)
     Args:
         pair: en-vi, or its stand-ins fra-eng and multi30k-en-de.
         data_dir: folder that holds the files, or holds them in ``iwslt15-en-vi/``, ``fra-eng/`` or ``multi30k/``,
-            packed by xz or gzip or not. By default $LEGATO_DATA, else ../shared/data; else those of en-vi (31 MB) and
+            packed by xz or gzip or not. By default $LEGATO_DATA; else those of en-vi (31 MB) and
             of multi30k-en-de (2 MB) are downloaded into the user's cache; those of fra-eng are not published any more.
         train: False leaves the training part of en-vi empty and needs no file of it: enough to score translations.
 

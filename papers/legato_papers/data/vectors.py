@@ -1,4 +1,4 @@
-"""Vectors of words from disk: GloVe as its authors distribute it, and ``vectors300``, which are not published."""
+"""Word vectors: GloVe as its authors distribute it, or any file in one of two formats."""
 
 import gzip
 import lzma
@@ -16,19 +16,11 @@ from legato._shapes import Bool, Float
 from ..task import ExperimentError
 from .files import UNREADABLE, File, check, find, need
 
+#: The vectors that the recipes read unless others are named.
+GLOVE = "glove.840B.300d"
+
 #: Folder and files of the vectors of a name, first choice first; the last is downloaded if none is there.
 FILES = {
-    "vectors300": (
-        "vectors300",
-        (
-            File(
-                "sg300_wiki_imdb.npz",
-                41_741_505,
-                "sha256:5379d47d823df534dd1ff6637c168a28e9df5d56e594a237af2cea8ecedfa854",
-                origin="it is not published: use the vectors glove.840B.300d or glove.6B.300d, which are downloaded",
-            ),
-        ),
-    ),
     "glove.840B.300d": (
         "glove",
         (
@@ -65,17 +57,19 @@ class WordVectors(NamedTuple):
 
 
 def word_vectors(
-    words: Sequence[str], data_dir: Path | None = None, name: str = "vectors300", *, width: int = 300
+    words: Sequence[str], data_dir: Path | None = None, name: str = GLOVE, *, width: int = 300
 ) -> WordVectors:
     """The vectors of these words; of a file of any size only their rows are kept in memory.
 
     Args:
-        words: as a vocabulary has them. They are looked for as they are: the vectors of ``vectors300`` and of
-            glove.6B are of lower-cased words, those of glove.840B of both.
-        data_dir: folder that holds the file, or holds it in ``vectors300/`` or ``glove/``. By default $LEGATO_DATA,
-            else ../shared/data; else GloVe is downloaded into the user's cache (2.2 GB, or 0.9 GB of 6B).
-        name: one of ``FILES``, which are known by their SHA-256; GloVe's unpacked text by its size only.
-            ``vectors300`` are of our own making, from Wikipedia and IMDB's reviews for training and without label.
+        words: as a vocabulary has them, compared as they are: glove.6B has vectors of lower-cased words only,
+            glove.840B of both.
+        data_dir: folder that holds the file, or holds it in ``glove/``. By default $LEGATO_DATA; else GloVe is
+            downloaded into the user's cache (2.2 GB, or 0.9 GB of 6B).
+        name: one of ``FILES``, whose archives are checked by SHA-256 and whose unpacked texts by size; or the path of
+            a file, which is not checked: lines of a word and its numbers between spaces, as GloVe's, packed by gzip or
+            xz or not; a zip archive NAME.zip with such a text NAME.txt; or NAME.npz with the arrays ``words`` (bytes)
+            and ``vectors``.
         width: numbers in a vector.
 
     Raises:
@@ -115,7 +109,12 @@ def vectors_file(data_dir: Path | None, name: str) -> Path:
 
 def _find(data_dir: Path | None, name: str) -> tuple[Path, File]:
     if name not in FILES:
-        raise ExperimentError(f"there are no vectors {name!r}: expected one of {', '.join(FILES)}")
+        path = Path(name)
+        if path.is_file():
+            return path, File(path.name)
+        raise ExperimentError(
+            f"there are no vectors {name!r}: expected one of {', '.join(FILES)}, or the path of a file"
+        )
     folder, files = FILES[name]
     for file in files:
         path = find(file, folder, data_dir)
@@ -129,7 +128,8 @@ def _find(data_dir: Path | None, name: str) -> tuple[Path, File]:
 def _opened(path: Path, name: str) -> Iterator[BufferedIOBase]:
     """The bytes of a file, unpacked; of an archive, those of the text of this name."""
     if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.txt") as file:
+        member = f"{name if name in FILES else path.stem}.txt"
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
             yield file  # type: ignore[misc]
     else:
         with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb") as file:

@@ -21,7 +21,7 @@ from ..task import ExperimentError
 PADDING, UNKNOWN, START, END = range(4)
 #: Names of these ids. No text splits into a word with a space in it, so no text can hold padding, a start or an end.
 SYMBOLS = ("padding symbol", "<unk>", "start symbol", "end symbol")
-#: Runs of letters, one apostrophe inside, runs of digits, single marks: the words of ``vectors300``.
+#: Runs of letters, one apostrophe inside, runs of digits, single marks.
 WORDS = r"""[a-z]+(?:'[a-z]+)?|[0-9]+|[.,!?;:()"$%&/-]"""
 #: What stands between spaces: for texts that are split into words already.
 SPACED = r"\S+"

@@ -1,7 +1,7 @@
 """The experiments, by name. To add one: a module with ``PAPER``, ``Config`` and ``build``, and its line in _MODULES.
 
-``SMOKE`` in a module, values by dotted field such as ``{"training.epochs": 1}``, is what ``--smoke`` makes of it: the
-whole way in seconds, on a few real examples.
+``PRESETS`` in a module has its other sizes by name, such as ``large`` and ``smoke``; ``smoke`` runs every part of the
+recipe in seconds, on a few real examples.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..task import Paper, Task
+from ..task import Paper, Preset, Task
 
 _MODULES = {
     "adding": "adding",
@@ -18,33 +18,27 @@ _MODULES = {
     "copy-memory": "copy_memory",
     "imdb": "imdb",
     "imdb-language-model": "imdb_language_model",
-    "imdb-language-model-large": "imdb_language_model_large",
     "imdb-pretrained": "imdb_pretrained",
-    "imdb-pretrained-large": "imdb_pretrained_large",
     "iwslt15": "iwslt15",
     "long-dependency": "long_dependency",
-    "long-dependency-paper": "long_dependency_paper",
     "mackey-glass": "mackey_glass",
     "psmnist": "psmnist",
     "qqp": "qqp",
     "snli": "snli",
     "text8": "text8",
-    "text8-large": "text8_large",
 }
 
 
 @dataclass
 class Recipe:
-    """A recipe module, opened: its configuration, what its paper reports, and the function that builds the task.
-
-    ``smoke`` are the fields of its smallest size; empty where it has none.
-    """
+    """An imported recipe module: its configuration, what its paper reports, the function that builds its task, and its
+    presets by name."""
 
     name: str
     config: type
     paper: Paper
     build: Callable[[Any, int, Path | None], Task]
-    smoke: dict[str, Any]
+    presets: dict[str, Preset]
 
     @property
     def description(self) -> str:
@@ -60,4 +54,4 @@ def names() -> list[str]:
 def recipe(name: str) -> Recipe:
     """The recipe of this name, its module imported."""
     module = importlib.import_module(f".{_MODULES[name]}", __name__)
-    return Recipe(name, module.Config, module.PAPER, module.build, getattr(module, "SMOKE", {}))
+    return Recipe(name, module.Config, module.PAPER, module.build, getattr(module, "PRESETS", {}))

@@ -25,6 +25,7 @@ from legato.models.sequence import last_output
 
 from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded, encoded
+from ..data.vectors import GLOVE
 from ..data.words import Texts, Vocabulary
 from ..kinds import Kind, layer_of
 from ..models import PairClassifier
@@ -51,8 +52,8 @@ class Data:
         least_count: words that occur more rarely in these texts are unknown.
         train_on_validation: train on the validation texts too, when all is chosen, and test the weights of the last
             epoch; the validation figure is then one of training.
-        vectors: of the words, at first: vectors300 (made for this project, in GloVe's place) or glove.840B.300d, both
-            from disk; null draws them.
+        vectors: initial word vectors: glove.840B.300d (2.2 GB to download), glove.6B.300d (0.9 GB), or a file in
+            GloVe's format; null draws them.
     """
 
     examples: Count | None = None
@@ -61,7 +62,7 @@ class Data:
     words_of: Literal["train", "all"] = "train"
     least_count: Count = 3
     train_on_validation: bool = False
-    vectors: str | None = "vectors300"
+    vectors: str | None = GLOVE
 
 
 @dataclass
@@ -259,7 +260,7 @@ def network(config: Config, data: Encoded, classes: int) -> nn.Module:
 
 
 def recurrent_layer(config: Config) -> RecurrentLayer:
-    """The delay network of the paper, one a channel, or what stands in its place."""
+    """The layer of this kind; of lmu the paper's delay network, one per channel."""
     model, longest = config.model, config.data.longest
     if model.kind == "lmu":
         return LegendreMemory(model.channels, 1, model.theta or longest, return_sequences=False)

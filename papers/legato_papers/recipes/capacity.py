@@ -25,12 +25,11 @@ from legato.layers.lmu import LMU
 from ..data.drawn import drawn
 from ..plots import draw_recall
 from ..ranges import Count, Order, Positive, Range, Width, check
-from ..task import Batch, ExperimentError, Paper, Task, Training
+from ..task import Batch, ExperimentError, Paper, Reported, Task, Training
 
 PAPER = Paper(
-    source="Voelker, Kajic & Eliasmith 2019, capacity (the plot in the authors' notebook)",
     metric="mse_longest",
-    value=1.0,
+    reported=Reported(1.0, "Voelker, Kajić & Eliasmith 2019, the plot in the authors' notebook", verified=True),
     parameters="500",
     unit="e-6",
     scale=1e6,

@@ -2,35 +2,38 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data.imdb import imdb, imdb_files
-from ..task import Paper
+from ..task import Paper, Preset, Reported
 from . import _classification
 from ._classification import Classification, Data, FineTuning, Model, numbers
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="accuracy",
-    value=89.10,
+    reported=Reported(89.10, "Chilkuri & Eliasmith 2021", verified=False),
     parameters="301",
     unit=" %",
     scale=100.0,
     digits=2,
     data="IMDB",
-    remembered=True,
-    baselines={"LSTM (remembered)": 87.29},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={"LSTM": Reported(87.29, "Chilkuri & Eliasmith 2021", verified=False)},
+    kinds={"lstm": "LSTM"},
     labels={"accuracy": "delay network of order 1, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "data.longest": 100,
-    "model.units": 8,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds, with drawn word vectors",
+        {
+            "data.examples": 200,
+            "data.vectors": None,
+            "data.longest": 100,
+            "model.units": 8,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 The reviews of the training set, less those that validate, and the unlabelled ones stand one after another, an end
 symbol behind each. The validation reviews choose the weights, and as many of the unlabelled ones are held out for the
-test figure: no test text and no label is ever read. ``imdb_language_model_large.py`` is the paper's size, for a GPU.
+test metric: no test text and no label is ever read. ``--preset large`` is the paper's size, for a GPU.
 """
 
 from dataclasses import dataclass, field
@@ -22,31 +22,58 @@ from ..kinds import Kind, layer_of
 from ..language import LanguageTask, Reading, Streams, Windows
 from ..models import adaptive_softmax
 from ..ranges import Count, CountOrZero, Depth, DepthOrZero, FractionBelowOne, Order, Positive, Range, Width, Window
-from ..task import ExperimentError, Paper
+from ..task import ExperimentError, Paper, Preset, Reported
 from ._classification import Fingerprint
 
 # The paper pre-trains on Amazon's reviews and reports what fine-tuning makes of it: see imdb_pretrained.py.
 PAPER = Paper(
-    source="knowing nothing: every word of the vocabulary alike",
     metric="perplexity",
-    value=20_000.0,
+    reported=Reported(20_000.0, "all 20,000 words of the default vocabulary alike", verified=True),
     parameters="0",
     digits=1,
 )
-SMOKE = {
-    "data.examples": 40,
-    "data.held_out": 10,
-    "data.vocabulary": 500,
-    "data.streams": 4,
-    "data.warm_up": 20,
-    "model.channels": 16,
-    "model.width": 8,
-    "model.blocks": 2,
-    "model.cutoffs": [100],
-    "training.batch_size": 4,
-    "training.window": 32,
-    "training.epochs": 2,
-    "training.updates_per_epoch": 3,
+PRESETS = {
+    "large": Preset(
+        "the paper's 34 million parameters, 12 of them in word vectors, for one GPU; not measured",
+        {
+            "data.vocabulary": 30_000,
+            "data.streams": 256,
+            "model.kind": "lmu",
+            "model.width": 400,
+            "model.channels": 512,
+            "model.blocks": 5,
+            "model.highways": 3,
+            "model.order": 5,
+            "model.theta": 10.0,
+            "model.growth": 1.0,
+            "model.cutoffs": [4000, 12000],
+            "model.dropout": 0.1,
+            "model.word_dropout": 0.05,
+            "training.epochs": 20,
+            "training.batch_size": 128,
+            "training.learning_rate": 1e-3,
+            "training.weight_decay": 0.01,
+            "training.window": 140,
+        },
+    ),
+    "smoke": Preset(
+        "a few real examples, in seconds",
+        {
+            "data.examples": 40,
+            "data.held_out": 10,
+            "data.vocabulary": 500,
+            "data.streams": 4,
+            "data.warm_up": 20,
+            "model.channels": 16,
+            "model.width": 8,
+            "model.blocks": 2,
+            "model.cutoffs": [100],
+            "training.batch_size": 4,
+            "training.window": 32,
+            "training.epochs": 2,
+            "training.updates_per_epoch": 3,
+        },
+    ),
 }
 
 
@@ -59,7 +86,7 @@ class Data:
         vocabulary: words at most, the most frequent of the training and the unlabelled reviews, four symbols included.
         validation_words: of the validation reviews, those that choose the best weights.
         held_out: unlabelled reviews, the last ones, for the test figure.
-        vectors: of the words, at first: vectors300 or glove.840B.300d, from disk; null draws them.
+        vectors: initial word vectors: glove.840B.300d, glove.6B.300d, or a file in GloVe's format; null draws them.
         streams: parts of the validation and of the test text that are read side by side.
         warm_up: words before each part that are read first and do not count.
     """

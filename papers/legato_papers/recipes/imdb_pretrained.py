@@ -1,8 +1,8 @@
 """IMDB with pre-training: a review's sentiment, read from the features of a language model that is trained further.
 
 ``legato-papers train imdb-language-model`` first, then ``legato-papers train imdb-pretrained --language_model RUN``;
-without a name the newest run is taken. ``--pretrained false`` trains the same network from drawn weights.
-``imdb_pretrained_large.py`` is the paper's size, for a GPU.
+without ``--language_model`` the newest run is read. ``--pretrained false`` trains the same network from drawn weights.
+``--preset large``, given to both, is the paper's size, for a GPU.
 """
 
 from dataclasses import dataclass, field
@@ -22,30 +22,54 @@ from ..data.buckets import Bucketed, padded
 from ..data.encoded import Encoded
 from ..language import Windows
 from ..ranges import Count, Factor, FractionBelowOne
-from ..task import Batch, ExperimentError, Paper, Training
+from ..task import Batch, ExperimentError, Paper, Preset, Reported, Training
 from . import imdb_language_model
 from ._classification import Classes, check_labels
 from .imdb_language_model import Model, encoded_reviews, end_to_end, network
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021, table 3",
     metric="accuracy",
-    value=93.20,
+    reported=Reported(93.20, "Chilkuri & Eliasmith 2021, table 3", verified=True),
     parameters="34M",
     unit=" %",
     scale=100.0,
     digits=2,
     data="IMDB",
-    baselines={"LSTM (remembered)": 92.88, "DistilBERT": 92.82},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={
+        "LSTM": Reported(92.88, "Radford et al. 2017, error 7.12 %, a byte-level multiplicative LSTM", verified=True),
+        "DistilBERT": Reported(92.82, "Chilkuri & Eliasmith 2021, table 3", verified=True),
+    },
+    kinds={"lmu": "", "lstm": "LSTM"},
 )
-SMOKE = {key: value for key, value in imdb_language_model.SMOKE.items() if key.startswith(("data", "model"))} | {
-    "data.longest": 30,
-    "pretrained": False,
-    "training.batch_size": 8,
-    "training.epochs": 2,
+
+
+def _of_the_language_model(preset: str, *parts: str) -> dict[str, Any]:
+    """The fields of these parts in a preset of the language model: both networks must agree in them."""
+    fields = imdb_language_model.PRESETS[preset].fields
+    return {name: value for name, value in fields.items() if name.startswith(parts)}
+
+
+PRESETS = {
+    "large": Preset(
+        "the paper's 34 million parameters, for one GPU, after the language model of this preset; not measured",
+        _of_the_language_model("large", "data.vocabulary", "model.")
+        | {
+            "data.longest": 1000,
+            "training.epochs": 5,
+            "training.body_rate": 0.2,
+            "training.vector_rate": 1.0,
+            "training.dropout": 0.4,
+        },
+    ),
+    "smoke": Preset(
+        "a few real examples, in seconds; without pre-training, which --pretrained true switches on",
+        _of_the_language_model("smoke", "data.", "model.")
+        | {"data.longest": 30, "pretrained": False, "training.batch_size": 8, "training.epochs": 2},
+    ),
 }
-# Of a language model's network, what its weights depend on.
+#: The recipe whose runs have the weights to start from.
+LANGUAGE_MODEL = "imdb-language-model"
+# The fields of a language model on which the shapes of its weights depend.
 _SHAPE = ("kind", "width", "channels", "blocks", "highways", "order", "theta", "growth", "cutoffs", "tied")
 
 
@@ -90,8 +114,6 @@ class Config:
         language_model: run of imdb-language-model, or its best.ckpt; null is the newest one in runs.
     """
 
-    #: The recipe whose newest run is taken.
-    source: ClassVar[str] = "imdb-language-model"
     #: Fields whose null a run fills in when it begins.
     chosen: ClassVar[tuple[str, ...]] = ("language_model",)
 
@@ -202,17 +224,18 @@ def language_model(config: Config) -> Path:
     """
     found = checkpoints_of(config)
     if not found:
-        place = config.language_model or Path("runs") / config.source
+        place = config.language_model or Path("runs") / LANGUAGE_MODEL
         raise ExperimentError(
-            f"expected a run of {config.source} with seed-*/best.ckpt, found none in {place}: make one with "
-            f"legato-papers train {config.source}, name one with --language_model, or use --pretrained false"
+            f"expected a run of {LANGUAGE_MODEL} with seed-*/best.ckpt, found none in {place}: make one with "
+            f"legato-papers train {LANGUAGE_MODEL} and the same --preset, name one with --language_model, or use "
+            "--pretrained false"
         )
     return found[0]
 
 
 def checkpoints_of(config: Config) -> list[Path]:
     """Those of the language model that is named, else of all there are, the newest run's first."""
-    runs = (Path("runs") / config.source).glob("*")
+    runs = (Path("runs") / LANGUAGE_MODEL).glob("*")
     places = [Path(config.language_model)] if config.language_model else sorted(runs, key=_time, reverse=True)
     found: list[Path] = []
     for place in places:
@@ -228,9 +251,9 @@ def read_language_model(body: LanguageModel, path: Path, config: Config) -> None
     """
     content = checkpoints.load(path)
     about = content.get("about") or {}
-    if not str(about.get("recipe")).startswith("imdb-language-model") or "model" not in content:
+    if about.get("recipe") != LANGUAGE_MODEL or "model" not in content:
         raise ExperimentError(
-            f"{path} is of recipe {about.get('recipe')}: expected the best.ckpt of a run of {config.source}: "
+            f"{path} is of recipe {about.get('recipe')}: expected the best.ckpt of a run of {LANGUAGE_MODEL}: "
             "name one with --language_model"
         )
     theirs, ours = about["config"], {"data": vars(config.data), "model": vars(config.model)}
@@ -243,7 +266,7 @@ def read_language_model(body: LanguageModel, path: Path, config: Config) -> None
     if wrong:
         raise ExperimentError(
             f"the language model in {path} does not fit this network: it was trained with {', '.join(wrong)}: "
-            "give the same options here, or name another run with --language_model"
+            "give the same --preset and options here, or name another run with --language_model"
         )
     try:
         body.load_state_dict({n: x for n, x in content["model"].items() if not n.startswith("output.")})

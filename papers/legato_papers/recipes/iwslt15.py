@@ -43,28 +43,31 @@ from ..data.words import SPACED, UNKNOWN
 from ..kinds import Kind, layer_of
 from ..models import Decoded, Translator
 from ..ranges import Count, Depth, Fraction, FractionBelowOne, Order, Range, Width, Window
-from ..task import Batch, Paper, Task, Training
+from ..task import Batch, Paper, Preset, Reported, Task, Training
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="bleu",
-    value=25.5,
+    reported=Reported(25.5, "Chilkuri & Eliasmith 2021", verified=False),
     parameters="-",
     digits=2,
     data="en-vi",
-    remembered=True,
-    baselines={"LSTM with attention": 23.3},
+    baselines={"LSTM with attention": Reported(23.3, "Chilkuri & Eliasmith 2021", verified=True)},
     kinds={"lstm": "LSTM with attention"},
     labels={"bleu": "greedy, here", "bleu_beam": "beam, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "data.pieces": 500,
-    "model.channels": 16,
-    "model.units": 16,
-    "model.width": 2,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds",
+        {
+            "data.examples": 200,
+            "data.pieces": 500,
+            "model.channels": 16,
+            "model.units": 16,
+            "model.width": 2,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 #: Sentences translated together.
 TRANSLATED_AT_ONCE = 128
@@ -164,7 +167,7 @@ def build(config: Config, seed: int, data_dir: Path | None = None) -> "Translati
     """The task of this configuration, its weights drawn by ``seed``.
 
     Raises:
-        ExperimentError: files are missing or not whole: for en-vi it names those that nobody has put there yet.
+        ExperimentError: files are missing or incomplete; the message names them.
     """
     task = Translation(config, seed, data_dir)
     console = Console(highlight=False, quiet=int(os.environ.get("RANK", 0)) != 0)

@@ -23,15 +23,16 @@ from ..baselines import LSTM
 from ..data.mackey_glass import Series, mackey_glass
 from ..plots import draw_prediction
 from ..ranges import Count, CountOrZero, Depth, Factor, Order, Range, Width, WidthOrZero, Window
-from ..task import Batch, Examples, ExperimentError, Paper, Task, Training
+from ..task import Batch, Examples, ExperimentError, Paper, Reported, Task, Training
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021, table 2",
     metric="nrmse_from_zero",
-    value=0.044,
+    reported=Reported(0.044, "Chilkuri & Eliasmith 2021, table 2", verified=False),
     parameters="18k",
-    remembered=True,
-    baselines={"LSTM": 0.059, "LMU 2019": 0.049, "LMU-LSTM hybrid": 0.045},
+    baselines={
+        name: Reported(value, "Chilkuri & Eliasmith 2021, table 2", verified=True)
+        for name, value in {"LSTM": 0.059, "LMU 2019": 0.049, "LMU-LSTM hybrid": 0.045}.items()
+    },
     kinds={"lstm": "LSTM", "recurrent-lmu": "LMU 2019", "hybrid": "LMU-LSTM hybrid"},
     labels={"nrmse": "parallel LMU, here, after 100 points", "nrmse_from_zero": "parallel LMU, here"},
 )

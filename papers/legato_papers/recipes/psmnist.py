@@ -14,17 +14,19 @@ from legato.models import SequenceClassifier
 
 from ..data.mnist import MNIST, mnist
 from ..ranges import Factor, Fraction, FractionBelowOne, Order, Range, Seed, Width, WidthOrZero, Window
-from ..task import Batch, Examples, Paper, Task, Training
+from ..task import Batch, Examples, Paper, Reported, Task, Training
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021, table 1",
     metric="accuracy",
-    value=98.49,
+    reported=Reported(98.49, "Chilkuri & Eliasmith 2021, table 1", verified=True),
     parameters="165k",
     unit=" %",
     scale=100.0,
     digits=2,
-    baselines={"LSTM": 89.86, "NRU": 95.38, "LMU 2019": 97.15, "HiPPO-LegS": 98.3},
+    baselines={
+        name: Reported(value, "Chilkuri & Eliasmith 2021, table 1", verified=True)
+        for name, value in {"LSTM": 89.86, "NRU": 95.38, "LMU 2019": 97.15, "HiPPO-LegS": 98.3}.items()
+    },
     labels={"accuracy": "parallel LMU, here"},
 )
 

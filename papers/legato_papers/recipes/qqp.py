@@ -2,33 +2,37 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data.qqp import qqp, qqp_files
-from ..task import Paper
+from ..task import Paper, Preset, Reported
 from . import _classification
 from ._classification import Classification, Data, FineTuning, Model, numbers
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="accuracy",
-    value=86.95,
+    reported=Reported(86.95, "Chilkuri & Eliasmith 2021", verified=True),
     parameters="1,201",
     unit=" %",
     scale=100.0,
     digits=2,
     data="qqp",
-    baselines={"LSTM (remembered)": 82.58},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={"LSTM": Reported(82.58, "Chilkuri & Eliasmith 2021", verified=False)},
+    kinds={"lstm": "LSTM"},
     labels={"accuracy": "delay network of order 1, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "model.units": 8,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds, with drawn word vectors",
+        {
+            "data.examples": 200,
+            "data.vectors": None,
+            "model.units": 8,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 
 

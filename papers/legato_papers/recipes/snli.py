@@ -2,33 +2,37 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..data.snli import snli, snli_files
-from ..task import Paper
+from ..task import Paper, Preset, Reported
 from . import _classification
 from ._classification import Classification, Data, FineTuning, Model, numbers
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="accuracy",
-    value=78.85,
+    reported=Reported(78.85, "Chilkuri & Eliasmith 2021", verified=True),
     parameters="3.6k",
     unit=" %",
     scale=100.0,
     digits=2,
     data="snli",
-    baselines={"LSTM (remembered)": 77.6},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={"LSTM": Reported(77.6, "Bowman et al. 2015, '100D LSTM encoders'", verified=True)},
+    kinds={"lstm": "LSTM"},
     labels={"accuracy": "delay network of order 1, here"},
 )
-SMOKE: dict[str, Any] = {
-    "data.examples": 200,
-    "model.units": 8,
-    "training.epochs": 1,
-    "training.batch_size": 20,
+PRESETS = {
+    "smoke": Preset(
+        "a few real examples, in seconds, with drawn word vectors",
+        {
+            "data.examples": 200,
+            "data.vectors": None,
+            "model.units": 8,
+            "training.epochs": 1,
+            "training.batch_size": 20,
+        },
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 ``--model.kind lstm`` and the others train a network of as many parameters for about as long: 20 minutes on one thread
 of a CPU that multiplies bfloat16 in hardware, by ``--precision bf16-mixed``; float32 takes twice as long. The states of
 all layers are carried from window to window, in training and through the whole of the test text.
-``text8_large.py`` is the same at a size for a GPU.
+``--preset large`` is a size for a GPU: five times the text in windows of 180, as in the paper.
 """
 
 from dataclasses import dataclass, field
@@ -21,28 +21,48 @@ from ..data.text8 import Text8, text8
 from ..kinds import Kind, layer_of
 from ..language import LanguageTask, Reading, Streams, Windows
 from ..ranges import Count, CountOrZero, Depth, DepthOrZero, FractionBelowOne, Order, Positive, Width, Window
-from ..task import Paper
+from ..task import Paper, Preset, Reported
 
 PAPER = Paper(
-    source="Chilkuri & Eliasmith 2021",
     metric="bits_per_character",
-    value=1.61,
+    reported=Reported(1.61, "Chilkuri & Eliasmith 2021", verified=True),
     parameters="",
     data="text8",
     digits=3,
-    baselines={"LSTM (remembered)": 1.65},
-    kinds={"lstm": "LSTM (remembered)"},
+    baselines={"LSTM": Reported(1.65, "Chilkuri & Eliasmith 2021", verified=False)},
+    kinds={"lmu": "", "lstm": "LSTM"},
 )
-SMOKE = {
-    "data.examples": 3000,
-    "data.streams": 4,
-    "data.warm_up": 50,
-    "model.channels": 16,
-    "model.units": 16,
-    "training.batch_size": 4,
-    "training.window": 32,
-    "training.epochs": 2,
-    "training.updates_per_epoch": 3,
+PRESETS = {
+    "large": Preset(
+        "18.7 million parameters, in the paper's arrangement, for one GPU; not measured",
+        {
+            "model.kind": "lmu",
+            "model.channels": 512,
+            "model.units": 512,
+            "model.blocks": 5,
+            "model.highways": 3,
+            "model.order": 5,
+            "training.epochs": 20,
+            "training.updates_per_epoch": 500,
+            "training.batch_size": 256,
+            "training.learning_rate": 4e-3,
+            "training.window": 180,
+        },
+    ),
+    "smoke": Preset(
+        "a few real examples, in seconds",
+        {
+            "data.examples": 3000,
+            "data.streams": 4,
+            "data.warm_up": 50,
+            "model.channels": 16,
+            "model.units": 16,
+            "training.batch_size": 4,
+            "training.window": 32,
+            "training.epochs": 2,
+            "training.updates_per_epoch": 3,
+        },
+    ),
 }
 CHARACTERS = 27
 
