@@ -118,7 +118,7 @@ def test_padding_changes_nothing(memory, output):
     bounds.assert_close(loss, -score.sum() / 22, magnitude=score.abs().sum() / 22, roundings=2 * 22)
 
 
-def test_a_batch_of_padding_alone_has_no_loss_and_finite_gradients():
+def test_padding_alone_has_no_loss_and_finite_gradients():
     for output in OUTPUTS:
         model, tokens = model_of(output=output), text()
         loss, _ = model.loss(tokens, tokens, lengths=torch.zeros(3, dtype=torch.int64))
@@ -144,7 +144,7 @@ def test_a_tied_output_is_the_embedding():
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_generation_takes_what_the_parallel_pass_finds_most_probable(memory):
+def test_greedy_generation_is_the_parallel_argmax(memory):
     model, prompt = model_of(memory), text(steps=4)
     drawn = model.generate(prompt, 12, temperature=0)
     log_p, _ = model(torch.cat([prompt, drawn[:, :-1]], 1))
@@ -152,7 +152,7 @@ def test_generation_takes_what_the_parallel_pass_finds_most_probable(memory):
     assert torch.equal(model.generate(prompt, 12, top_k=1), drawn)
 
 
-def test_generation_draws_from_the_distribution_and_repeats_with_its_generator():
+def test_generation_follows_the_distribution_and_its_generator():
     model, prompt = model_of(), text(batch=1, steps=4).repeat(20_000, 1)
     drawn = model.generate(prompt, 1, generator=draws.generator(1))[:, 0]
     assert torch.equal(drawn, model.generate(prompt, 1, generator=draws.generator(1))[:, 0])
@@ -173,7 +173,7 @@ def test_generation_holds_a_state_of_one_size_and_no_graph():
     assert model.generate(tokens, 0).shape == (3, 0)
 
 
-def test_dropout_drops_a_channel_at_all_steps_and_nothing_outside_training():
+def test_dropout_is_per_channel_and_in_training_only():
     model, tokens = model_of(dropout=0.5, activation="tanh"), text()
     features, _ = model.features(tokens)
     dropped = features == 0

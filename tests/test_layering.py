@@ -99,3 +99,11 @@ def test_kernels_never_import_each_other():
             shared = [n for n in imported(path) if any(within(n, s) for s in SHARED)]
             others = [n for n in imported(path) if within(n, "legato.ops") and n not in shared]
             assert not others, module
+
+
+def test_names_of_tests_have_at_most_60_characters():
+    root = ROOT.parent.parent
+    for path in [*root.glob("tests/**/*.py"), *root.glob("papers/tests/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                assert len(node.name) <= 60, f"{path}: {node.name}"

@@ -56,7 +56,7 @@ def test_every_place_is_marked_sometimes():
     assert marked.any(0).all()
 
 
-def test_a_perfect_adder_has_no_error_and_saying_one_errs_by_a_sixth():
+def test_a_perfect_adder_has_no_error_and_the_mean_one_sixth():
     task = build(small(), 0)
     assert task.metrics(task.total(Perfect(), task.test))["mse"] == 0
     _, sums = task.test.take(torch.arange(256))
@@ -72,7 +72,7 @@ def test_lengths_grow_by_the_factor_up_to_the_last():
     assert lengths(50, 50, 6.0) == lengths(128, 50, 8.0) == [50]
 
 
-def test_a_solved_length_leads_to_the_next_in_batches_of_as_many_steps():
+def test_a_solved_length_leads_to_the_next_of_equal_batch_steps():
     task = build(small(120, first_length=20, growth=2.0, batch_size=3, largest_batch=10), 0)
     seen = []
     for mse in (0.5, 0.0, 0.5, 0.0, 0.0):

@@ -86,7 +86,7 @@ def test_the_order_of_batches_says_nothing_about_their_lengths():
     assert abs(torch.corrcoef(torch.stack([longest[:-1], longest[1:]]))[0, 1]) < 4 / 625**0.5
 
 
-def test_an_epoch_may_have_more_updates_than_a_pass_and_fewer_examples_than_a_batch():
+def test_an_epoch_of_other_sizes_than_a_pass_or_a_batch():
     examples = bucketed(drawn(30), 8)
     assert len(list(examples.shuffled(0, 0, 10))) == 10
     tiny = bucketed(drawn(3), 8)
@@ -102,7 +102,7 @@ def test_texts_become_one_tensor_with_padding_at_the_end():
     assert cut == 0
 
 
-def test_a_longer_text_is_cut_at_the_end_that_was_named_and_counted():
+def test_a_longer_text_is_cut_at_the_named_end_and_counted():
     texts = [np.array(ids, np.int32) for ids in ([5, 6, 7], [8, 9], [10])]
     for where, rows in (("front", [[6, 7], [8, 9], [10, 0]]), ("back", [[5, 6], [8, 9], [10, 0]])):
         words, lengths, cut = padded(texts, 2, where)

@@ -44,7 +44,7 @@ class Perfect(torch.nn.Module):
         return torch.cat(padded, dim=-1), None
 
 
-def test_the_signal_has_nothing_above_its_cutoff_no_mean_and_a_peak_of_one():
+def test_the_signal_has_its_cutoff_zero_mean_and_unit_peak():
     wave = band_limited(np.random.default_rng(0), 1000, 10 / 400)
     power = np.abs(np.fft.rfft(wave)) ** 2
     # 25 cycles in 1000 steps; roundings of 1000 numbers of at most one.
@@ -70,7 +70,7 @@ def test_recalling_nothing_errs_by_the_power_of_the_signal():
     assert task.metrics(task.total(task.model, task.test))["mse"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_read_out_without_the_half_step_is_the_window_decoder():
+def test_the_read_out_without_half_a_step_is_window_decoder():
     delays = np.array([0, 100, 200, 300, 400])
     expected = window_decoder(16, 5)
     # Legendre polynomials of at most 1 by a recurrence of 4 roundings an order; a rounding of the delay moves the last
@@ -92,13 +92,13 @@ def test_reading_half_a_step_off_costs_half_a_step_of_the_slope():
     assert good < 1e-5 * plain
 
 
-def test_an_untrained_memory_of_order_100_recalls_a_window_of_5000_steps():
+def test_an_untrained_memory_recalls_a_window_of_5000_steps():
     task = build(small(order=100, theta=5000, cutoff=10.0), 0)
     figures = task.metrics(task.total(task.model, task.test))
     assert figures["mse_settled"] < figures["mse"] < 1e-6
 
 
-def test_the_signals_of_a_stream_are_the_same_every_time_and_those_of_streams_differ():
+def test_a_stream_of_signals_is_fixed_and_streams_differ():
     task, again = build(small(), 0), build(small(), 0)
     first = [examples.take(torch.arange(2))[0] for examples in (task.train, task.validation, task.test)]
     assert all(
@@ -114,7 +114,7 @@ def test_only_the_read_out_could_be_trained():
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 500
 
 
-def test_the_command_leaves_the_weights_alone_unless_a_learning_rate_is_given(tmp_path):
+def test_the_command_trains_only_with_a_learning_rate(tmp_path):
     before = read_out_of(build(small(), 0))
     assert main(["train", "capacity", *SMALL, "--run-dir", str(tmp_path / "a")]) == 0
     assert torch.equal(read_out_of(open_checkpoint(tmp_path / "a/seed-0/best.ckpt")[0]), before)

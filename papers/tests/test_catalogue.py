@@ -60,7 +60,7 @@ def test_only_a_thorough_look_finds_a_changed_byte(tmp_path):
     assert "MD5 00000000000000000000000000000000" in found.damaged[0]
 
 
-def test_the_form_of_which_most_is_there_is_the_one_that_is_told_of(tmp_path):
+def test_the_most_complete_format_is_reported(tmp_path):
     two = entry([File("t.zip")], [File("ebb"), File("flow")])
     assert look(two, tmp_path) == look(two, tmp_path / "nowhere")
     assert look(two, tmp_path).missing == ["t.zip"]

@@ -32,7 +32,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
-def test_a_disk_that_fills_up_half_way_leaves_the_previous_checkpoint_whole(tmp_path):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "a.ckpt"
     checkpoint.save(SMALL, path)
     with pytest.raises(CheckpointError, match="previous one is whole"):

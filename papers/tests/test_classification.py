@@ -48,14 +48,14 @@ def task(data=None, classes=2, longest=6, seed=0, **model):
     return Classification(config, data or texts(Labelled(TEXTS, LABELS)), classes)
 
 
-def test_the_papers_networks_have_301_1201_and_3603_parameters_beside_the_vectors():
+def test_networks_have_301_1201_and_3603_parameters():
     single, pairs = texts(Labelled(TEXTS, LABELS)), texts(Pairs(TEXTS, TEXTS[::-1], LABELS))
     for data, classes, expected in ((single, 2, 301), (pairs, 2, 1201), (pairs, 3, 3603)):
         model = Classification(Config(), data, classes).model
         assert sum(p.numel() for p in model.parameters()) - model.embedding.weight.numel() == expected
 
 
-def test_the_memory_is_a_sum_of_word_vectors_that_fades_over_theta_words():
+def test_the_memory_is_a_fading_sum_of_word_vectors():
     made = task(theta=3.0)
     model = made.model.eval()
     words, lengths, _ = made.test.take(torch.arange(len(TEXTS)))

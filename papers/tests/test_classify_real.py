@@ -135,7 +135,7 @@ def test_qqp_in_an_empty_home_downloads_its_files(official_qqp, tmp_path, monkey
     assert sorted(requested) == [f"/{archive.name}", f"/{tsv.name}"]
 
 
-def test_the_official_archive_of_snli_is_all_that_the_paper_s_experiment_needs(tmp_path, monkeypatch):
+def test_snli_runs_from_its_official_archive_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(snli, "ARCHIVE", File("snli_1.0.zip"))
     monkeypatch.setattr(snli, "COUNTS", {"train": 60, "dev": 12, "test": 12})
     folder = tmp_path / "data"

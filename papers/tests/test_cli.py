@@ -249,7 +249,7 @@ def test_evaluate_says_what_is_wrong_with_a_checkpoint(capsys, run, tmp_path):
     assert "does not exist" in legato(capsys, "evaluate", tmp_path / "nowhere")[2]
 
 
-def test_a_full_disk_ends_the_run_with_advice_and_it_can_be_resumed(capsys, tmp_path, monkeypatch, run):
+def test_a_full_disk_ends_the_run_and_it_can_be_resumed(capsys, tmp_path, monkeypatch, run):
     words = ["train", "mackey-glass", *SMALL, "--run-dir", tmp_path / "run"]
     real, calls = os.replace, []
 
@@ -269,7 +269,7 @@ def test_a_full_disk_ends_the_run_with_advice_and_it_can_be_resumed(capsys, tmp_
     assert (tmp_path / "run/seed-0/metrics.jsonl").read_bytes() == (run / "seed-0/metrics.jsonl").read_bytes()
 
 
-def test_a_run_killed_by_a_signal_and_resumed_ends_as_an_undisturbed_one(tmp_path):
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path):
     words = [*SMALL, "--training.epochs", "40", "--training.updates_per_epoch", "10"]
     command = [
         sys.executable,
@@ -332,7 +332,7 @@ def test_two_processes_under_torchrun_learn_what_one_does(tmp_path, run):
         assert two["validation_nrmse"] == pytest.approx(one["validation_nrmse"], rel=1e-4)
 
 
-def test_the_command_line_starts_without_lightning_and_matplotlib():
+def test_the_command_starts_without_lightning_and_matplotlib():
     heavy = "[m for m in ('lightning', 'matplotlib', 'numba') if m in sys.modules]"
     code = f"import sys; from legato_papers.cli import main; main(['list']); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -406,7 +406,7 @@ def test_parameters_in_embeddings_are_counted_apart():
     assert report.size_in_words({"parameters": 301}) == "301 parameters"
 
 
-def test_a_network_without_the_papers_pre_training_is_not_held_against_it():
+def test_a_network_without_pre_training_is_not_compared():
     config = asdict(recipes.recipe("imdb-pretrained").config())
     result = {"recipe": "imdb-pretrained", "data": "IMDB", "config": config}
     assert report.paper_value(result) == "93.2 %"

@@ -55,7 +55,7 @@ def test_all_symbols_come_up_at_every_place():
     assert all(set(column) == set(range(8)) for column in symbols.T)
 
 
-def test_a_perfect_memory_is_right_everywhere_and_none_has_the_entropy_of_the_formula():
+def test_a_perfect_memory_is_right_and_none_has_the_entropy():
     task = build(small(), 0)
     assert task.metrics(task.total(Knows(True), task.test)) == {"accuracy": 1, "cross_entropy": 0}
     forgets = task.metrics(task.total(Knows(False), task.test))
@@ -88,7 +88,7 @@ def test_cells_of_the_store_start_with_long_time_scales():
     assert sorted(taus.tolist()) == pytest.approx([1000, 10**3.5, 10_000], rel=1e-5)
 
 
-def test_the_ten_symbols_count_as_much_as_all_blanks_do_by_their_weight():
+def test_ten_symbols_weigh_as_much_as_all_blanks():
     task = build(small(), 0)
     tokens, targets = task.train.take(torch.arange(2))
     expected = 0.1 * math.log(9) + math.log(9)

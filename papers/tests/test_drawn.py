@@ -51,7 +51,7 @@ def test_no_update_of_a_run_sees_a_sequence_again(recipe):
 
 @pytest.mark.parametrize("kind", ["gilr-lstm", "lstm"])
 @pytest.mark.parametrize("recipe", [adding, copy_memory, long_dependency])
-def test_a_length_that_does_not_fit_is_refused_with_one_that_does(recipe, kind, monkeypatch):
+def test_a_length_that_does_not_fit_raises_and_names_one(recipe, kind, monkeypatch):
     monkeypatch.setattr(curriculum, "free_memory", lambda device: 2**30)
     config = recipe.Config(10**9)
     config.model.units, config.model.kind = 8, kind

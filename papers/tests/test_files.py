@@ -64,7 +64,7 @@ def test_what_was_downloaded_is_found_last(cache):
     assert find(File("tides.txt"), "sea") == path
 
 
-def test_a_file_may_lie_in_the_folder_of_its_data_set_or_above_it_packed_or_not(tmp_path):
+def test_a_file_is_found_in_or_above_its_folder_packed_or_not(tmp_path):
     file = File("tides.txt")
     for name in ("tides.txt", "tides.txt.xz", "tides.txt.gz", "sea/tides.txt.xz"):
         path = put(tmp_path / "data" / name)
@@ -81,7 +81,7 @@ def test_a_missing_file_is_named_with_all_that_would_do(tmp_path):
         assert part in str(caught.value)
 
 
-def test_a_file_that_is_published_nowhere_is_not_said_to_be_downloaded():
+def test_an_unpublished_file_is_not_announced_as_a_download():
     with pytest.raises(ExperimentError) as caught:
         need(File("tides.txt", origin="ebb.txt takes its place"), "sea")
     assert str(caught.value).endswith("name its folder with --data-dir or LEGATO_DATA; ebb.txt takes its place")
@@ -190,7 +190,7 @@ def test_a_member_of_a_zip_is_read_and_a_damaged_one_refused(tmp_path):
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".xz"])
-def test_the_files_of_a_tar_come_in_order_and_a_cut_one_is_refused(tmp_path, packed):
+def test_tar_files_come_in_order_and_a_truncated_one_raises(tmp_path, packed):
     path = tmp_path / f"t.tar{packed}"
     with tarfile.open(path, f"w:{packed[1:]}") as archive:
         archive.add(tmp_path, "sea", recursive=False)
@@ -277,7 +277,7 @@ def server(monkeypatch):
         server.shutdown()
 
 
-def test_a_file_that_is_nowhere_is_downloaded_once_and_its_size_told(server, cache, capsys):
+def test_a_missing_file_is_downloaded_once_and_its_size_printed(server, cache, capsys):
     file = server.file(checksum=sha256(CONTENT))
     path = need(file, "sea")
     assert path == need(file, "sea") == cache / "sea" / "tides.txt"
@@ -306,7 +306,7 @@ def test_a_server_that_knows_no_ranges_is_heard_from_the_start(server, tmp_path)
     assert download(server.file(checksum=sha256(CONTENT)), tmp_path / "sea").read_bytes() == CONTENT
 
 
-def test_a_part_that_is_all_there_is_taken_and_one_that_is_too_long_deleted(server, tmp_path):
+def test_a_complete_part_is_used_and_a_longer_one_deleted(server, tmp_path):
     part = put(tmp_path / "sea" / "tides.txt.part")
     assert download(server.file(checksum=sha256(CONTENT)), part.parent).read_bytes() == CONTENT
     (part.parent / "tides.txt").unlink()

@@ -71,7 +71,7 @@ def test_reviews_without_label_come_only_when_asked_for(small):
     assert imdb(small).unlabelled == []
 
 
-def test_validation_has_as_many_of_each_class_and_no_text_that_trains(small):
+def test_validation_is_balanced_and_disjoint_from_training(small):
     data = imdb(small)
     assert data.validation.labels == [0, 1]
     assert sorted(data.train.texts + data.validation.texts) == sorted(row["text"] for row in ROWS["train"])
@@ -89,7 +89,7 @@ def test_the_unpacked_folder_is_the_same_data(small):
     assert imdb(small / "compact", unlabelled=True) == expected
 
 
-def test_the_compact_form_is_the_same_data_and_always_the_same_bytes(small, tmp_path_factory):
+def test_the_compact_format_has_equal_data_and_equal_bytes(small, tmp_path_factory):
     targets = [tmp_path_factory.mktemp("compact") for _ in range(2)]
     written = [convert("imdb", small / "aclImdb_v1.tar.gz", target) for target in targets]
     assert [path.relative_to(targets[0]).as_posix() for path in written[0]] == [
@@ -165,7 +165,7 @@ def test_the_real_reviews_have_the_known_number_of_bytes(real):
     }
 
 
-def test_official_reviews_are_held_to_checksums_that_the_real_ones_meet(real):
+def test_official_reviews_match_the_checksums(real):
     rows, _ = real
     for part in rows:
         assert module.PARTS[part].checksum == f"sha256:{hashlib.sha256(as_lines(rows[part])).hexdigest()}"

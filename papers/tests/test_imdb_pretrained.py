@@ -107,7 +107,7 @@ def test_the_language_model_reads_no_test_text(monkeypatch):
     assert task.test.tokens == sum(len(text.split()) + 1 for text in data.unlabelled[50:])
 
 
-def test_pre_training_hands_its_weights_over_and_fine_tuning_says_from_where(language_model):
+def test_fine_tuning_starts_from_pre_trained_weights(language_model):
     config = smoke(imdb_pretrained, pretrained=True, training__body_rate=0.3, training__vector_rate=5.0)
     task = started(config)
     saved = torch.load(language_model / "seed-0" / "best.ckpt", weights_only=True)["model"]
@@ -222,7 +222,7 @@ def test_large_and_default_networks_do_not_mix(language_model):
         started(smoke(imdb_pretrained, "large", pretrained=True))
 
 
-def test_a_language_model_of_another_shape_or_vocabulary_gets_a_clear_error(language_model, monkeypatch):
+def test_a_language_model_that_does_not_fit_raises(language_model, monkeypatch):
     wide = smoke(imdb_pretrained, pretrained=True, model__channels=12, data__vocabulary=30)
     with pytest.raises(ExperimentError, match=r"--data.vocabulary 500 \(here 30\), --model.channels 16 \(here 12\)"):
         started(wide)
@@ -232,7 +232,7 @@ def test_a_language_model_of_another_shape_or_vocabulary_gets_a_clear_error(lang
 
 
 @pytest.mark.bad_input
-def test_vectors_of_another_width_and_too_many_reviews_held_out_get_a_clear_error(monkeypatch):
+def test_wrong_vectors_or_too_large_a_validation_set_raise(monkeypatch):
     config = smoke(imdb_language_model, data__held_out=60)
     with pytest.raises(ExperimentError, match="than the 60 unlabelled ones, got 60"):
         imdb_language_model.build(config, 0)

@@ -72,7 +72,7 @@ def test_every_kind_has_as_many_parameters_as_the_lstm():
     assert all(abs(size / sizes["lstm"] - 1) < 0.03 for size in sizes.values()), sizes
 
 
-def test_the_papers_pair_is_read_by_its_own_words_and_scored_tokenised_and_not(invented, tmp_path):
+def test_the_papers_pair_is_scored_tokenised_and_not(invented, tmp_path):
     fields = {"training__updates_per_epoch": 100, "training__learning_rate": 0.01, "training__average": 0.0}
     config = smoke(data__pair="en-vi", **fields)
     result = run(config, tmp_path / "run")
@@ -128,9 +128,7 @@ def test_long_and_empty_sentences_are_counted(invented, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_figures_and_weights(
-    invented, tmp_path, monkeypatch, precision
-):
+def test_a_resumed_run_has_the_same_metrics_and_weights(invented, tmp_path, monkeypatch, precision):
     config = smoke(data__longest=10, training__epochs=3)
 
     class Stop(Exception):
@@ -174,7 +172,7 @@ def test_the_official_files_lack_those_to_train_on():
 
 
 @real_data.needs("iwslt15-en-vi")
-def test_the_official_words_write_the_official_references_but_for_one_in_a_hundred(monkeypatch):
+def test_official_words_cover_99_percent_of_the_references(monkeypatch):
     official = translation("en-vi", real_data.DATA, train=False)
     monkeypatch.setattr(iwslt15, "translation", lambda *_: official._replace(train=official.validation))
     monkeypatch.setattr(iwslt15, "found", lambda *_: [])

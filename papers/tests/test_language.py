@@ -33,7 +33,7 @@ class NextToken(LanguageTask):
 
 @pytest.mark.parametrize("warm_up", [0, 5, 300])
 @pytest.mark.parametrize(("size", "count"), [(1, 1), (1, 4), (7, 3), (100, 8), (100, 100)])
-def test_every_token_counts_once_and_follows_what_stands_before_it(size, count, warm_up):
+def test_every_token_counts_once_and_follows_its_predecessor(size, count, warm_up):
     before, text = TEXT[:200], TEXT[200 : 200 + size]
     streams = Streams(text, before, count, warm_up)
     found, whole = [], np.concatenate([np.zeros(200, np.uint8), before, text])
@@ -58,7 +58,7 @@ def test_one_stream_has_the_probability_of_the_whole_text():
     assert figure == pytest.approx(-log_p[0, 20:].mean().item() / math.log(2), rel=1e-6)
 
 
-def test_figures_do_not_depend_on_how_many_steps_are_computed_at_once():
+def test_metrics_do_not_depend_on_the_chunk_length():
     figures = []
     for steps in (7, 64, 1000):
         task = NextToken()
@@ -101,7 +101,7 @@ def test_no_reader_starts_where_one_stopped_the_epoch_before():
     assert not any(end & start for end, start in zip(ends, places[1:], strict=False))
 
 
-def test_the_state_is_carried_from_window_to_window_and_dropped_where_a_reader_starts_elsewhere():
+def test_the_state_is_carried_between_adjacent_windows_only():
     task = NextToken()
     first, second = (task.train.take(positions) for positions in list(task.train.shuffled(0, 0, 2)))
     task.loss(task.model, first)
@@ -132,7 +132,7 @@ def test_nothing_to_read_gets_a_clear_error(size, window):
         Windows(TEXT[:size], 3, window)
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path):
+def test_a_resumed_run_has_the_same_weights(tmp_path):
     training, cpu = Training(epochs=3, updates_per_epoch=4, batch_size=3), Device("cpu", 1, "32-true")
     whole, part = NextToken(), NextToken()
     fit(whole, training, 0, tmp_path / "whole", cpu, {})

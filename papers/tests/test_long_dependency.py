@@ -66,7 +66,7 @@ def test_the_network_is_that_of_one_hot_vectors(units):
     bounds.assert_agrees(model(tokens), in_one_pass, vectors[tokens.long()], terms=200 * 16)
 
 
-def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
+def test_forget_biases_are_spread_or_the_papers():
     # A bias of up to 11, whose exponential the time scale is: powers, exp and log of 4 roundings each before it.
     for layer in build(small(), 0).model.layers:
         for bias in layer.forget_biases():
@@ -80,7 +80,7 @@ def test_forget_gates_start_with_spread_time_scales_or_at_the_papers_bias():
     assert abs(longest / 65_536 - 1) < 11 * 32 * bounds.roundoff(torch.float32)
 
 
-def test_only_a_streak_of_right_minibatches_moves_the_curriculum_on():
+def test_a_streak_of_correct_batches_advances_the_curriculum():
     task = build(small(first_length=50, growth=2.0, streak=3, practice=0), 0)
     assert task.length == 50
     for right in (True, True, False, True, True):

@@ -36,7 +36,7 @@ def test_copying_the_input_gives_the_published_error(series):
     assert float(rms(series.inputs - series.targets) / rms(series.targets)) == pytest.approx(1.624, abs=1e-3)
 
 
-def test_a_linear_model_of_sixty_past_values_gives_the_published_error(series):
+def test_a_linear_model_of_60_values_has_the_published_error(series):
     windows = series.inputs[:, :, 0].double().unfold(1, 60, 1)
     targets = series.targets[:, 59:, 0].double()
     train, test = windows[:32].flatten(0, 1), windows[64:].flatten(0, 1)
@@ -61,7 +61,7 @@ def test_the_network_has_the_papers_size():
 
 
 @pytest.mark.parametrize("kind", ["lstm", "recurrent-lmu", "hybrid"])
-def test_baselines_have_about_eighteen_thousand_parameters_and_stream(kind):
+def test_baselines_have_about_18000_parameters_and_stream(kind):
     model = network(Model(kind=kind))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(18_000, rel=0.05)
     x = torch.randn(2, 12, 1)

@@ -107,7 +107,7 @@ def test_the_permutation_is_the_same_for_every_seed(small):
     assert torch.equal(first.sort(1).values, other.sort(1).values)
 
 
-def test_every_order_of_the_memory_varies_by_one_on_the_training_images(small):
+def test_every_order_has_unit_deviation_on_training_images(small):
     folder, _ = small
     config = Config()
     config.data.validation_images = 50

@@ -174,7 +174,7 @@ def test_an_entry_without_its_list_of_files_is_not_read(folder):
     assert build.count == 2
 
 
-def test_without_a_cache_that_can_be_written_it_is_prepared_in_memory(tmp_path, monkeypatch, caplog):
+def test_without_a_writable_cache_data_is_prepared_in_memory(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("LEGATO_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):

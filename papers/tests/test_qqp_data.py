@@ -38,7 +38,7 @@ def pairs(part):
     return list(zip(*part, strict=True))
 
 
-def test_the_official_file_is_split_into_balanced_parts_that_share_no_pair(small):
+def test_the_official_file_has_balanced_disjoint_splits(small):
     data = qqp(small)
     assert data.source == "qqp"
     assert [len(part.labels) for part in data[:3]] == [18, 6, 6]
@@ -71,7 +71,7 @@ def test_a_line_that_cannot_be_is_named(small, row, message):
         qqp(small)
 
 
-def test_a_file_without_its_header_or_with_broken_characters_is_refused(small):
+def test_a_missing_header_or_broken_characters_raise(small):
     path = small / "quora_duplicate_questions.tsv"
     content = path.read_bytes()
     path.write_bytes(content.partition(b"\n")[2])
@@ -103,7 +103,7 @@ def stand_in(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_stand_in_is_named_as_such_and_the_official_file_wins_over_it(stand_in, small):
+def test_stand_in_data_is_named_and_the_official_file_wins(stand_in, small):
     official = qqp(small)
     assert official.source == "qqp"
     (small / "quora_duplicate_questions.tsv").unlink()

@@ -47,7 +47,7 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_archive_is_read_without_the_pairs_that_have_no_label(small):
+def test_the_archive_is_read_without_unlabelled_pairs(small):
     data = snli(small)
     assert data.train == (
         ["A boat is near the pier.", "Two dogs swim.", "Nobody's here."],
@@ -60,7 +60,7 @@ def test_the_archive_is_read_without_the_pairs_that_have_no_label(small):
     assert snli_files(small) == [small / "snli_1.0.zip"]
 
 
-def test_the_unpacked_files_and_the_compact_form_are_the_same_data(small, tmp_path_factory):
+def test_unpacked_files_and_the_compact_format_agree(small, tmp_path_factory):
     unpacked, compact = (tmp_path_factory.mktemp("data") for _ in range(2))
     for part in ROWS:
         (unpacked / f"snli_1.0_{part}.jsonl").write_bytes(official(part))
@@ -115,7 +115,7 @@ def stand_in(tmp_path_factory, monkeypatch):
     return folder
 
 
-def test_the_stand_in_trains_on_both_sets_and_what_the_treebank_split_is_joined(stand_in):
+def test_stand_in_data_trains_on_both_sets_with_joined_words(stand_in):
     data = snli(stand_in)
     assert data.source == "cad+sick"
     assert data.train == (["A cat sits.", "A man runs"], ["A cat waits.", "A man moves"], [1, 0])

@@ -68,7 +68,7 @@ def test_every_kind_streams_what_it_computes_at_once(kind):
     bounds.assert_agrees(torch.stack(log_p, 1), lambda tokens: wide(tokens)[0], tokens, terms=64 * 40)
 
 
-def test_a_whole_run_is_tested_evaluated_again_and_writes_a_sample(tmp_path):
+def test_a_run_is_tested_evaluated_again_and_writes_a_sample(tmp_path):
     result = run(smoke(), run_dir=tmp_path / "run")
     assert result["data"] == "wiki100m"
     assert result["test"].keys() == {"bits_per_character"}
@@ -89,7 +89,7 @@ def test_training_finds_the_words():
     assert result["test"]["bits_per_character"] < 1.5
 
 
-def test_the_test_text_is_read_after_the_validation_text_and_counts_whole():
+def test_the_test_text_follows_the_validation_text():
     task = text8.build(smoke(data__validation_characters=1000), 0)
     assert task.validation.tokens == 1000
     assert task.test.tokens == 3000

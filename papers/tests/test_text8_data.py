@@ -59,7 +59,7 @@ def test_a_second_start_reads_the_arrays_and_not_the_file(small, monkeypatch):
     assert isinstance(text8(small).train, np.memmap)
 
 
-def test_the_stand_in_under_the_official_name_is_refused_though_it_is_in_the_cache(small):
+def test_stand_in_data_under_the_official_name_raises(small):
     (small / "text8.zip").unlink()
     assert text8(small).source == "wiki100m"
     (small / "wiki100m" / "wiki100m.txt.xz").rename(small / "text8.xz")
@@ -67,7 +67,7 @@ def test_the_stand_in_under_the_official_name_is_refused_though_it_is_in_the_cac
         text8(small)
 
 
-def test_official_files_win_over_the_stand_in_which_is_named_as_such(small):
+def test_official_files_win_over_named_stand_in_data(small):
     (small / "text8.zip").unlink()
     data = text8(small)
     assert data.source == "wiki100m"

@@ -83,7 +83,7 @@ def test_a_finished_run_is_not_trained_further_when_resumed(tmp_path):
     assert without_seconds(train(tmp_path, killed_at=1)) == without_seconds(first)
 
 
-def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_example_once_in_its_own_order():
     examples = Examples(48, 8, lambda i: (i,))
     orders = [torch.cat(list(examples.shuffled(seed, epoch, 6))) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert all(torch.equal(order.sort().values, torch.arange(48)) for order in orders)
@@ -92,7 +92,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own():
     assert not torch.equal(orders[0], orders[2])
 
 
-def test_the_tested_weights_are_those_with_the_best_validation_figure(tmp_path):
+def test_the_tested_weights_have_the_best_validation_metric(tmp_path):
     outcome = train(tmp_path, training=Training(epochs=6, batch_size=8, learning_rate=0.3, schedule="constant"))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: row["validation_error"])
@@ -135,7 +135,7 @@ def test_a_parameter_learns_at_the_rate_that_its_task_gives_it(tmp_path):
     assert same == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": True}
 
 
-def test_the_tokens_of_all_epochs_and_their_time_are_counted_across_a_resumption(tmp_path):
+def test_tokens_and_time_are_counted_across_a_resumption(tmp_path):
     def run(epochs):
         task = Noisy()
         task.tokens = lambda batch: len(batch[0])

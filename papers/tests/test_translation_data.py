@@ -53,7 +53,7 @@ def test_the_compact_form_is_the_same_data(small, tmp_path_factory):
     assert translation("en-vi", target) == translation("en-vi", small)
 
 
-def test_without_the_training_part_translations_can_still_be_scored(small):
+def test_translations_are_scored_without_training_data(small):
     (small / "train.vi").unlink()
     with pytest.raises(ExperimentError, match=r"there is no train\.vi there: .*put http://127.*train\.vi there"):
         translation("en-vi", small)
@@ -89,7 +89,7 @@ def french(tmp_path, monkeypatch, text):
     return tmp_path
 
 
-def test_no_english_sentence_is_on_two_sides_and_only_training_has_it_twice(tmp_path, monkeypatch):
+def test_no_english_sentence_is_in_two_splits(tmp_path, monkeypatch):
     lines = [f"Boat {n}{mark}\tBateau {n}{mark} {side}\n" for n in range(300) for mark in ".!" for side in "ab"]
     data = translation("fra-eng", french(tmp_path, monkeypatch, "".join(lines)))
     words = [{sentence[:-1] for sentence in part.source} for part in data[:3]]
@@ -117,7 +117,7 @@ def test_captions_are_downloaded_packed_from_one_version():
 
 
 @needs_real
-def test_the_real_test_sets_and_vocabularies_have_the_known_sizes():
+def test_real_test_sets_and_vocabularies_have_known_sizes():
     data = translation("en-vi", real_data.DATA, train=False)
     assert [len(part.source) for part in data[1:3]] == [1_553, 1_268]
     assert len(vocabulary("en", real_data.DATA)) == 17_191

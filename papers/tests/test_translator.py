@@ -63,7 +63,7 @@ def assert_adds_up(log_p):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_words_one_by_one_have_the_probabilities_of_the_parallel_pass(kind):
+def test_stepwise_word_probabilities_equal_the_parallel_pass(kind):
     model = translator(kind)
     source, lengths = sentences()
     target, target_lengths = sentences(steps=7, words=9, seed=2)
@@ -97,7 +97,7 @@ def test_scaled_vectors_enter_with_a_variance_of_one_by_step_too():
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("how", ["greedy", "beam"])
-def test_a_translation_comes_with_its_probability_of_the_parallel_pass(kind, how):
+def test_a_translation_has_the_probability_of_the_parallel_pass(kind, how):
     model = translator(kind)
     source, lengths = sentences(rows=6)
     decoded = getattr(model, how)(source, lengths, longest=8)
@@ -158,7 +158,7 @@ def test_a_sentence_is_translated_alike_alone_and_in_a_batch(how):
         assert torch.equal(alone.words[0, :n], together.words[row, :n])
 
 
-def test_the_loss_is_the_mean_over_words_and_ends_without_the_padding():
+def test_the_loss_is_the_mean_over_words_without_padding():
     model = translator()
     source, lengths = sentences(rows=3)
     target, target_lengths = torch.tensor([[4, 5, 6], [7, 0, 0], [0, 0, 0]]), torch.tensor([3, 1, 0])

@@ -57,7 +57,7 @@ def folder(request, tmp_path):
     return tmp_path
 
 
-def test_rows_are_those_of_the_words_and_zero_where_there_is_none(folder):
+def test_rows_are_word_vectors_and_zero_for_unknown_words(folder):
     matrix, found, source = word_vectors(WORDS, folder, "glove.840B.300d")
     assert source == "glove.840B.300d"
     assert matrix.dtype == np.float32

@@ -33,14 +33,14 @@ def test_words_are_those_that_the_vectors_were_trained_on():
         assert words_of(vocabulary, text) == re.findall(WORDS, plain)
 
 
-def test_the_most_frequent_words_come_first_and_equal_counts_in_alphabetical_order():
+def test_words_are_sorted_by_frequency_then_alphabet():
     vocabulary = word_vocabulary(["b a c c", "c b a d"])
     assert vocabulary.words[4:] == ["c", "a", "b", "d"]
     assert word_vocabulary(["b a c c", "c b a d"], largest=6).words[4:] == ["c", "a"]
     assert word_vocabulary(["b a c c", "c b a d"], least_count=2).words[4:] == ["c", "a", "b"]
 
 
-def test_a_vocabulary_keeps_to_the_size_asked_for_with_its_symbols():
+def test_a_vocabulary_has_the_requested_size_with_symbols():
     assert word_vocabulary(REVIEWS, largest=10).size == 10
     assert len(word_vocabulary(REVIEWS, largest=10).words) == 10
 
@@ -64,7 +64,7 @@ def test_an_empty_text_has_a_length_of_zero():
     assert len(vocabulary.encode([])) == 0
 
 
-def test_texts_are_flat_arrays_of_one_type_however_many_there_are():
+def test_texts_are_flat_arrays_of_one_type():
     vocabulary = word_vocabulary(["a b c"])
     texts = vocabulary.encode(["a b", "c"] * 1500 + [""])
     assert texts.ids.dtype == np.int32
@@ -76,12 +76,12 @@ def test_texts_are_flat_arrays_of_one_type_however_many_there_are():
         texts[3001]
 
 
-def test_words_of_texts_that_are_split_already_stand_between_spaces():
+def test_words_of_tokenised_texts_are_split_at_spaces():
     vocabulary = word_vocabulary(["Xin ch\u00e0o , &apos;s A.B."], pattern=SPACED, lowercase=False)
     assert words_of(vocabulary, "A.B. &apos;s Xin xin") == ["A.B.", "&apos;s", "Xin", "<unk>"]
 
 
-def test_contractions_that_a_treebank_splits_are_joined_on_request():
+def test_split_contractions_are_joined_on_request():
     text = "They do n't know what it 's , ca n't they ? 'Such' 'so"
     assert words_of(word_vocabulary([text], join_contractions=True), text) == [
         *("they", "don't", "know", "what", "it's", ",", "can't", "they", "?", "such", "so")
@@ -117,7 +117,7 @@ def test_byte_pairs_need_room_for_the_bytes():
 
 
 @pytest.mark.parametrize("make", [word_vocabulary, lambda texts: bpe_vocabulary(texts, size=290)])
-def test_the_same_texts_make_the_same_vocabulary_and_a_file_keeps_it(make, tmp_path, capfd):
+def test_a_vocabulary_is_deterministic_and_survives_a_file(make, tmp_path, capfd):
     vocabulary, again = make(REVIEWS), make(REVIEWS)
     vocabulary.save(tmp_path / "vocabulary.json")
     loaded = Vocabulary.load(tmp_path / "vocabulary.json")

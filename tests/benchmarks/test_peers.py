@@ -102,7 +102,7 @@ def test_a_peer_that_cannot_be_timed_is_named_with_the_reason(rows, name, reason
     assert "median_ms" in found["right"]
 
 
-def test_a_peer_whose_process_ends_while_it_is_timed_is_named_and_ours_is_kept(rows):
+def test_a_peer_that_dies_is_named_and_our_time_stays(rows):
     found = rows("dying later")
     assert "exit code 4" in found["dying later"]["skipped"]
     assert found["ours"]["rounds"] == 3
@@ -126,7 +126,7 @@ def test_wrong_results_of_ours_stop_the_comparison():
 
 
 @pytest.mark.parametrize("name", sorted({c.environment for c in worker.CANDIDATES.values()}))
-def test_each_environment_pins_every_package_that_has_a_candidate(name):
+def test_environments_pin_every_package_with_a_candidate(name):
     lines = (Path(worker.__file__).parent / f"{name}.txt").read_text().lower().splitlines()
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
     assert all("==" in line or line.startswith("#") for line in lines)

@@ -35,7 +35,7 @@ def test_the_tables_are_made_from_the_results(tmp_path):
     assert "![streaming](results/cpu-streaming-2026-01-02.png)" in text
 
 
-def test_the_newest_section_of_a_subject_counts_and_other_files_do_not(tmp_path):
+def test_the_newest_section_of_a_subject_counts(tmp_path):
     write(tmp_path, "cpu-2026-01-02.json", "lti", rows=[{"x": "old"}])
     write(tmp_path, "cpu-2026-01-03.json", "lti", rows=[{"x": "new"}])
     write(tmp_path, "cuda-2026-01-01.json", "lti")

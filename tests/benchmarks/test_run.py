@@ -37,7 +37,7 @@ def subject(tmp_path, monkeypatch):
     return make
 
 
-def test_nothing_is_measured_or_printed_where_a_test_of_the_subject_fails(subject, tmp_path, capsys):
+def test_nothing_is_measured_if_a_test_of_the_subject_fails(subject, tmp_path, capsys):
     subject(passes=False)
     assert run.main(["fake"]) == 1
     captured = capsys.readouterr()

@@ -43,7 +43,7 @@ def test_candidates_take_turns_and_the_warm_up_is_not_counted():
     assert times["a"]["min_ms"] <= times["a"]["median_ms"] <= times["a"]["max_ms"]
 
 
-def test_a_candidate_beyond_patience_is_run_once_and_that_is_its_time():
+def test_a_candidate_beyond_patience_is_timed_once():
     order = []
     times = interleave({"a": lambda: order.append("a")}, rounds=3, warmup=2, patience=1e-12)
     assert order == ["a"]
@@ -67,7 +67,7 @@ def test_the_loop_computes_the_recurrence_and_its_gradients(reverse):
 
 
 @pytest.mark.parametrize("name", list(throughput.NETWORKS))
-def test_a_looped_network_is_the_same_network_and_only_the_loop_runs(name, monkeypatch):
+def test_a_looped_network_runs_the_loop_and_agrees(name, monkeypatch):
     calls, loop = [], serial._forward
     monkeypatch.setattr(serial, "_forward", lambda *arguments: calls.append(1) or loop(*arguments))
     network = throughput.NETWORKS[name]
@@ -174,7 +174,7 @@ def test_kernels_that_cannot_be_used_are_not_measured(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("table", ["kernel", "networks"])
-def test_a_length_that_does_not_fit_in_memory_is_refused_with_one_that_does(capsys, monkeypatch, table):
+def test_a_length_beyond_memory_raises_and_names_one_that_fits(capsys, monkeypatch, table):
     monkeypatch.setattr(throughput, "free_memory", lambda device: 2**30)
     status, _, err = run(capsys, table, "--lengths", 10**9, "--device", "cpu")
     assert status == 1

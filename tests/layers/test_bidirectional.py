@@ -157,7 +157,7 @@ def test_each_segment_alone_gives_the_same():
     bounds.assert_agrees(with_gradients(found, x, state), one_pass, x, state, terms=16 * 23)
 
 
-def test_the_last_outputs_are_those_after_the_last_step_and_after_step_zero():
+def test_the_last_outputs_follow_the_last_step_and_step_zero():
     options = {"order": 3, "theta": 5.0}
     every = Bidirectional(LMU(2, 3, **options), LMU(2, 4, **options))
     last = Bidirectional(LMU(2, 3, return_sequences=False, **options), LMU(2, 4, return_sequences=False, **options))
@@ -176,7 +176,7 @@ def test_the_last_outputs_are_those_after_the_last_step_and_after_step_zero():
         bounds.assert_agrees((found, found_state), ends, x, terms=16 * 8)
 
 
-def test_the_backward_state_goes_from_a_chunk_into_the_one_before():
+def test_the_backward_state_enters_the_previous_chunk():
     layer = Bidirectional(GILR(3, 4), GILR(3, 5)).double()
     x, reset = torch.randn(2, 12, 3, dtype=torch.float64), torch.rand(2, 12) < 0.2
     reset[0, 7] = True  # between the chunks, of one row

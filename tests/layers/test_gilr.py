@@ -49,7 +49,7 @@ def test_values_and_gradients_of_gilr_are_those_of_the_equations(agree):
 
 
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
-def test_values_and_gradients_of_gilr_lstm_are_those_of_the_equations(activation, agree):
+def test_gilr_lstm_equals_its_equations_with_all_gradients(activation, agree):
     layer = GILRLSTM(3, 5, activation=activation, dtype=torch.float64)
     agree(layer, gilr_lstm, terms=32)
     agree(layer, gilr_lstm, 3, terms=32, lengths=torch.tensor([0, 7, 25]), reset=torch.rand(3, 25) < 0.2)
@@ -106,7 +106,7 @@ def test_products_that_do_not_fit_raise():
         layer.from_products(products, lengths=torch.tensor([5, 5]))
 
 
-def test_gilr_lstm_has_the_parameters_of_a_gilr_more_than_an_lstm():
+def test_gilr_lstm_has_as_many_parameters_as_gilr_and_lstm():
     """2 n (m + 1), as the equations have it; the paper counts 2 n (n + m). torch.nn.LSTM has each bias twice."""
     n, m = 256, 4
     assert sum(p.numel() for p in GILR(m, n).parameters()) == 2 * n * (m + 1)

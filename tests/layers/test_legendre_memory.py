@@ -47,7 +47,7 @@ def test_the_decoder_reads_the_past_window_from_the_memory():
     assert (window[3:-3] - u.flip(0)[3:58]).abs().max() < 2 * u.diff().abs().max()
 
 
-def test_calibrated_orders_vary_by_one_and_the_state_is_not_scaled():
+def test_calibration_gives_unit_deviation_and_no_scaled_state():
     layer = LegendreMemory(2, 6, 20, dtype=torch.float64)
     u = torch.randn(4, 1500, 2, dtype=torch.float64)  # longer than the pieces that calibrate works in
     plain, before = layer(u)

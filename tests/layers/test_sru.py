@@ -26,7 +26,7 @@ def test_values_and_gradients_are_those_of_the_equations(input_size, activation,
     agree(SRU(input_size, 5, activation=activation, dtype=torch.float64), equations)
 
 
-def test_it_has_the_paper_s_parameters_and_a_projection_only_where_the_sizes_differ():
+def test_parameters_are_the_papers_with_a_projection_if_needed():
     assert sum(p.numel() for p in SRU(256, 256).parameters()) == 3 * 256 * 256 + 2 * 256
     assert sum(p.numel() for p in SRU(4, 256).parameters()) == 4 * 4 * 256 + 2 * 256
 

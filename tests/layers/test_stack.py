@@ -63,7 +63,7 @@ def test_a_stack_of_a_class_has_the_sizes_of_the_lstm_of_torch(layer):
         assert all(isinstance(part, Bidirectional) for part in ours.layers) == bidirectional
 
 
-def test_options_go_to_every_layer_and_return_sequences_to_the_last():
+def test_options_reach_all_layers_return_sequences_the_last():
     stack = Stack.of(LMU, 3, 5, num_layers=2, order=4, theta=7.0, activation="tanh", return_sequences=False)
     assert [layer.return_sequences for layer in stack.layers] == [True, False]
     assert [layer.activation for layer in stack.layers] == ["tanh", "tanh"]
@@ -119,7 +119,7 @@ def test_dropout_in_one_layer_warns_as_torch_does():
         Stack.of(GILR, 3, 4, num_layers=2, dropout=0.5)
 
 
-def test_a_bidirectional_layer_cannot_step_and_nothing_is_computed():
+def test_step_of_a_bidirectional_layer_raises():
     def fail(*_):
         raise AssertionError("a layer ran")
 

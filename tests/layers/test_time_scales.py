@@ -23,7 +23,7 @@ def test_the_decay_of_unit_i_is_exp_of_minus_one_over_tau_i(shortest, longest, d
     bounds.assert_close(rates.reciprocal(), taus, magnitude=magnitude, roundings=32, dtype=dtype)
 
 
-def test_a_time_scale_of_a_million_steps_keeps_its_digits_in_float32():
+def test_a_million_step_time_scale_is_exact_in_float32():
     """Its decay, 0.999999, has one digit of float32 left; its bias, 13.8, has all."""
     bias = spread_time_scales(torch.empty(1), 1e6, 1e6)
     expected = torch.tensor([-math.log(math.expm1(1e-6))], dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_a_time_scale_of_a_million_steps_keeps_its_digits_in_float32():
     bounds.assert_close((-bias).sigmoid(), rate, magnitude=rate, roundings=2 * expected.item() + 4)
 
 
-def test_scales_rise_from_the_shortest_to_the_longest_unless_shuffled():
+def test_time_scales_rise_unless_shuffled():
     taus = spread_time_scales(torch.empty(50), 2.0, 2000.0)
     assert (taus.diff() > 0).all()
     shuffled = spread_time_scales(torch.empty(50), 2.0, 2000.0, shuffle=True)

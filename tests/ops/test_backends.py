@@ -56,7 +56,7 @@ def test_every_op_inside_uses_the_backend(name):
         assert choices()["gated_unit"] == ("numba" if name == "numba" else "definition")
 
 
-def test_an_argument_overrides_the_context_and_none_restores_the_device():
+def test_an_argument_overrides_use_backend_and_none_resets_it():
     with legato.use_backend("torch"):
         legato.linear_recurrence(*leaves(), backend="reference")
         assert choices() == {"linear_recurrence": "reference"}

@@ -166,7 +166,7 @@ def test_strided_tensors_agree():
     bounds.assert_close(evaluate(with_strides, tensors), exact, **bound)
 
 
-def test_sigmoid_and_tanh_are_exact_to_a_few_units_in_the_last_place():
+def test_sigmoid_and_tanh_are_exact_to_a_few_ulp():
     """One step: c_1 = sigmoid(forget) c_0 + sigmoid(-forget) g(candidate), of which one term is made zero."""
     x = torch.cat([torch.linspace(-87, 87, 4001), torch.linspace(-1, 1, 4001), torch.logspace(-20, 0, 50)])[None, None]
     zero, state = torch.zeros_like(x), torch.ones_like(x[0])
@@ -195,7 +195,7 @@ def test_nan_goes_on_until_a_reset():
     assert states.isnan().flatten().tolist() == [False, False, True, True, False, False]
 
 
-def test_the_gradient_is_that_of_finite_differences_through_the_definition_in_float64():
+def test_the_gradient_equals_float64_finite_differences():
     tensors = example(PAST, 2, 5, 3)
     leaves = [x.requires_grad_() for x in (*tensors["inputs"], *tensors["weights"], tensors["bias"])]
 
@@ -300,7 +300,7 @@ def test_torch_func_and_forward_mode_go_to_the_definition():
     bounds.assert_close(forward.sum(), directional(*both), **bound)
 
 
-def test_a_batch_of_output_gradients_is_that_many_backward_passes():
+def test_batched_output_gradients_equal_separate_passes():
     leaves = torch.randn(1, 6, 4), torch.randn(9, 4), torch.randn(9), torch.randn(1, 3)
     grads = torch.randn(5, 1, 6, 3), torch.randn(5, 1, 3)
 
@@ -425,7 +425,7 @@ def test_an_activation_without_an_output_gate_raises():
         ({"weights": (torch.zeros(9, 4), torch.zeros(6, 4))}, r"weights\[1\] must be of shape \(9, 4\), got \(6, 4\)"),
     ],
 )
-def test_shapes_that_do_not_fit_raise_before_the_kernel_reads_beyond_an_end(changes, message):
+def test_wrong_shapes_raise_before_the_kernel_runs(changes, message):
     inputs, weights = (torch.zeros(2, 5, 4),) * 2, (torch.zeros(9, 4),) * 2
     given = {"inputs": inputs, "weights": weights, "bias": None, "spec": OUTPUT, **changes}
     with pytest.raises(ValueError, match=message):

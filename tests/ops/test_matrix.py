@@ -172,7 +172,7 @@ def test_an_empty_batch_or_channel_axis_stays_empty(B, channels, varying):
 
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_derivatives_of_first_and_second_order_agree_with_differences(varying, dtype):
+def test_first_and_second_derivatives_match_differences(varying, dtype):
     arguments = example(18, B=1, varying=varying, dtype=dtype, grad=True)
     reset = torch.zeros(1, 18, dtype=torch.bool)
     reset[0, 5] = True
@@ -218,7 +218,7 @@ def test_autocast_does_not_lower_the_carry():
     assert all(map(torch.equal, got, expected))
 
 
-def test_a_growing_constant_matrix_stays_finite_as_long_as_its_states_do():
+def test_a_growing_matrix_stays_finite_while_its_states_do():
     # 4^250 overflows float32, but the state is dropped long before.
     reset = (torch.arange(260) % 40 == 0).unsqueeze(0)
     transition, impulse = 4.0 * torch.eye(N), torch.ones(1, 260, N)

@@ -47,7 +47,7 @@ def run(decay, impulse):
 @pytest.mark.parametrize(
     "shape", [{"B": 3}, {"B": 1, "C": 200, "T": 300}, {"B": 7, "C": 1}, {"B": 1, "C": 5000, "T": 9}]
 )
-def test_any_number_of_threads_gives_the_same_bits_where_tasks_suffice(three_threads, shape):
+def test_thread_counts_give_equal_bits_where_tasks_suffice(three_threads, shape):
     inputs = large(**shape)
     many = run(*inputs)
     torch.set_num_threads(1)
@@ -89,9 +89,7 @@ def test_time_in_pieces_gives_what_one_thread_gives(many_pieces, dtype, decay_sh
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [1, 2, 40])
 @pytest.mark.parametrize(("first", "then", "h0"), [(0.5, 2, 1), (2, 0.5, 0), (2, 0.5, 1e-30), (0.5, 1, 1e30)])
-def test_a_piece_of_time_neither_loses_nor_overflows_what_its_states_keep(
-    many_pieces, dtype, channels, first, then, h0
-):
+def test_a_chunk_of_time_neither_underflows_nor_overflows(many_pieces, dtype, channels, first, then, h0):
     """Powers of two, so that every result is exact; the product of the first decays leaves the range of float32."""
     T, near = 20_000, 100 if h0 else 140
     decay = torch.ones(1, T, channels, dtype=dtype)
@@ -130,7 +128,7 @@ def test_python_threads_may_launch_at_once(three_threads):
                 assert torch.equal(a, b)
 
 
-def test_without_torchs_openmp_the_kernels_own_threads_give_the_same(three_threads, monkeypatch):
+def test_our_own_threads_equal_torchs_openmp(three_threads, monkeypatch):
     from legato.ops.kernels import numba_threads
 
     inputs = large()
@@ -161,7 +159,7 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(three_threads):
         child.kill()
 
 
-def test_importing_legato_loads_neither_numba_nor_triton_nor_the_experiments_libraries():
+def test_importing_legato_loads_no_optional_package():
     heavy = "numba triton lightning matplotlib jsonargparse scipy"
     code = f"import sys, legato; print(*(m for m in '{heavy}'.split() if m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -183,7 +181,7 @@ def test_a_read_only_installation_compiles_into_the_users_cache(tmp_path):
     assert list(tmp_path.rglob("*.nbi"))
 
 
-def test_where_no_folder_can_be_written_kernels_are_compiled_in_every_process(tmp_path):
+def test_without_a_writable_folder_each_process_compiles(tmp_path):
     (tmp_path / "file").touch()  # nothing can be made below a file, not even by root
     code = (
         "import torch; from numba.core.caching import CacheImpl, InTreeCacheLocator\n"

@@ -276,7 +276,7 @@ def test_vmap_equals_a_loop_over_the_mapped_axis(backend, mapped):
         bounds.assert_close([x[i] for x in together], exact, magnitude=magnitude, roundings=4 * 4 + 8 + 2)
 
 
-def test_vmap_of_a_backward_call_gives_each_row_its_own_gradients():
+def test_vmap_of_a_backward_gives_each_row_its_gradients():
     decay, impulse = torch.rand(3, requires_grad=True), torch.randn(2, 4, 3, requires_grad=True)
     states, _ = linear_recurrence(decay, impulse)
     rows = torch.randn(5, 2, 4, 3)

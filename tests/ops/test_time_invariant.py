@@ -126,14 +126,14 @@ def many_channels(steps, *, state=True):
 
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 31, 33, 65, 200])
-def test_many_channels_of_one_system_are_the_loop_in_values_and_all_gradients(steps, state):
+def test_many_channels_equal_the_loop_with_all_gradients(steps, state):
     arguments = many_channels(steps, state=state)
     got, want = with_gradients(lti, arguments), with_gradients(by_loop, arguments)
     assert got[0].mT.is_contiguous() or steps == 1 or steps % chunk_length(steps)
     assert_close(got, want, magnitudes(arguments), steps)
 
 
-def test_second_and_forward_derivatives_of_many_channels_are_those_of_the_loop():
+def test_derivatives_of_many_channels_equal_the_loops():
     u, A, B, m = many_channels(50)
     directions = torch.randn_like(u), torch.randn_like(m)
 
@@ -359,7 +359,7 @@ def test_factors_of_eleven_bits_keep_their_error_bound(order, theta, steps, monk
         assert size <= bounds.likely(x.numel(), terms=levels) * x.abs().max()
 
 
-def test_a_carry_of_32_bits_holds_over_a_million_steps_of_16_bits(monkeypatch):
+def test_a_32_bit_carry_is_exact_over_a_million_16_bit_steps(monkeypatch):
     module, steps = time_invariant, 2**20
     monkeypatch.setattr(module, "_multiplied_in_16_bits", lambda u: u.dtype == torch.bfloat16)
     A, B = delay_network(2, 100_000.0)
@@ -416,7 +416,7 @@ def test_any_strides_will_do(method):
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("method", [*METHODS, "last"])
-def test_first_second_and_forward_derivatives_are_the_numerical_ones(method, reset):
+def test_derivatives_match_numerical_ones(method, reset):
     if reset and method == "fft":
         pytest.skip("fft cannot reset")
     A, B = delay_network(2, 4.0)
@@ -638,7 +638,7 @@ def test_explain_names_the_method_and_the_reason():
 
 @pytest.mark.parametrize("options", [{"method": m} for m in METHODS] + [{"last_only": True}], ids=str)
 @pytest.mark.parametrize(("steps", "resets"), [(0, False), (5, False), (70, False), (70, True)])
-def test_a_state_may_be_written_to_without_harm_to_what_it_came_from(options, steps, resets):
+def test_writing_to_a_state_changes_nothing_else(options, steps, resets):
     if resets and options.get("method") == "fft":
         options = {"method": "toeplitz"}
     A, B = delay_network(4, 10.0)

@@ -212,7 +212,7 @@ def test_another_tuning_gives_the_same(tuning, monkeypatch):
     check(*example(1, 41, 1, 70, torch.float16, resets=True))
 
 
-def test_batch_and_channels_that_fill_a_gpu_are_walked_in_one_pass_and_few_are_cut():
+def test_time_is_cut_only_where_rows_do_not_fill_a_gpu():
     def plan(*shape, dtype=torch.float32):
         return triton_recurrence._plan(torch.empty(shape, dtype=dtype, device="meta"), deep=True)
 
