@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import draws
 import legato
 import legato.layers
 import legato.models
@@ -78,7 +79,7 @@ def test_the_examples_of_docstrings_run(name):
     public = {name: getattr(module, name) for module, name in NAMES}
     names = public | vars(module) | {"torch": torch, "nn": nn, "legato": legato}
     for example in finder.find(module, name, globs=names):
-        torch.manual_seed(0)
+        draws.seed(0)
         backends._last.clear()  # as in a new process, for ``explain``
         report = []
         runner.run(example, out=report.append)

@@ -504,7 +504,7 @@ def test_the_chunk_divides_the_length_where_it_can():
         ({"u": [1.0]}, TypeError, r"u must be a tensor, got list: wrap it with torch.as_tensor\(\)"),
         ({"A": 0.5}, TypeError, "A must be a tensor, got float"),
         ({"initial_state": [0.0]}, TypeError, "initial_state must be a tensor, got list"),
-        ({"reset": [True]}, TypeError, "reset must be a tensor, got list"),
+        ({"reset": [True]}, TypeError, "expected reset to be a tensor, got list"),
         ({"u": torch.randn(4, 3)}, ValueError, r"u must be \(batch, time, channels\), got shape \(4, 3\)"),
         ({"u": torch.ones(3, 10, 2, dtype=torch.int64)}, TypeError, "u must be floating or complex, got torch.int64"),
         ({"u": torch.randn(3, 10, 2, device="meta")}, ValueError, "u and A must share a device, got meta and cpu"),
