@@ -214,7 +214,7 @@ def test_a_compiled_layer_equals_the_layer(dynamic):
 def test_a_step_raises_an_error_that_says_what_to_do():
     layer = Bidirectional(GILR(3, 4), GILR(3, 4))
     with pytest.raises(
-        RuntimeError, match=r"got a bidirectional Bidirectional: a stream has no future.*forward layers"
+        RuntimeError, match=r"got a bidirectional Bidirectional: step\(\) is not available.*forward layers"
     ):
         layer.step(torch.randn(2, 3), layer.initial_state(2))
 
