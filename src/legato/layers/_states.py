@@ -33,10 +33,11 @@ def register_state(state_class: StateClass) -> StateClass:
 def own_storage(output: Tensor, state: StateT, given: Iterable[Any]) -> tuple[Tensor, StateT]:
     """``output`` and ``state``, copied where they share storage.
 
-    Afterwards no two tensors among ``output``, ``state`` and ``given`` (tensors, states and None)
-    share storage. Views of a larger array are copied too, because they would keep the array in
-    memory as long as the state exists. So are state tensors that require a gradient: the user may
-    write to the state, and the backward pass may need its old values.
+    Afterwards ``output`` and the tensors of ``state`` share storage neither with each other nor
+    with ``given`` (tensors, states and None). Views of a larger array are copied too, because they
+    would prevent the array from being freed as long as the state exists. So are state tensors that
+    require a gradient: the user may write to the state, and the backward pass may need its old
+    values.
     """
     # In compiled and transformed code, storage cannot be inspected.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -96,7 +96,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
     bidirectional: bool = False
     #: Channels of the output, unless the layer defines ``output_size``.
     hidden_size: int
-    #: True: ``_step`` never returns one of its arguments. Set for each class, not inherited.
+    #: True: ``_step`` never returns a tensor of its arguments. Set for each class, not inherited.
     _steps_are_new: bool = False
 
     def __init_subclass__(cls, **options: Any):
@@ -187,7 +187,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         The memories in this layer are calibrated in the order in which they run, each on its own
         input, from a memory of zeros and without dropout. A layer without a ``LegendreMemory`` is
         unchanged, and so is a ``RecurrentLMU``, because its memory depends on its own scale. Call
-        it before training, after the initial weights are final.
+        it before training, after any manual change of the weights.
 
         Args:
             x: typical input, (B, T, input_size); at least as many steps in total as the order of
