@@ -171,7 +171,7 @@ def _checked_theta(order: int, theta: Any, discretizer: Any) -> Float[Tensor, "*
     if not (math.isfinite(shortest) and math.isfinite(longest)):
         raise ValueError(f"theta must be finite, got {shortest}")
     if shortest < 1:
-        raise ValueError(f"theta must be 1 step or more, got {shortest}: give it in steps, not in seconds")
+        raise ValueError(f"theta must be 1 step or more, got {shortest}: pass it in steps, not in seconds")
     if discretizer == "euler" and shortest < _least_euler_theta(order):
         raise ValueError(
             f"order {order} with the Euler discretizer is stable from theta = {_least_euler_theta(order):.6g}, got "

@@ -223,7 +223,7 @@ def test_a_step_raises_an_error_that_says_what_to_do():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Bidirectional(GILR, GILR), "expected forward to be a RecurrentLayer, got type: give a layer"),
+        (lambda: Bidirectional(GILR, GILR), "expected forward to be a RecurrentLayer, got type: pass a layer"),
         (lambda: Bidirectional(GILR(3, 4), nn.LSTM(3, 4)), "expected backward to be a RecurrentLayer, got LSTM"),
         (lambda: Bidirectional(GILR(3, 4), GILR(2, 4)), "with one input_size, got 3 and 2"),
         (

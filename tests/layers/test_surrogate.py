@@ -179,8 +179,8 @@ class OwnLSTM(nn.LSTMCell):
             GILR(3, 4),
             "expected a cell in torch.float32 on cpu like the surrogate, got a GRUCell in torch.float64 on cpu",
         ),
-        (nn.GRUCell(3, 4), nn.GRU(3, 4), "expected surrogate to be a RecurrentLayer, got GRU: give a layer"),
-        (nn.GRUCell(3, 4), GILR, "expected surrogate to be a RecurrentLayer, got type: give a layer"),
+        (nn.GRUCell(3, 4), nn.GRU(3, 4), "expected surrogate to be a RecurrentLayer, got GRU: pass a layer"),
+        (nn.GRUCell(3, 4), GILR, "expected surrogate to be a RecurrentLayer, got type: pass a layer"),
         (
             nn.GRUCell(3, 4),
             Bidirectional(GILR(3, 2), GILR(3, 2)),

@@ -14,7 +14,7 @@ from legato._checks import positive_int
 from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
 from legato.layers._states import StateT
-from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, full_parameter
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -62,7 +62,7 @@ class GatedLayer(RecurrentLayer[StateT]):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the weights again and set the biases to their initial values."""
-        with whole(self.weight) as weight, whole(self.bias) as bias:
+        with full_parameter(self.weight) as weight, full_parameter(self.bias) as bias:
             for block in weight.split(self.hidden_size):
                 self._draw(block)
             for block, value in zip(bias.split(self.hidden_size), self.biases, strict=True):

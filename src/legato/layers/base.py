@@ -343,8 +343,8 @@ def check_layer(layer: object, name: str) -> None:
     """Raise TypeError unless ``layer`` is a RecurrentLayer."""
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(
-            f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer such as GILR(4, 256), "
-            "not its class, or derive one from legato.RecurrentLayer"
+            f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: pass a layer such as "
+            "GILR(4, 256), not its class, or a subclass of legato.RecurrentLayer"
         )
 
 
@@ -353,7 +353,7 @@ def flat_output_size(layer: RecurrentLayer[Any], name: str) -> int:
     size = getattr(layer, "output_size", None)
     if not isinstance(size, int):
         raise ValueError(
-            f"expected {name} to give outputs of shape (B, T, channels), got a {type(layer).__name__} whose "
+            f"expected {name} to return outputs of shape (B, T, channels), got a {type(layer).__name__} whose "
             f"output_size is {size}: use a layer with one axis of channels"
         )
     return size
@@ -388,7 +388,7 @@ def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable
 
 
 @contextmanager
-def whole(parameter: Tensor) -> Iterator[Tensor]:
+def full_parameter(parameter: Tensor) -> Iterator[Tensor]:
     """The parameter, to be set in place; if it is sharded over processes, a full tensor.
 
     The shards are set from the full tensor on exit. A slice of a sharded tensor is a copy: values

@@ -9,7 +9,7 @@ from legato._checks import check_tensor, positive_int, real_number
 from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._gated import GatedLayer, GatedState
-from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, full_parameter
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -27,8 +27,8 @@ class GILR(GatedLayer[GatedState]):
             ``spread_time_scales(layer.bias[:hidden_size], ...)`` sets a different one per unit.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds U
-    above V, ``bias`` b_g before b_z.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of U, then of V; ``bias`` is b_g, then b_z.
 
     Example:
         >>> layer = GILR(4, 256)
@@ -136,10 +136,10 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the weights again; see Source above."""
-        with whole(self.weight) as weight, whole(self.weight_surrogate) as weight_surrogate:
+        with full_parameter(self.weight) as weight, full_parameter(self.weight_surrogate) as weight_surrogate:
             for matrix in (*weight.chunk(6), *weight_surrogate.chunk(4)):
                 nn.init.xavier_uniform_(matrix)
-        with whole(self.bias) as bias:
+        with full_parameter(self.bias) as bias:
             bias.zero_()
             surrogate, _, cell, *_ = bias.chunk(6)
             surrogate.fill_(self.forget_bias)

@@ -9,7 +9,7 @@ from torch import nn
 from legato._checks import check_floating, check_tensor, positive_int, real_number
 from legato._shapes import Float, Tensor
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import Activation, activation_function, whole
+from legato.layers.base import Activation, activation_function, full_parameter
 
 
 class Highway(nn.Module):
@@ -25,8 +25,8 @@ class Highway(nn.Module):
             W_g x = 0.
         device, dtype: of the weights.
 
-    Shapes: input and output (..., input_size). ``weight`` (2 input_size, input_size) holds W_g above W, ``bias`` b_g
-    before b.
+    Shapes: input and output (..., input_size). The rows of ``weight`` (2 input_size, input_size)
+    are those of W_g, then of W; ``bias`` is b_g, then b.
 
     Raises:
         TypeError: x is not a floating tensor.
@@ -63,7 +63,7 @@ class Highway(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise the weights again; see Source above."""
-        with whole(self.weight) as weight, whole(self.bias) as bias:
+        with full_parameter(self.weight) as weight, full_parameter(self.bias) as bias:
             for matrix in weight.chunk(2):
                 nn.init.xavier_uniform_(matrix)
             bias.zero_()

@@ -16,7 +16,7 @@ from legato._dtypes import without_autocast
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._fused import transforms_are_active
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed, whole, zero_padding
+from legato.layers.base import RecurrentLayer, StateShapes, full_parameter, never_narrowed, zero_padding
 from legato.legendre import delay_network
 from legato.ops.time_invariant import METHODS, PreparedSystem, apply, prepare
 
@@ -114,7 +114,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         self.scale.fill_(1)
         if self.trainable_theta:
             window = torch.tensor(self._theta, dtype=torch.float64, device=self.log_theta.device)
-            with whole(self.log_theta) as log_theta:
+            with full_parameter(self.log_theta) as log_theta:
                 log_theta.copy_((window - 1).log())
 
     def extra_repr(self) -> str:

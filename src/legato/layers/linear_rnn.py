@@ -89,7 +89,8 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
         self._output_size = self.hidden_size if output_size is None else positive_int(output_size, "output_size")
         if gates is None and type(self).gates is LinearRNN.gates:
             raise TypeError(
-                "expected gates, got None: give a function of x that returns (decay, impulse), or define it in a class"
+                "expected gates, got None: pass a function of x that returns (decay, impulse), or define gates() in a "
+                "subclass"
             )
         self.gates_function, self.read_function = gates, read
         # Carries the dtype and device of a layer without parameters.
@@ -103,7 +104,7 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Decay and impulse, (B, T, hidden_size), from x, (B, T, input_size)."""
         if self.gates_function is None:
-            raise NotImplementedError("expected gates in a subclass, or as an argument of the constructor")
+            raise NotImplementedError("expected gates, got none: define gates() in a subclass, or pass gates=")
         return self.gates_function(x)
 
     def read(self, states: Tensor, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from legato.ops.time_invariant import apply
 
 # Memories up to this size in total are not recomputed: recomputation takes up to 1.7 times the
 # time.
-WHOLE_BYTES = 64 * 2**20
+MAX_STORED_BYTES = 64 * 2**20
 # Beyond it, the size of the memories of one segment. Twice this size is a tenth faster, but takes
 # 1.3 times the memory.
 SEGMENT_BYTES = 4 * 2**20
@@ -321,7 +321,7 @@ class LMU(RecurrentLayer[LMUState]):
         """
         batch, steps, _ = x.shape
         bytes_per_step = batch * self.memory.input_size * self.memory.order * self._carry_dtype().itemsize
-        if bytes_per_step * steps <= WHOLE_BYTES or (
+        if bytes_per_step * steps <= MAX_STORED_BYTES or (
             torch.is_grad_enabled() and (transforms_are_active() or not self.recompute)
         ):
             return steps

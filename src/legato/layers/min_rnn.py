@@ -27,8 +27,8 @@ class MinGRU(GatedLayer[GatedState]):
             sets a different one per unit.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds V
-    above W, ``bias`` b_f before b_h.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of V, then of W; ``bias`` is b_f, then b_h.
 
     Example:
         >>> layer = MinGRU(4, 256)
@@ -78,8 +78,8 @@ class MinLSTM(GatedLayer[GatedState]):
             ``layer.bias.data[n : 2 * n] = -spread_time_scales(layer.bias.data[:n], ...)``.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds W_f,
-    W_i and W from the top, ``bias`` b_f, b_i and b_h.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of W_f, W_i and W, in this order; ``bias`` is b_f, b_i and b_h.
 
     Example:
         >>> layer = MinLSTM(4, 256)

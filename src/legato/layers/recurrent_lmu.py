@@ -16,7 +16,7 @@ from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
 from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
-from legato.layers.base import RecurrentLayer, StateShapes, whole
+from legato.layers.base import RecurrentLayer, StateShapes, full_parameter
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
@@ -142,7 +142,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
             self.memory_to_memory.weight.zero_()
         for W in (self.input_to_hidden, self.hidden_to_hidden, self.memory_to_hidden):
             if W is not None:
-                with whole(W.weight) as weight:
+                with full_parameter(W.weight) as weight:
                     for gate in weight.chunk(GATES[self.hidden_cell]):
                         nn.init.xavier_normal_(gate)
                 if W.bias is not None:

@@ -223,8 +223,8 @@ class _Segments(Function):
 
     @staticmethod
     def backward(ctx, grad_output, *grads):
-        plan, wanted, saved = ctx.plan, ctx.needs_input_grad[4:], ctx.saved_tensors
-        given, stored = saved[: len(wanted)], saved[len(wanted) :]
+        plan, needs_grads, saved = ctx.plan, ctx.needs_input_grad[4:], ctx.saved_tensors
+        given, stored = saved[: len(needs_grads)], saved[len(needs_grads) :]
         if torch.is_grad_enabled() and not plan.closed:
             raise RuntimeError(
                 "expected a backward pass without create_graph=True, got one with it: in_segments supports "
@@ -233,11 +233,11 @@ class _Segments(Function):
         # create_graph: the gradient is differentiated again; is_grads_batched: it is mapped by
         # vmap.
         if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, (grad_output, *grads))):
-            return *[None] * 4, *_gradients_with_graph(plan, given, (grad_output, *grads), wanted)
+            return *[None] * 4, *_gradients_with_graph(plan, given, (grad_output, *grads), needs_grads)
         sequences, leaves, tensors = _split(given, plan.counts)
-        of_sequences, of_leaves, of_tensors = _split(wanted, plan.counts)
-        blocks = [torch.empty_like(x) if wants else None for x, wants in zip(sequences, of_sequences, strict=True)]
-        sums = [torch.zeros_like(x) if wants else None for x, wants in zip(tensors, of_tensors, strict=True)]
+        of_sequences, of_leaves, of_tensors = _split(needs_grads, plan.counts)
+        blocks = [torch.empty_like(x) if needed else None for x, needed in zip(sequences, of_sequences, strict=True)]
+        sums = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, of_tensors, strict=True)]
         grads = [grad.clone() for grad in grads]
         for number, part in reversed(list(enumerate(_parts(sequences[0], plan.steps)))):
             before = [block[number] for block in stored] if number else leaves
@@ -246,7 +246,7 @@ class _Segments(Function):
                 for grad, of_before in zip(grads, found, strict=True):
                     grad.copy_(of_before)
                 del found
-        of_leaves = [grad if wants else None for grad, wants in zip(found, of_leaves, strict=True)]
+        of_leaves = [grad if needed else None for grad, needed in zip(found, of_leaves, strict=True)]
         return *[None] * 4, *blocks, *of_leaves, *sums
 
 
@@ -287,7 +287,7 @@ def _add_gradients(
     return list(found[: len(leaves)])
 
 
-def _gradients_with_graph(plan: _Plan, given, grads, wanted) -> list[Tensor | None]:
+def _gradients_with_graph(plan: _Plan, given, grads, needs_grads) -> list[Tensor | None]:
     """The gradients of ``_with_graph``, differentiable if gradients are enabled."""
 
     def run(segments, leaves, part, tensors):
@@ -299,15 +299,15 @@ def _gradients_with_graph(plan: _Plan, given, grads, wanted) -> list[Tensor | No
     with torch.enable_grad(), torch.autocast(plan.device.type, **plan.autocast):
         # Aliases, so that a tensor computed from another one gets the gradient of this function
         # only.
-        named = [x.view_as(x) if wants else x for x, wants in zip(named, wanted, strict=False)]
+        named = [x.view_as(x) if needed else x for x, needed in zip(named, needs_grads, strict=False)]
         sequences, leaves, tensors = _split(named, plan.counts)
         output, leaves = _with_graph(run, sequences, leaves, tensors, plan.steps, plan.last_only)
     given = named if plan.closed else [*named, *parameters]
-    sources = [source for source, wants in zip(given, wanted, strict=True) if wants]
+    sources = [source for source, needed in zip(given, needs_grads, strict=True) if needed]
     pairs = list(zip([output, *leaves], grads, strict=True))
     with nullcontext() if plan.closed else _hooks_off(parameters):
         found = iter(_gradients(pairs, sources, create_graph=torch.is_grad_enabled()))
-    return [next(found) if wants else None for wants in wanted]
+    return [next(found) if needed else None for needed in needs_grads]
 
 
 def _with_graph(run: Run, sequences, leaves, tensors, steps, last_only) -> tuple[Tensor, list[Tensor]]:

@@ -30,8 +30,9 @@ class SRU(GatedLayer[GatedState]):
         highway_bias: initial value of b_r; with a value below zero, h_t is initially closer to x_t.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size): c_t. ``weight`` holds
-    W_f, W_r, P where there is one, and W, in that order from the top; ``bias`` b_f before b_r.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size):
+    c_t. The rows of ``weight`` are those of W_f, W_r, P (if used) and W, in this order; ``bias`` is
+    b_f, then b_r.
 
     Example:
         >>> layer = SRU(4, 256)

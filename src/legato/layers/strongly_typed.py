@@ -21,8 +21,8 @@ class StronglyTypedRNN(GatedLayer[GatedState]):
             ...)`` sets a different one per unit.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds V
-    above W; ``bias`` is b.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of V, then of W; ``bias`` is b.
 
     Example:
         >>> layer = StronglyTypedRNN(4, 256)

@@ -45,7 +45,9 @@ def spread_time_scales(
     check_tensor("bias", bias)
     check_floating("bias", bias)
     if bias.ndim != 1:
-        raise ValueError(f"expected bias of shape (channels,), got {tuple(bias.shape)}: give that of the forget gates")
+        raise ValueError(
+            f"expected bias of shape (channels,), got {tuple(bias.shape)}: pass the bias of the forget gates"
+        )
     # On the CPU, whatever torch's default device is: copy_ moves the result to the bias.
     ends = math.log10(shortest), math.log10(longest)
     taus = torch.logspace(*ends, bias.numel(), dtype=torch.float64, device="cpu")

@@ -10,7 +10,7 @@ from torch import nn
 from legato._checks import INTEGER_DTYPES, check_plain, checked_lengths, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import whole, zero_padding
+from legato.layers.base import full_parameter, zero_padding
 
 
 class Embedding(nn.Module):
@@ -89,7 +89,7 @@ class Embedding(nn.Module):
         """Draw E again, with zeros for the padding; for given vectors, see ``vectors``."""
         if not self._draws and self._vectors is None:
             return
-        with whole(self.weight) as weight:
+        with full_parameter(self.weight) as weight:
             if self._vectors is None:
                 weight.normal_(std=self.embedding_dim**-0.5)
             else:
@@ -103,7 +103,7 @@ class Embedding(nn.Module):
         try:
             output = F.embedding(tokens, self.weight, self.padding_idx)
         except IndexError as error:
-            raise self._outside(tokens) from error
+            raise self._vocabulary_error(tokens) from error
         factors = self._factors()
         return output if factors is None else output.mul_(F.embedding(tokens, factors))
 
@@ -119,7 +119,7 @@ class Embedding(nn.Module):
             )
         except (IndexError, RuntimeError) as error:
             if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
-                raise self._outside(tokens) from error
+                raise self._vocabulary_error(tokens) from error
             raise
 
     def _factors(self) -> Tensor | None:
@@ -129,7 +129,7 @@ class Embedding(nn.Module):
         remaining = 1 - self.dropout
         return self.weight.new_empty(self.num_embeddings, 1).bernoulli_(remaining).div_(remaining)
 
-    def _outside(self, tokens: Tensor) -> ValueError:
+    def _vocabulary_error(self, tokens: Tensor) -> ValueError:
         return ValueError(
             f"expected tokens from 0 to {self.num_embeddings - 1}, got {tokens.min().item()} to {tokens.max().item()}: "
             "encode the text with the vocabulary of this embedding"
