@@ -36,7 +36,7 @@ def peak_memory() -> float:
     """The peak memory of this process so far, in GiB; with a GPU, that of PyTorch's allocator."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
+    import resource  # not available on Windows
 
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -110,7 +110,7 @@ class Bidirectional(RecurrentLayer[BidirectionalState]):
         self.backward_layer.calibrate(_reversed(x, lengths), lengths=lengths)
 
     def _check_state(self, state: object, batch: int) -> None:
-        self._checked_state(state)  # the layers check their own
+        self._checked_state(state)  # each layer checks its own state
 
     def _weight(self) -> Tensor:
         return self.forward_layer._weight()

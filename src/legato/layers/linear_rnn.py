@@ -48,7 +48,7 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
         ValueError: ``gates`` returns a tensor of a wrong shape.
 
     Example:
-        >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # each channel's running average
+        >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # running averages
         >>> layer(torch.ones(1, 3, 4))[0][0, :, 0].tolist()
         [0.5, 0.75, 0.875]
 

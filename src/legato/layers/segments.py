@@ -122,7 +122,7 @@ def _check_layer(layer: Callable) -> None:
     if getattr(layer, "return_sequences", True) is False:
         raise ValueError(
             f"expected a layer that returns all outputs, got a {name} that returns its last output only: "
-            "build it with return_sequences=True and last_only=True gives the last output"
+            "build it with return_sequences=True and pass last_only=True for the last output"
         )
 
 
@@ -225,6 +225,7 @@ class _Segments(Function):
     def backward(ctx, grad_output, *grads):
         plan, needs_grads, saved = ctx.plan, ctx.needs_input_grad[4:], ctx.saved_tensors
         given, stored = saved[: len(needs_grads)], saved[len(needs_grads) :]
+        # A second derivative would be incomplete, without an error.
         if torch.is_grad_enabled() and not plan.closed:
             raise RuntimeError(
                 "expected a backward pass without create_graph=True, got one with it: in_segments supports "
@@ -387,7 +388,7 @@ def _as_before(plan: _Plan, number: int) -> Iterator[None]:
         return
     cuda = plan.device.type == "cuda"
     with torch.random.fork_rng([plan.device] if cuda else []):
-        torch.set_rng_state(plan.random_states[0][number].clone())  # of a view, torch would read beyond the end
+        torch.set_rng_state(plan.random_states[0][number].clone())  # torch reads past the end of a view
         if cuda:
             torch.cuda.set_rng_state(plan.random_states[1][number].clone(), plan.device)
         yield

@@ -56,7 +56,7 @@ class SRU(GatedLayer[GatedState]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        same_size = bool(input_size == hidden_size)  # of NumPy's numbers too
+        same_size = bool(input_size == hidden_size)  # a bool for NumPy integers, too
         spec = GateSpec(("forget", "output", *(() if same_size else ("skip",)), "candidate"), skips_input=same_size)
         biases = (real_number(forget_bias, "forget_bias"), real_number(highway_bias, "highway_bias"))
         super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)

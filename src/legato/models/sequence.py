@@ -127,8 +127,8 @@ def last_output(
     """
     if embedding is not None:
         x = without_padding("x", x, lengths)
-        if state is None and reset is None and x.ndim == 2 and x.shape[1] and _is_a_bag(layer, embedding):
-            return _bag(layer, embedding, x, lengths)
+        if state is None and reset is None and x.ndim == 2 and x.shape[1] and _is_weighted_sum(layer, embedding):
+            return _weighted_sum(layer, embedding, x, lengths)
         x = embedding(x)
     output, new = layer(x, state, lengths=lengths, reset=reset)
     if layer.return_sequences:
@@ -136,13 +136,13 @@ def last_output(
             output = output.new_zeros(x.shape[0], *output.shape[2:])
         elif lengths is None:
             output = output[:, -1]
-        else:  # outputs from a length on are zero, hence those of a row without steps
+        else:  # outputs from a length on are zero, so that of a row without steps is zero too
             last = (lengths.to(x.device, torch.int64) - 1).clamp(min=0)
             output = output[torch.arange(len(x), device=x.device), last]
     return output.flatten(1), new
 
 
-def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
+def _is_weighted_sum(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
     """Whether the last memory is a weighted sum of word vectors, of order 1."""
     return (
         isinstance(layer, LegendreMemory)
@@ -156,7 +156,7 @@ def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
     )
 
 
-def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
+def _weighted_sum(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
     """The same in a fifth of the time: does not create the tensor of all word vectors."""
     steps = tokens.shape[1]
     if lengths is None:
