@@ -1,8 +1,8 @@
-"""A language model of characters: train on a text at once, then write on character by character in constant memory.
+"""A character language model: trained in parallel over time, then generates in constant memory.
 
     python examples/characters.py [FILE]
 
-FILE is any text; without it, this file's own is learnt, which is too short for more than its spelling.
+FILE is any text file. The default is the text of this file, which is too short for a good model.
 """
 
 import math
@@ -23,7 +23,7 @@ def main(path: Path, updates: int = UPDATES) -> str:
     letters = sorted(set(text))
     ids = torch.tensor([letters.index(letter) for letter in text])
 
-    def memory(size: int) -> LMU:  # a window of ten characters in each of three blocks, one above the other
+    def memory(size: int) -> LMU:  # a window of ten characters in each of the three blocks
         return LMU(size, size, memory_size=size // 2, order=5, theta=10)
 
     model = LanguageModel(
@@ -33,7 +33,7 @@ def main(path: Path, updates: int = UPDATES) -> str:
     for update in range(updates):
         starts = torch.randint(len(ids) - LENGTH, (BATCH, 1))
         window = ids[starts + torch.arange(LENGTH + 1)]
-        loss, _ = model.loss(window[:, :-1], window[:, 1:])  # all steps of all windows at once
+        loss, _ = model.loss(window[:, :-1], window[:, 1:])  # all time steps in parallel
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

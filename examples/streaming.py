@@ -1,4 +1,4 @@
-"""Train an LMU to tell how far back the last pulse was, then run it on a stream, one step at a time."""
+"""Train an LMU to estimate the time since the last pulse, then run it on a stream, step by step."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ WINDOW = 40
 
 
 def pulses(batch: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random pulses (B, T, 1), and at each step the share of the window since the last one (B, T, 1), at most 1."""
+    """Random pulses, and the time since the last one as a fraction of the window: both (B, T, 1)."""
     x = (torch.rand(batch, steps, 1) < 0.03).float()
     since = torch.full((batch, 1), float(WINDOW))
     ages = []
@@ -25,7 +25,7 @@ layer.calibrate(pulses(64, 300)[0])
 optimizer = torch.optim.Adam([*layer.parameters(), *readout.parameters()], lr=5e-3)
 for update in range(301):
     x, age = pulses(32, 200)
-    loss = (readout(layer(x)[0]) - age).square().mean()  # all 200 steps at once
+    loss = (readout(layer(x)[0]) - age).square().mean()  # all 200 steps in parallel
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

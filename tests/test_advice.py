@@ -23,7 +23,7 @@ WRONG = {
     ),
     "tuple": (lambda: tuple(rows), "pad_sequence.*lengths="),
     "list": (lambda: rows, "pad_sequence.*lengths="),
-    "layer's result": (lambda: GILR(3, 3)(x), "give the output, or join layers with legato.Stack"),
+    "layer's result": (lambda: GILR(3, 3)(x), "pass the output, or join layers with legato.Stack"),
     "array": (lambda: x.numpy(), r"torch.as_tensor\(\)"),
     "numbers": (lambda: x.tolist(), r"torch.as_tensor\(\)"),
     "none": (lambda: None, "expected x to be a tensor, got NoneType"),

@@ -444,7 +444,7 @@ def test_wrong_inputs_raise_errors_that_help(case, unchecked):
         ((x, changed(lambda s: s[:-1])), {}, r"expected state.memory of shape \(3, .*use a state of this layer"),
         ((x, changed(lambda s: s[..., :-1])), {}, r"expected state.memory of shape \(3, "),
         ((x, changed(lambda s: s.float())), {}, r"expected state.memory in torch.float64.*convert it"),
-        ((x,), {"lengths": lengths[:-1]}, r"expected lengths of shape \(3,\).*give the number of steps"),
+        ((x,), {"lengths": lengths[:-1]}, r"expected lengths of shape \(3,\).*pass the number of steps"),
         ((x,), {"lengths": lengths + 1}, "expected lengths from 0 to T = 37, got 38 to 38"),
         ((x,), {"lengths": -lengths}, "expected lengths from 0 to T = 37, got -37 to -37"),
         ((x,), {"reset": reset[:, 1:]}, r"reset must be \(batch, time\) = \(3, 37\)"),

@@ -246,7 +246,7 @@ def test_parts_that_do_not_fit_get_a_clear_error():
     embedding = Embedding(VOCABULARY, 8)
     with pytest.raises(ValueError, match="take 8 channels, got 6 and 7"):
         LanguageModel(embedding, lambda size: SRU(6, 7))
-    with pytest.raises(ValueError, match="to give 8, as there is no dense layer"):
+    with pytest.raises(ValueError, match="to return 8, because there is no dense layer"):
         LanguageModel(embedding, lambda size: SRU(8, 7), dense=False)
     with pytest.raises(ValueError, match="an output at every step"):
         LanguageModel(embedding, lambda size: LMU(8, 8, order=2, theta=3, return_sequences=False))
@@ -267,7 +267,7 @@ def test_wrong_arguments_get_a_clear_error():
         model(torch.tensor([[0, 30]]))
     with pytest.raises(ValueError, match="targets from 0 to 29, got 0 to 30"):
         model.score(torch.tensor([[0, 29]]), torch.tensor([[0, 30]]))
-    with pytest.raises(ValueError, match="a tuple of 2 states, one a block, got 1 states"):
+    with pytest.raises(ValueError, match="a tuple of 2 states, one per block, got 1 states"):
         model(text(), model.initial_state(3)[:1])
     with pytest.raises(ValueError, match="lengths from 0 to T = 17"):
         model(text(), lengths=torch.tensor([18, 1, 1]))

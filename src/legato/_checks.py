@@ -1,7 +1,7 @@
-"""Checks of numbers and tensors, for every constructor and function: one message each.
+"""Checks of numbers and tensors for all constructors and functions, each with one error message.
 
-NumPy's numbers, and arrays and tensors of one number without axes, are taken as numbers too. What is returned and
-stored is Python's own, which ``repr``, ``pickle`` and ``torch.load`` handle without NumPy.
+NumPy scalars, and arrays and tensors of shape (), are accepted as numbers. The checks return Python
+numbers, which ``repr``, ``pickle`` and ``torch.load`` handle without NumPy.
 """
 
 import math
@@ -19,7 +19,7 @@ INTEGER_DTYPES = (
 
 
 def whole_number(value: Any, name: str, *, least: int = 0) -> int:
-    """``value`` as an int; TypeError unless it is of an integer type, ValueError unless it is ``least`` or more."""
+    """``value`` as an int; TypeError unless it is an integer, ValueError if below ``least``."""
     number = _python_number(value)
     if not isinstance(number, Integral):
         raise TypeError(f"expected {name} to be an int of at least {least}, got {value!r}")
@@ -29,12 +29,12 @@ def whole_number(value: Any, name: str, *, least: int = 0) -> int:
 
 
 def positive_int(value: Any, name: str) -> int:
-    """``value`` as an int; TypeError unless it is of an integer type, ValueError unless it is 1 or more."""
+    """``value`` as an int; TypeError unless it is an integer, ValueError if below 1."""
     return whole_number(value, name, least=1)
 
 
 def real_number(value: Any, name: str) -> float | int:
-    """``value`` as a float, or as an int where it is one; TypeError unless real, ValueError unless finite."""
+    """``value`` as a float or int; TypeError unless it is real, ValueError unless it is finite."""
     number = _python_number(value)
     if not isinstance(number, Real):
         raise TypeError(f"expected {name} to be a finite number, got {value!r}")
@@ -44,7 +44,7 @@ def real_number(value: Any, name: str) -> float | int:
 
 
 def dropout_rate(value: Any, name: str = "dropout") -> float:
-    """``value`` as a float; TypeError unless it is real, ValueError unless it is from 0 to below 1."""
+    """``value`` as a float; TypeError unless it is real, ValueError unless 0 <= value < 1."""
     number = _python_number(value)
     if not isinstance(number, Real):
         raise TypeError(f"expected {name} from 0 to below 1, got {value!r}: the fraction that is dropped")
@@ -54,7 +54,7 @@ def dropout_rate(value: Any, name: str = "dropout") -> float:
 
 
 def _python_number(value: Any) -> Any:
-    """The number in a scalar of NumPy or torch, anything else as it is; None for a bool, which is no number here."""
+    """The number in a scalar of NumPy or torch; None for a bool; any other value unchanged."""
     if type(value) in (int, float):
         return value
     if getattr(value, "shape", None) == () and hasattr(value, "item") and not getattr(value, "is_meta", False):
@@ -74,15 +74,17 @@ def check_plain(name: str, value: Any) -> None:
     if value.is_nested:
         raise ValueError(
             f"expected {name} as a padded tensor, got a nested one: pad it with torch.nested.to_padded_tensor({name}, "
-            "0.0) and give the number of steps of each row as lengths="
+            "0.0) and pass the number of steps of each row as lengths="
         )
     if value.layout is not torch.strided:
         raise ValueError(f"expected {name} as a dense tensor, got layout {value.layout}: convert it with .to_dense()")
 
 
 def check_numbers(*, real: bool = False, **given: Any) -> None:
-    """Raise TypeError unless the arguments that are not None are tensors of floating or, unless ``real``, complex
-    dtypes."""
+    """Raise TypeError unless all arguments are None or tensors of a floating dtype.
+
+    Complex dtypes are accepted too, unless ``real``.
+    """
     for name, x in given.items():
         if x is None:
             continue
@@ -94,7 +96,7 @@ def check_numbers(*, real: bool = False, **given: Any) -> None:
 
 
 def check_device(name: str, x: Tensor | None, other_name: str, other: Tensor) -> None:
-    """Raise ValueError unless both are on one device."""
+    """Raise ValueError unless both tensors are on the same device."""
     if x is not None and x.device != other.device:
         raise ValueError(
             f"{name} and {other_name} must share a device, got {x.device} and {other.device}: move one with .to()"
@@ -102,8 +104,11 @@ def check_device(name: str, x: Tensor | None, other_name: str, other: Tensor) ->
 
 
 def check_initial_state(state: Tensor | None, axes: str, shape: tuple[int, ...], **inputs: Tensor) -> None:
-    """Raise ValueError unless ``state`` has ``shape``, named by ``axes``, and the device of the first of ``inputs``;
-    TypeError where it is complex and they are real. ``check_numbers`` is called before."""
+    """Raise ValueError unless ``state`` has ``shape`` and the device of the first of ``inputs``.
+
+    ``axes`` names the axes of the shape. Raise TypeError if ``state`` is complex and the inputs are
+    real. Call ``check_numbers`` first.
+    """
     if state is None:
         return
     if tuple(state.shape) != shape:
@@ -127,25 +132,26 @@ def check_reset(reset: Any, name: str, x: Tensor) -> None:
 
 
 def checked_lengths(lengths: Any, x: Tensor) -> Int[Tensor, "B"]:
-    """``lengths`` in int64 on x's device; an error where they are not numbers of steps of the rows of x, (B, T, ...).
+    """``lengths`` in int64 on the device of x (B, T, ...); an error unless they are from 0 to T.
 
-    In 8 bits ``lengths - 1`` would wrap around, and a uint8 index is a mask.
+    int64, because ``lengths - 1`` would overflow in uint8, and torch treats a uint8 index as a
+    mask.
     """
     check_tensor("lengths", lengths)
     batch, steps = x.shape[:2]
     if lengths.dtype not in INTEGER_DTYPES:
         raise TypeError(
             f"expected lengths of shape ({batch},) in an integer dtype, got {tuple(lengths.shape)} in {lengths.dtype}: "
-            "give the number of steps of each row"
+            "pass the number of steps of each row"
         )
     if lengths.shape != (batch,):
         raise ValueError(
-            f"expected lengths of shape ({batch},), got {tuple(lengths.shape)}: give the number of steps of each row"
+            f"expected lengths of shape ({batch},), got {tuple(lengths.shape)}: pass the number of steps of each row"
         )
     if lengths.device != x.device and lengths.device.type != "cpu":
         raise ValueError(f"expected lengths on {x.device} or the CPU, got {lengths.device}: move it with .to()")
     lengths = lengths.to(torch.int64)
-    # Compiled, fake and meta tensors have no values to look at; lengths beyond T then count as T.
+    # Compiled, fake and meta tensors have no values to check; lengths above T then act as T.
     if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.is_meta or lengths.numel() == 0:
         return lengths.to(x.device)
     low, high = (int(v) for v in torch.aminmax(torch.func.debug_unwrap(lengths)))  # the plain tensor under vmap
@@ -157,19 +163,19 @@ def checked_lengths(lengths: Any, x: Tensor) -> Int[Tensor, "B"]:
 
 
 def check_floating(name: str, x: Tensor) -> None:
-    """Raise TypeError unless the numbers of x are real and floating."""
+    """Raise TypeError unless x has a real floating dtype."""
     if not x.is_floating_point():
         raise TypeError(f"expected {name} to be floating, got {x.dtype}: convert it with .to()")
 
 
 def as_tensor_advice(value: Any, *, lengths: bool = True) -> str:
-    """How a tensor is made of ``value``; ``lengths`` where the function that got it has such an argument."""
-    then = ", and give lengths=lengths" if lengths else ""
+    """How to convert ``value`` to a tensor; ``lengths``: the called function has that argument."""
+    then = ", and pass lengths=lengths" if lengths else ""
     if isinstance(value, PackedSequence):
         return "unpack it with x, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)" + then
     if isinstance(value, tuple | list) and value and all(isinstance(part, Tensor) for part in value):
         rows = "pad rows of several lengths with torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)"
-        return rows + (", and give the number of steps of each as lengths=" if lengths else "")
+        return rows + (", and pass the number of steps of each as lengths=" if lengths else "")
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor):
-        return "it seems to be the (output, state) of a layer: give the output, or join layers with legato.Stack"
+        return "it seems to be the (output, state) of a layer: pass the output, or join layers with legato.Stack"
     return "wrap it with torch.as_tensor()"

@@ -1,4 +1,4 @@
-"""The precision of recurrences: the dtype of what they carry from step to step, and a context without autocast."""
+"""The precision of recurrences: the dtype of the state, and a context without autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,19 +8,23 @@ from legato._shapes import Tensor
 
 
 def carry_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 or wider, complex where ``dtype`` is: of states, sums and logarithms for tensors of ``dtype``."""
+    """The dtype of states, sums and logarithms for tensors of ``dtype``: float32 or wider.
+
+    Complex if ``dtype`` is complex.
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
 def real_carry_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 or float64: of the real matrices that multiply tensors of ``dtype``."""
+    """The dtype of real matrices that multiply tensors of ``dtype``: float32 or float64."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """The context in which products of tensors like ``x`` keep their dtype; the meta device knows no autocast.
+    """A context that disables autocast on the device of ``x``; the meta device has no autocast.
 
-    An exported graph keeps it, whether autocast was on or off: the program may run under either.
+    A compiled or exported graph always contains the context, because it may run under autocast
+    later.
     """
     if x.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)):
         return nullcontext()

@@ -1,4 +1,4 @@
-"""What a measured result depends on besides its configuration: the machine, the versions, the commit."""
+"""The environment of a measured result: the machine, the package versions, the commit."""
 
 import os
 import platform
@@ -33,17 +33,17 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in GiB: on a GPU what PyTorch took there."""
+    """The peak memory of this process so far, in GiB; with a GPU, that of PyTorch's allocator."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
+    import resource  # not available on Windows
 
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on the device without swapping; None where the system does not say."""
+    """Available memory of the device in bytes, without swapping; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
@@ -53,7 +53,7 @@ def free_memory(device: torch.device) -> int | None:
 
 @cache
 def commit() -> str | None:
-    """The commit of this source tree, "-dirty" after it where code differs; None where there is no source tree."""
+    """The commit of this source tree, with "-dirty" if code differs; None without a source tree."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:

@@ -1,4 +1,4 @@
-"""What a gated unit computes, apart from its tensors: read by layers, by ``ops/gated.py`` and by its kernel."""
+"""The options of a gated unit, used by the gated layers, ``ops/gated.py`` and its kernel."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ class GateSpec:
         ValueError: fields that exclude each other.
     """
 
-    #: The blocks of C rows of z, in their order: "forget" and "candidate"; "write", without which w_t = 1 - f_t;
-    #: "output", without which h_t = c_t; "skip", without which skip_t = 0.
+    #: The blocks of C rows of z, in order: "forget" and "candidate"; "write", without which
+    #: w_t = 1 - f_t; "output", without which h_t = c_t; "skip", without which skip_t = 0.
     blocks: tuple[str, ...]
     #: Whether g is tanh; else g is the identity.
     candidate_tanh: bool = False
-    #: Whether c_{t-1} is returned in place of c_t, zero where the state was reset.
+    #: Whether c_{t-1} is returned in place of c_t; it is zero at a reset.
     delayed: bool = False
-    #: Whether skip_t is the first input, which then has C channels.
+    #: Whether skip_t is the first input, which must have C channels.
     skips_input: bool = False
 
     def __post_init__(self):
@@ -31,5 +31,5 @@ class GateSpec:
             raise ValueError("skips_input=True cannot be combined with a 'skip' block: drop one of them")
 
 
-# A layer holds one: torch.load(weights_only=True) then needs no more than the class of the layer.
+# Layers have a GateSpec as an attribute, so torch.load(weights_only=True) must accept the class.
 torch.serialization.add_safe_globals([GateSpec])

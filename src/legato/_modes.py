@@ -8,10 +8,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """``eval`` mode inside; afterwards, or after an error, every sub-module is in the mode in which it was.
+    """A context in ``eval`` mode; on exit every sub-module gets its previous mode, also on an error.
 
-    ``module.train(mode)`` would give one mode to all of them, and a part that was put in ``eval`` mode by hand, such as
-    an encoder that is not trained, would have its dropout again.
+    ``module.train(mode)`` would set all sub-modules to one mode, and would switch dropout on again
+    in a sub-module that the user has set to ``eval`` mode, such as a fixed encoder.
     """
     before = [(part, part.training) for module in modules for part in module.modules()]
     try:
@@ -19,9 +19,10 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             module.eval()
         yield
     finally:
-        # By train(), which modules may override, from the outermost inwards: it sets all that lies inside.
+        # By train(), which modules may override; the outermost first, because it also sets its
+        # children.
         for part, training in before:
             if part.training != training:
                 part.train(training)
-        for part, training in before:  # what lies inside two of them
+        for part, training in before:  # sub-modules that an outer train() has changed
             part.training = training

@@ -1,4 +1,4 @@
-"""The shape alphabet, in one place, for every signature of the library.
+"""The shape alphabet for the signatures of the library.
 
     B batch     T time     C channels     N order of a memory     *channels any number of axes
 

@@ -1,4 +1,4 @@
-"""Decisions that follow from values: where values may be examined, and what is decided by them."""
+"""Conditions on the values of tensors, and where values may be read."""
 
 import cmath
 
@@ -11,10 +11,11 @@ from legato._shapes import Tensor
 
 
 def examinable(x: Tensor) -> bool:
-    """Whether the values of x may decide what is computed.
+    """Whether the values of x may be read to choose between computations.
 
-    Not on a GPU, where reading one waits for all work before it, unless anomaly detection is on; and not where no
-    values exist or one decision is not right for all: in compiled, exported and traced code and in mapped tensors.
+    False on a GPU, unless anomaly detection is on, because a read waits for all earlier work. False
+    also in compiled, exported and traced code, which has no values, and for mapped tensors, for
+    which one choice may not be correct for all.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) not in (torch.Tensor, Parameter):
         return False
@@ -27,7 +28,7 @@ def examinable(x: Tensor) -> bool:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Whether x has a hidden axis that ``torch.vmap`` maps over, inside or outside other transforms; not compiled."""
+    """Whether ``torch.vmap`` maps over an axis of x, also in other transforms; False if compiled."""
     while not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x):
             return True
@@ -36,12 +37,12 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x has no NaN and no infinity: one pass, and a second where the sum of its values overflows."""
+    """Whether x has no NaN and no infinity: one pass, and a second one if the sum overflows."""
     x = x.detach()
     return cmath.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 def in_range(x: Tensor) -> bool:
-    """Whether the squares of the values of x add up to a finite number, so that no product of them overflows."""
+    """Whether the sum of the squares of x is finite, so that no product of two values overflows."""
     x = x.detach().reshape(-1)
     return cmath.isfinite(torch.vdot(x, x).item())

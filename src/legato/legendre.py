@@ -1,7 +1,8 @@
-"""The delay network: the linear system whose state holds the last theta steps of its input as Legendre coefficients.
+"""The delay network: a linear system whose state is the Legendre coefficients of its recent input.
 
-Here are its two matrices, how they become a recurrence in whole steps, and what its state says about the past.
-The recurrence itself is run by ``legato.ops.time_invariant``; the derivation is in ``docs/maths/delay-network.md``.
+This module computes its matrices A and B, their discretisation in time steps, and the decoder of
+the state. ``legato.ops.time_invariant`` computes the recurrence; the derivation is in
+``docs/maths/delay-network.md``.
 """
 
 import difflib
@@ -21,29 +22,32 @@ from legato._checks import positive_int
 def delay_network(
     order: int, theta: float | int | Tensor | np.ndarray, *, discretizer: str = "zoh"
 ) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
-    """m_t = A m_{t-1} + B u_t, such that u_{t - r theta} is about sum_i P_i(2r - 1) m_t[i] for r in [0, 1].
+    """m_t = A m_{t-1} + B u_t, such that u_{t - r theta} ~ sum_i P_i(2r - 1) m_t[i], r in [0, 1].
 
     Args:
-        order: N, the number of Legendre coefficients kept, 1 or more.
-        theta: length of the window in steps, 1 or more. A number, or a float tensor or NumPy array of shape () or (C,):
-            one window per channel. The result is differentiable in a tensor.
-        discretizer: how the continuous system becomes steps of one unit. "zoh" (the input is held for a step; exact,
-            the paper's choice), "bilinear" (Tustin) or "euler" (forward; unstable when theta is short for the order).
+        order: N, the number of Legendre coefficients, 1 or more.
+        theta: length of the window in steps, 1 or more. A number, or a float tensor or NumPy array
+            of shape () or (C,), with one window per channel. The result is differentiable in a
+            tensor.
+        discretizer: the discretisation of the continuous system with a step of one unit. "zoh"
+            (input constant during a step; exact, the paper's choice), "bilinear" (Tustin) or
+            "euler" (forward; unstable if theta is too short for the order).
 
     Returns:
-        A (N, N) and B (N,) in float64, on the device of theta, for a number torch's default device; with a leading C
-        axis when theta is (C,).
+        A (N, N) and B (N,) in float64, on the device of theta, or on torch's default device if
+        theta is a number; with a leading axis C if theta is (C,).
 
     Raises:
-        ValueError: order or theta out of range, unknown discretizer, an Euler system that would grow without bound.
-            Under ``torch.compile`` the values in a theta tensor are not looked at.
+        ValueError: order or theta out of range, unknown discretizer, or an unstable Euler system.
+            Under ``torch.compile`` the values of a theta tensor are not checked.
 
     Example:
         >>> A, B = delay_network(6, theta=100)
         >>> A.shape, B.shape
         (torch.Size([6, 6]), torch.Size([6]))
 
-    Source: Voelker, Kajic & Eliasmith 2019; Chilkuri & Eliasmith 2021, who hold the input for a step (zoh).
+    Source: Voelker, Kajic & Eliasmith 2019; Chilkuri & Eliasmith 2021, who use the zero-order hold
+    ("zoh").
     """
     order = positive_int(order, "order")
     theta = _checked_theta(order, theta, discretizer)[..., None, None]
@@ -52,17 +56,19 @@ def delay_network(
 
 
 def window_decoder(order: int, points: int) -> Float[Tensor, "points N"]:
-    """D[k, i] = P_i(2 r_k - 1), so that D @ m_t is the window at r_k = k / (points - 1): row 0 now, the last theta ago.
+    """D[k, i] = P_i(2 r_k - 1), r_k = k / (points - 1): D @ m_t approximates u_{t - r_k theta}.
 
     Args:
         order: N, the order of the memory, 1 or more.
-        points: how many places in the window to read, evenly spaced from now back to theta steps ago, 1 or more.
+        points: number of points in the window, evenly spaced from now (row 0) to theta steps ago
+            (the last row), 1 or more.
 
     Returns:
         (points, N) in float64, on torch's default device.
 
     Raises:
-        ValueError: order or points is not a whole number of 1 or more.
+        TypeError: order or points is not an integer.
+        ValueError: order or points is below 1.
 
     Example:
         >>> window_decoder(3, 2)
@@ -88,13 +94,15 @@ def _generator(order: int, device: torch.device | None = None) -> Float[Tensor, 
     return ((2 * i + 1) * ab).double()
 
 
-# Each takes [A, B] of dm/dt = A m + B u, (*channels, N, N + 1), and gives A and B of one step of unit length.
+# Discretisers: from [A, B] of dm/dt = A m + B u, (*channels, N, N + 1), to A and B of a unit time
+# step.
 
 
 def _zoh(generator: Tensor) -> tuple[Tensor, Tensor]:
-    # exp [[A, B], [0, 0]] = [[exp A, A^-1 (exp A - I) B], [0, 1]]: no division by A, which is ill-conditioned.
-    grown = _exponential_less_one(torch.nn.functional.pad(generator, (0, 0, 0, 1)))
-    A, B = grown[..., :-1, :-1], grown[..., :-1, -1]
+    # exp [[A, B], [0, 0]] = [[exp A, A^-1 (exp A - I) B], [0, 1]] avoids the inverse of A, which is
+    # ill-conditioned.
+    exponential = _exponential_less_one(torch.nn.functional.pad(generator, (0, 0, 0, 1)))
+    A, B = exponential[..., :-1, :-1], exponential[..., :-1, -1]
     return A + _identity(A), B
 
 
@@ -105,17 +113,18 @@ def _euler(generator: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bilinear(generator: Tensor) -> tuple[Tensor, Tensor]:
     A, B = generator[..., :-1] / 2, generator[..., -1:]
-    stepped = torch.linalg.solve(_identity(A) - A, torch.cat([_identity(A) + A, B], dim=-1))
-    return stepped[..., :-1].clone(), stepped[..., -1].clone()  # neither holds the other's memory
+    solution = torch.linalg.solve(_identity(A) - A, torch.cat([_identity(A) + A, B], dim=-1))
+    return solution[..., :-1].clone(), solution[..., -1].clone()  # A and B own their storage
 
 
 def _exponential_less_one(X: Tensor) -> Tensor:
-    """exp(X) - I for a generator X of a window of 1 step or more: Taylor to the 16th power, then squarings.
+    """exp(X) - I of a generator X with theta >= 1: Taylor series to X^16, then squarings.
 
-    ``torch.matrix_exp`` errs by 3e-11 here, and its backward takes a matrix of twice the size.
+    ``torch.matrix_exp`` has an error of 3e-11 here, and its backward pass needs a matrix of twice
+    the size.
     """
-    # The columns of the generator sum to at most N^2 / theta in size, so this halves every theta's to 1/2 or less,
-    # without a look at its value. Squaring exp - I, not exp, keeps its digits however often it is done.
+    # The 1-norm of the generator is at most N^2 / theta, so for all theta of 1 or more, these
+    # halvings reduce it to 1/2 or less. Squaring exp - I, not exp, avoids the loss of digits.
     halvings = math.ceil(math.log2(2 * X.shape[-1] ** 2))
     X = X / 2**halvings
     X2 = X @ X
@@ -136,7 +145,7 @@ def _identity(A: Tensor) -> Tensor:
 
 
 def _checked_theta(order: int, theta: Any, discretizer: Any) -> Float[Tensor, "*channels"]:
-    """theta as a tensor in float64, of which delay networks exist."""
+    """theta as a float64 tensor, checked against order and discretizer."""
     if discretizer not in _DISCRETIZERS:
         nearest = difflib.get_close_matches(str(discretizer), _DISCRETIZERS, n=1, cutoff=0)
         raise ValueError(
@@ -150,7 +159,8 @@ def _checked_theta(order: int, theta: Any, discretizer: Any) -> Float[Tensor, "*
                 f"theta must be a number or a float tensor of shape () or (C,), got {theta.dtype} of shape "
                 f"{tuple(theta.shape)}"
             )
-        # Reading values would break a compiled graph; under vmap the plain tensor below the batch is read.
+        # Reading values would break a compiled graph; under vmap, the values of the plain tensor
+        # are read.
         if torch.compiler.is_compiling() or theta.is_meta or theta.numel() == 0:
             return theta.double()
         shortest, longest = (float(end) for end in torch.func.debug_unwrap(theta.detach()).aminmax())
@@ -161,18 +171,18 @@ def _checked_theta(order: int, theta: Any, discretizer: Any) -> Float[Tensor, "*
     if not (math.isfinite(shortest) and math.isfinite(longest)):
         raise ValueError(f"theta must be finite, got {shortest}")
     if shortest < 1:
-        raise ValueError(f"theta must be 1 step or more, got {shortest}: give it in steps, not in seconds")
+        raise ValueError(f"theta must be 1 step or more, got {shortest}: pass it in steps, not in seconds")
     if discretizer == "euler" and shortest < _least_euler_theta(order):
         raise ValueError(
             f"order {order} with the Euler discretizer is stable from theta = {_least_euler_theta(order):.6g}, got "
-            f'{shortest}: use discretizer="zoh", stable at any theta'
+            f'{shortest}: use discretizer="zoh", which is stable for every theta'
         )
-    # as_tensor would move a tensor to the default device.
+    # Not as_tensor, which would move a tensor to the default device.
     return theta.double() if isinstance(theta, Tensor) else torch.tensor(theta, dtype=torch.float64)
 
 
 @lru_cache(maxsize=128)
 def _least_euler_theta(order: int) -> float:
-    """The least theta at which |1 + z / theta| <= 1 for every eigenvalue z of the delay network."""
+    """The smallest theta with |1 + z / theta| <= 1 for every eigenvalue z of the delay network."""
     z = torch.linalg.eigvals(_generator(order, torch.device("cpu"))[:, :-1])
     return float((z.abs() ** 2 / (-2 * z.real)).max())

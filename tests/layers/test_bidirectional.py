@@ -214,7 +214,7 @@ def test_a_compiled_layer_equals_the_layer(dynamic):
 def test_a_step_raises_an_error_that_says_what_to_do():
     layer = Bidirectional(GILR(3, 4), GILR(3, 4))
     with pytest.raises(
-        RuntimeError, match=r"got a bidirectional Bidirectional: a stream has no future.*forward layers"
+        RuntimeError, match=r"got a bidirectional Bidirectional: step\(\) is not available.*forward layers"
     ):
         layer.step(torch.randn(2, 3), layer.initial_state(2))
 
@@ -223,7 +223,7 @@ def test_a_step_raises_an_error_that_says_what_to_do():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Bidirectional(GILR, GILR), "expected forward to be a RecurrentLayer, got type: give a layer"),
+        (lambda: Bidirectional(GILR, GILR), "expected forward to be a RecurrentLayer, got type: pass a layer"),
         (lambda: Bidirectional(GILR(3, 4), nn.LSTM(3, 4)), "expected backward to be a RecurrentLayer, got LSTM"),
         (lambda: Bidirectional(GILR(3, 4), GILR(2, 4)), "with one input_size, got 3 and 2"),
         (

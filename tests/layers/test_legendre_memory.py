@@ -86,11 +86,11 @@ def test_the_scale_is_saved_with_the_weights():
 def test_calibration_refuses_what_does_not_vary():
     layer = LegendreMemory(2, 4, 10)
     u = torch.randn(2, 50, 2)
-    with pytest.raises(ValueError, match=r"expected at least 4 steps to calibrate order 4, got 2: give more"):
+    with pytest.raises(ValueError, match=r"4 steps to calibrate order 4, got 2: pass a longer input"):
         layer.calibrate(u[:1, :2])
-    with pytest.raises(ValueError, match=r"standard deviation of 0 in channel 1, order 0: give finite input"):
+    with pytest.raises(ValueError, match=r"standard deviation of 0 in channel 1, order 0: pass finite input"):
         layer.calibrate(torch.stack([u[..., 0], torch.zeros(2, 50)], dim=-1))
-    with pytest.raises(ValueError, match="give finite input"):
+    with pytest.raises(ValueError, match="pass finite input"):
         layer.calibrate(u.fill_(torch.nan))
     assert torch.equal(layer.scale, torch.ones(2, 4))
 

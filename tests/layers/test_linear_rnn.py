@@ -127,7 +127,7 @@ def test_gates_that_do_not_fit_raise():
 
 @pytest.mark.bad_input
 def test_a_layer_without_gates_raises():
-    with pytest.raises(TypeError, match=r"expected gates, got None: give a function of x .* or define it in a class"):
+    with pytest.raises(TypeError, match=r"got None: pass a function of x .* or define gates\(\) in a subclass"):
         LinearRNN(2, 4)
     with pytest.raises(ValueError, match="expected hidden_size to be an int of at least 1, got 0"):
         LinearRNN(2, 0, Mixed(2, 4))

@@ -23,7 +23,7 @@ def assert_agrees(found, run, *tensors, steps):
 @pytest.fixture
 def small_segments(monkeypatch):
     """Segments of the least length, 32 steps, so that short inputs have several."""
-    monkeypatch.setattr(lmu, "WHOLE_BYTES", 1)
+    monkeypatch.setattr(lmu, "MAX_STORED_BYTES", 1)
     monkeypatch.setattr(lmu, "SEGMENT_BYTES", 1)
 
 

@@ -87,7 +87,7 @@ def test_what_it_cannot_be_built_of_raises():
         with pytest.raises(ValueError, match="expected 0 <= r_min <= r_max <= 1, with r_min < 1 and r_max > 0, got"):
             LRU(3, 4, r_min=r_min, r_max=r_max)
     for max_phase in (0.0, -1.0):
-        with pytest.raises(ValueError, match="expected max_phase above 0 radians a step"):
+        with pytest.raises(ValueError, match="expected max_phase above 0 radians per step"):
             LRU(3, 4, max_phase=max_phase)
     for name, value in (("r_min", math.nan), ("max_phase", math.inf), ("max_phase", math.nan)):
         with pytest.raises(ValueError, match=f"expected {name} to be a finite number, got"):

@@ -212,7 +212,7 @@ def test_a_layer_that_reads_from_the_end_is_refused(layer, steps, recompute):
 def test_a_layer_that_gives_its_last_output_only_is_refused():
     layer = LMU(3, 4, order=4, theta=6, return_sequences=False)
     for refused in (layer, Stack(GILR(3, 3), layer)):
-        with pytest.raises(ValueError, match="return_sequences=True and last_only=True"):
+        with pytest.raises(ValueError, match="return_sequences=True and pass last_only=True"):
             in_segments(refused, torch.randn(2, 20, 3), steps=5, last_only=True)
 
 

@@ -125,7 +125,7 @@ def test_step_of_a_bidirectional_layer_raises():
 
     stack = Stack(GILR(3, 4), Bidirectional(GILR(4, 2), GILR(4, 3)), GILR(5, 2))
     stack.layers[0].step = fail
-    with pytest.raises(RuntimeError, match="got a bidirectional Stack: a stream has no future to read"):
+    with pytest.raises(RuntimeError, match=r"got a bidirectional Stack: step\(\) is not available"):
         stack.step(torch.randn(2, 3), stack.initial_state(2))
     with pytest.raises(RuntimeError, match="got a bidirectional Stack"):
         Stack(stack, GILR(2, 2)).step(torch.randn(2, 3), ())
@@ -175,13 +175,13 @@ def test_a_wrong_state_gets_a_clear_error():
     stack, x = Stack(GILR(3, 4), GILR(4, 5)), torch.randn(2, 7, 3)
     state = stack.initial_state(2)
     for wrong, got in ((state[0], type(state[0]).__name__), (state[:1], "1 states"), ({}, "dict")):
-        message = f"expected a tuple of 2 states, one a layer, got {got}: use initial_state"
+        message = f"expected a tuple of 2 states, one per layer, got {got}: use initial_state"
         error = ValueError if got == "1 states" else TypeError
         with pytest.raises(error, match=message):
             stack(x, wrong)
         with pytest.raises(error, match=message):
             stack.step(x[:, 0], wrong)
-    with pytest.raises(TypeError, match="expected a tuple of 2 states, one a layer, got NoneType"):
+    with pytest.raises(TypeError, match="expected a tuple of 2 states, one per layer, got NoneType"):
         stack.step(x[:, 0], None)
     with pytest.raises(ValueError, match=r"expected state.memory of shape \(2, 4\), got \(2, 5\)"):
         stack(x, state[::-1])

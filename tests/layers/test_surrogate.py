@@ -166,21 +166,21 @@ class OwnLSTM(nn.LSTMCell):
         (
             nn.LSTMCell(3, 5),
             GILR(3, 4),
-            "a cell of hidden_size 4, the channels that the surrogate gives, .* of 5",
+            "a cell of hidden_size 4, the channels that the surrogate returns, .* of 5",
         ),
         (nn.GRUCell(2, 4), GILR(3, 4), "a cell of input_size 3, the channels that the surrogate takes, .* of 2: make"),
-        (nn.LSTMCell, GILR(3, 4), "expected cell to be one step, got the class LSTMCell: give a cell such as"),
-        (nn.LSTM(3, 4), GILR(3, 4), "expected cell to be one step, got LSTM: give a cell such as"),
-        (GILR(3, 4), GILR(3, 4), "expected cell to be one step, got GILR"),
-        ("lstm", GILR(3, 4), "expected cell to be one step, got str"),
+        (nn.LSTMCell, GILR(3, 4), "expected cell to compute one step, got the class LSTMCell: pass a cell such as"),
+        (nn.LSTM(3, 4), GILR(3, 4), "expected cell to compute one step, got LSTM: pass a cell such as"),
+        (GILR(3, 4), GILR(3, 4), "expected cell to compute one step, got GILR"),
+        ("lstm", GILR(3, 4), "expected cell to compute one step, got str"),
         (OwnLSTM(3, 4), GILR(3, 4), "got a OwnLSTM with a forward of its own"),
         (
             nn.GRUCell(3, 4, dtype=torch.float64),
             GILR(3, 4),
             "expected a cell in torch.float32 on cpu like the surrogate, got a GRUCell in torch.float64 on cpu",
         ),
-        (nn.GRUCell(3, 4), nn.GRU(3, 4), "expected surrogate to be a RecurrentLayer, got GRU: give a layer"),
-        (nn.GRUCell(3, 4), GILR, "expected surrogate to be a RecurrentLayer, got type: give a layer"),
+        (nn.GRUCell(3, 4), nn.GRU(3, 4), "expected surrogate to be a RecurrentLayer, got GRU: pass a layer"),
+        (nn.GRUCell(3, 4), GILR, "expected surrogate to be a RecurrentLayer, got type: pass a layer"),
         (
             nn.GRUCell(3, 4),
             Bidirectional(GILR(3, 2), GILR(3, 2)),
@@ -189,7 +189,7 @@ class OwnLSTM(nn.LSTMCell):
         (
             nn.GRUCell(3, 4),
             LMU(3, 4, order=4, theta=5.0, return_sequences=False),
-            "expected a surrogate that gives every s_t, got a LMU .* build it with return_sequences=True",
+            "expected a surrogate that returns every s_t, got a LMU .* build it with return_sequences=True",
         ),
         (nn.GRUCell(3, 12), LegendreMemory(3, 4, 5.0), r"got a LegendreMemory whose output_size is \(3, 4\)"),
     ],
@@ -213,6 +213,6 @@ def test_a_function_that_gives_something_else_gets_a_clear_error(cell, got):
     layer = LinearSurrogate(cell, GILR(3, 4))
     with pytest.raises(
         ValueError if "shape" in got else TypeError,
-        match=rf"cell to give s_t as a tensor of shape \(18, 4\).*got {got}: make",
+        match=rf"cell to return s_t as a tensor of shape \(18, 4\).*got {got}: make",
     ):
         layer(torch.randn(2, 9, 3))

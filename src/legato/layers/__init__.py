@@ -1,4 +1,4 @@
-"""Layers of one contract, ``layer(x, state) -> (output, state)``: ``RecurrentLayer`` in ``base.py`` states it."""
+"""The layers, all called as ``layer(x, state) -> (output, state)``; see ``base.py``."""
 
 from legato.layers.base import RecurrentLayer
 from legato.layers.bidirectional import Bidirectional

@@ -1,4 +1,4 @@
-"""When a layer may leave the plain path: read a child's weights in place of calling it, cache, recompute."""
+"""Conditions for faster paths: use of a child's weights without a call, caches, recomputation."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def can_be_read(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` computes what ``kind`` computes from its own weights; True for None.
+    """Whether ``module(x)`` is ``kind.forward`` applied to its own weights; True for None.
 
-    It does not where the module was replaced (adapters, quantisation), parametrised, pruned, hooked, compiled, given
-    another forward, or where its weights are tensors of another class.
+    False if the module was replaced (adapters, quantisation), parametrised, pruned, hooked,
+    compiled or given another forward, or if its weights are instances of a tensor subclass.
     """
     if module is None:
         return True
@@ -27,7 +27,7 @@ def can_be_read(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 
 def floating_weight(linear: nn.Module) -> Tensor | None:
-    """The weight of ``linear``, for its dtype and device; where it was replaced, any floating parameter it has."""
+    """The weight of ``linear``, for its dtype and device; if replaced, any floating parameter."""
     weight = linear._parameters.get("weight")
     if weight is not None and weight.is_floating_point():
         return weight
@@ -35,8 +35,11 @@ def floating_weight(linear: nn.Module) -> Tensor | None:
 
 
 def transforms_are_active() -> bool:
-    """Whether a compiler, a ``torch.func`` transform or forward mode is at work: tensors may have no values, and
-    autograd Functions of ours would hide what they compute from it."""
+    """Whether a compiler, a ``torch.func`` transform or forward mode is active.
+
+    Tensors may then have no values, and our autograd Functions would hide their computation from
+    it.
+    """
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )

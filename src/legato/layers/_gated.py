@@ -1,7 +1,7 @@
-"""What gated layers share: all gates from one matrix product, and ``gated_unit``.
+"""The base class of the gated layers: one matrix product for all gates, then ``gated_unit``.
 
-A member names the blocks of rows of its weight in a ``GateSpec`` and the initial biases; ``strongly_typed.py`` is the
-shortest. Next: ``ops/gated.py``, the recurrence.
+A subclass gives a ``GateSpec``, which names the blocks of rows of its weight, and the initial
+biases; ``strongly_typed.py`` is the shortest. Next: ``ops/gated.py``, the recurrence.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from legato._checks import positive_int
 from legato._gate_spec import GateSpec
 from legato._shapes import Float, Tensor
 from legato.layers._states import StateT
-from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, full_parameter
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
@@ -29,11 +29,11 @@ class GatedLayer(RecurrentLayer[StateT]):
     output_t = o_t activation(c_t) + (1 - o_t) skip_t.
 
     Args:
-        input_size, hidden_size, device, dtype: as of every layer.
-        spec: the blocks of ``hidden_size`` rows of the weight from the top, g and skip_t. Without an output gate among
-            the blocks, output_t = c_t.
-        biases: initial values, of as many blocks from the top; the blocks after them have none.
-        taps: how many inputs enter the gates at each step.
+        input_size, hidden_size, device, dtype: as for every layer.
+        spec: the blocks of ``hidden_size`` rows of the weight, in order, and the choice of g and
+            skip_t. Without an output gate among the blocks, output_t = c_t.
+        biases: initial values of the biases of the first blocks; the other blocks have no bias.
+        taps: how many inputs the gates read at each step.
     """
 
     #: Applied to the state before the output gate; a name or a callable.
@@ -61,15 +61,15 @@ class GatedLayer(RecurrentLayer[StateT]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew and set the biases to their initial values."""
-        with whole(self.weight) as weight, whole(self.bias) as bias:
+        """Initialise the weights again and set the biases to their initial values."""
+        with full_parameter(self.weight) as weight, full_parameter(self.bias) as bias:
             for block in weight.split(self.hidden_size):
                 self._draw(block)
             for block, value in zip(bias.split(self.hidden_size), self.biases, strict=True):
                 block.fill_(value)
 
     def _draw(self, block: Tensor) -> None:
-        """The initial values of a block of the weight: uniform, of variance 1 / columns."""
+        """Initialise a block of the weight: uniform, with variance 1 / columns."""
         bound = (3 / block.shape[1]) ** 0.5
         nn.init.uniform_(block, -bound, bound)
 
@@ -83,19 +83,19 @@ class GatedLayer(RecurrentLayer[StateT]):
         initial = None if state is None else state[0]
         activation = activation_function(self.activation)
         output, states, final = gated_unit(
-            (x,), (self.weight,), self._whole_bias(), self.spec, initial, activation=activation, reset=reset
+            (x,), (self.weight,), self._padded_bias(), self.spec, initial, activation=activation, reset=reset
         )
         return output.to(x.dtype), self.State(states), self.State(final)
 
     def _step(self, x_t, state):
         activation = activation_function(self.activation)
         output, memory = gated_unit_step(
-            (x_t,), (self.weight,), self._whole_bias(), self.spec, state[0], activation=activation
+            (x_t,), (self.weight,), self._padded_bias(), self.spec, state[0], activation=activation
         )
         return output.to(x_t.dtype), self.State(memory)
 
-    def _whole_bias(self) -> Tensor:
-        """The bias with zeros for the blocks that have none."""
+    def _padded_bias(self) -> Tensor:
+        """The bias, with zeros for the blocks that have none."""
         missing = len(self.spec.blocks) - len(self.biases)
         return F.pad(self.bias, (0, missing * self.hidden_size)) if missing else self.bias
 

@@ -1,4 +1,4 @@
-"""What ``repr`` prints of a module: the arguments of its constructor."""
+"""The text of ``repr`` for a module: its constructor arguments."""
 
 import inspect
 from typing import Any
@@ -12,9 +12,9 @@ def constructor_arguments(module: nn.Module, values: dict[str, Any], named: tupl
     """The positional arguments of ``type(module)``, then the options that differ from their defaults.
 
     Args:
-        module: its attributes are the values of the arguments of the same name.
-        values: other values by the name of the argument.
-        named: positional arguments that are printed with their names.
+        module: its attributes give the values of the arguments of the same name.
+        values: values of other arguments, by name.
+        named: positional arguments to print with their names.
     """
     parts = []
     for parameter in inspect.signature(type(module).__init__).parameters.values():
@@ -23,7 +23,7 @@ def constructor_arguments(module: nn.Module, values: dict[str, Any], named: tupl
             continue
         value = values[name] if name in values else getattr(module, name, default)
         if isinstance(value, Tensor | nn.Module) or inspect.ismethod(value) or value is inspect.Parameter.empty:
-            continue  # parameters and sub-modules are not arguments that fit into a line
+            continue  # parameters and sub-modules would not fit on one line
         if default is not inspect.Parameter.empty and value == default:
             continue
         text = _text(value)

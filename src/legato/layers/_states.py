@@ -1,4 +1,4 @@
-"""States as values: each tensor owns its storage, and files, pickles and exported programs know their classes."""
+"""State values that own their storage, and their registration with pickle and torch.export."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from legato._shapes import Tensor
 
-#: A state: a NamedTuple of tensors, or a tuple of states where layers are combined.
+#: A state: a NamedTuple of tensors, or a tuple of states for combined layers.
 StateT = TypeVar("StateT", bound=tuple[Any, ...])
 StateClass = TypeVar("StateClass")
 
@@ -17,9 +17,9 @@ _is_alias_of: Callable[[Tensor, Tensor], bool] = vars(torch._C)["_is_alias_of"]
 
 
 def register_state(state_class: StateClass) -> StateClass:
-    """Let ``torch.load``, with its default weights_only=True, and ``torch.export.save`` know a NamedTuple of tensors.
+    """Register a NamedTuple of tensors with ``torch.load(weights_only=True)`` and ``torch.export``.
 
-    A decorator. The class that a layer has as its ``State`` is registered with the layer.
+    A decorator. The ``State`` of a layer class is registered when the layer class is defined.
     """
     named: Any = state_class
     if isinstance(named, type) and issubclass(named, tuple) and hasattr(named, "_fields"):
@@ -31,13 +31,16 @@ def register_state(state_class: StateClass) -> StateClass:
 
 
 def own_storage(output: Tensor, state: StateT, given: Iterable[Any]) -> tuple[Tensor, StateT]:
-    """``output`` and ``state`` without storage in common: not with each other, nor among the tensors of the state, nor
-    with the tensors, states of them and None in ``given``.
+    """``output`` and ``state``, copied where they share storage.
 
-    What shares is copied. So is a part of a larger array, which would be held in memory as long as the state is, and a
-    state with a gradient: its user may write to it, and the backward may need it as it was.
+    Afterwards ``output`` and the tensors of ``state`` share storage neither with each other nor
+    with ``given`` (tensors, states and None). Views of a larger array are copied too, because they
+    would prevent the array from being freed as long as the state exists. So are state tensors that
+    require a gradient: the user may write to the state, and the backward pass may need its old
+    values.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # there, storage cannot be read
+    # In compiled and transformed code, storage cannot be inspected.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return output, _copied(state)
     others: list[Tensor] = []
     _add_tensors(given, others)
@@ -49,7 +52,7 @@ def own_storage(output: Tensor, state: StateT, given: Iterable[Any]) -> tuple[Te
     return output, _owned(state, others)
 
 
-# Every step of a stream passes here. Of a tensor isinstance is slow, of a tuple it is not, and any() of a generator is.
+# Runs at every step of a stream: isinstance(..., Tensor) and any() over a generator would be slow.
 _TREES = (tuple, list)  # a data loader makes lists of tuples
 
 
@@ -81,7 +84,7 @@ def _owned(state: Any, others: list[Tensor]) -> Any:
 
 
 def _is_part(tensor: Tensor) -> bool:
-    """Whether it lies in an array of another size."""
+    """Whether the tensor is a view into an array of another size."""
     if tensor._is_view() or tensor.storage_offset() or not tensor.is_contiguous():
         return tensor.untyped_storage().nbytes() != tensor.nbytes
     return False
@@ -92,13 +95,13 @@ def _copied(state: Any) -> Any:
 
 
 def rebuilt(state: StateT, parts: list[Any]) -> StateT:
-    """A state of the same class with these parts; a list, as a data loader makes one, becomes a tuple."""
+    """A state of the same class with these parts; a list, from a data loader, becomes a tuple."""
     make: Any = getattr(state, "_make", tuple)
     return make(parts)
 
 
 def check_states(state: object, number: int, each: str, returned_by: str) -> None:
-    """Raise unless ``state`` is a plain tuple of ``number`` states, or the list that a data loader makes of it."""
+    """Raise unless ``state`` is a tuple, or a data loader's list, of ``number`` states."""
     advice = f"use initial_state() or what this {returned_by} returned"
     if not isinstance(state, _TREES) or type(state) not in _TREES:
         raise TypeError(f"expected a tuple of {number} states, {each}, got {type(state).__name__}: {advice}")
@@ -107,5 +110,5 @@ def check_states(state: object, number: int, each: str, returned_by: str) -> Non
 
 
 def state_names(state: tuple[Any, ...]) -> list[str]:
-    """What error messages call the parts of a state."""
+    """The names of the parts of a state in error messages."""
     return [f"state.{name}" for name in getattr(state, "_fields", range(len(state)))]

@@ -1,4 +1,4 @@
-"""The contract of every layer, once: ``RecurrentLayer`` and the functions that layers share.
+"""``RecurrentLayer``, the base class and interface of every layer, and common functions.
 
 Next: ``legendre_memory.py``, a layer whose state has two axes, and ``_gated.py``, a family.
 """
@@ -37,20 +37,22 @@ StateShapes = tuple[tuple[int, ...], ...]
 
 
 class RecurrentLayer(nn.Module, Generic[StateT]):
-    """(output, state) = layer(x, state): the base class of every layer, and of layers of your own.
+    """(output, state) = layer(x, state): the base class of the layers, including user-defined ones.
 
     A subclass sets ``State``, a NamedTuple of tensors, and ``hidden_size``, and defines two methods:
 
         _state_shapes()                        the shape of each tensor of the state, without the batch axis
-        _sequence(x, state, lengths, reset)    (output, states, final) of a whole sequence
+        _sequence(x, state, lengths, reset)    (output, states, final) of a sequence
 
-    ``states`` is a ``State`` whose tensors have a time axis, (B, T, ...): the state after every step. From it the base
-    class picks the state at the length of each row. The base class also checks the arguments, clears the padding,
-    separates the storage of the results and registers the state with pickle, ``torch.load`` and ``torch.export``.
+    ``states`` is a ``State`` whose tensors have a time axis, (B, T, ...): the state after every
+    step. From it the base class selects the state at the length of each row. The base class also
+    checks the arguments, sets padded steps to zero, makes sure that the results share no storage,
+    and registers the state class with pickle, ``torch.load`` and ``torch.export``.
 
-    Optional: ``_step``, where one step costs less than a sequence of one; ``_weight``, where the first parameter does
-    not have the dtype of the input; ``output_size``, where the output does not have ``hidden_size`` channels.
-    ``legato.layers`` is written this way throughout.
+    Optional methods: ``_step``, if one step can be computed faster than a sequence of length one;
+    ``_weight``, if the first parameter does not have the dtype of the input; ``output_size``, if
+    the output does not have ``hidden_size`` channels. All layers in ``legato.layers`` use this base
+    class.
 
     Args:
         input_size: channels of x.
@@ -88,13 +90,13 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
 
     #: A NamedTuple of tensors, memory first; each has shape (B, *shape) with the shapes of ``_state_shapes``.
     State: type[StateT]
-    #: False where the output is that of the last step only: (B, channels) in place of (B, T, channels).
+    #: False: the output is that of the last step only, (B, channels) in place of (B, T, channels).
     return_sequences: bool = True
-    #: True where an output depends on later steps, so that there is no ``step``.
+    #: True: outputs depend on later steps, and ``step`` is not available.
     bidirectional: bool = False
     #: Channels of the output, unless the layer defines ``output_size``.
     hidden_size: int
-    #: True where ``_step`` never returns a tensor that it was given: set for each class, not inherited.
+    #: True: ``_step`` never returns a tensor of its arguments. Set for each class, not inherited.
     _steps_are_new: bool = False
 
     def __init_subclass__(cls, **options: Any):
@@ -109,7 +111,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
 
     @property
     def output_size(self) -> int | tuple[int, ...]:
-        """Channels of the output; a tuple where the output has more axes than (batch, time, channels)."""
+        """Channels of the output; a tuple if it has more axes than (batch, time, channels)."""
         return self.hidden_size
 
     def forward(
@@ -120,24 +122,30 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, StateT]:
-        """output_t, state_t = step(x_t, state_{t-1}) for every t, computed for all t at once where the layer can.
+        """output_t, state_t = step(x_t, state_{t-1}) for every t, in parallel where possible.
 
         Args:
-            x: the input, (B, T, input_size), in the layer's dtype and on its device; any float dtype under autocast.
-            state: what an earlier call or ``initial_state`` returned; None starts from zeros.
-            lengths: how many steps of each row count, 0 to T, for batches padded on the right. What the padding holds,
-                NaN included, changes nothing. Keep it on the CPU to spare the device a wait.
-            reset: True drops the state of that row before that step.
+            x: the input, (B, T, input_size), with the dtype and device of the layer; any float
+                dtype under autocast.
+            state: returned by an earlier call or by ``initial_state``; None is a state of zeros.
+            lengths: number of valid steps of each row, 0 to T, for batches padded on the right. The
+                values in the padding, NaN included, have no effect. A tensor on the CPU avoids a
+                synchronisation with the device.
+            reset: True sets the state of that row to zero before that step.
 
         Returns:
-            output: (B, T, channels), zero from ``lengths`` on; of a layer built with ``return_sequences=False``
-                (B, channels), the output of the last step that counts, zero where a row has none.
-            state: the state after the last step that counts, in float32 or wider: the next chunk starts from it. It
-                shares no memory with anything else: write to it, as in ``state.memory[done] = 0``, also in training.
+            output: (B, T, channels), zero from ``lengths`` on; with ``return_sequences=False``
+                (B, channels), the output of the last valid step, zero for a row without valid
+                steps.
+            state: the state after the last valid step, in float32 or wider; pass it with the next
+                chunk. It shares no memory with any other tensor: you may write to it, as in
+                ``state.memory[done] = 0``, also in training.
 
         Raises:
-            TypeError: an argument is not a tensor, its dtype is of a wrong kind, or the state is of another class.
-            ValueError: a shape, precision, device or range is wrong; the message says which and what to do.
+            TypeError: an argument is not a tensor, its dtype is of a wrong kind, or the state has
+                another class.
+            ValueError: a shape, precision, device or range is wrong; the message says which one and
+                what to do.
         """
         lengths = self._check_arguments(x, state, lengths, reset)
         if lengths is None:
@@ -150,11 +158,12 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
 
         Args:
             x_t: the input at this step, (B, input_size).
-            state: what the step before returned; at the start ``initial_state(batch_size)``.
+            state: returned by the previous step; at the start ``initial_state(batch_size)``.
 
         Returns:
             output_t: (B, channels).
-            state: to be given to the next step; it shares no memory with anything else, as that of ``forward``.
+            state: pass it to the next step; it shares no memory with any other tensor, as in
+                ``forward``.
         """
         if self._forward_pre_hooks:
             remake_weights(self, x_t)
@@ -166,25 +175,27 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StateT:
-        """state_0 = 0 for ``batch_size`` rows, on the layer's device, in float32 or wider, unless told otherwise."""
+        """state_0 = 0 for ``batch_size`` rows; by default on the layer's device, float32 or wider."""
         device, dtype = device or self._weight().device, dtype or self._carry_dtype()
         zeros = (torch.zeros(batch_size, *shape, device=device, dtype=dtype) for shape in self._state_shapes())
         return self.State(*zeros)
 
     @torch.no_grad()
     def calibrate(self, x: Float[Tensor, "B T C"], *, lengths: Int[Tensor, "B"] | None = None) -> None:
-        """scale[c, i] = 1 / std(m[c, i]), over all rows and steps of ``x``, for every ``LegendreMemory`` in this layer.
+        """scale[c, i] = 1 / std(m[c, i]) over rows and steps of x, for every ``LegendreMemory``.
 
-        The memories are calibrated in the order in which they run, each on its own input, from an empty memory and
-        without dropout. A layer without a ``LegendreMemory`` is unchanged, and so is a ``RecurrentLMU``: its memory
-        depends on its own scale. Call it before training, after the last change of the weights by hand.
+        The memories in this layer are calibrated in the order in which they run, each on its own
+        input, from a memory of zeros and without dropout. A layer without a ``LegendreMemory`` is
+        unchanged, and so is a ``RecurrentLMU``, because its memory depends on its own scale. Call
+        it before training, after any manual change of the weights.
 
         Args:
-            x: typical input, (B, T, input_size); at least as many steps in all as a memory has orders.
-            lengths: how many steps of each row count, as in ``forward``.
+            x: typical input, (B, T, input_size); at least as many steps in total as the order of
+                the memory.
+            lengths: number of valid steps of each row, as in ``forward``.
 
         Raises:
-            ValueError: too few steps; an order that does not vary, or not by a finite amount.
+            ValueError: too few steps, or the standard deviation of an order is zero or not finite.
 
         Source: measured in this project: on Mackey-Glass the NRMSE falls from 0.0197 to 0.0070.
         """
@@ -198,7 +209,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         """The positional arguments of the constructor, then the options that differ from their defaults."""
         return constructor_arguments(self, self._arguments())
 
-    # What a layer defines.
+    # Methods that a layer defines.
 
     def _state_shapes(self) -> StateShapes:
         """The shape of each tensor of the state, without the batch axis, in the order of the fields of ``State``."""
@@ -207,16 +218,17 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
     def _sequence(
         self, x: Tensor, state: StateT | None, lengths: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, StateT | None, StateT]:
-        """The output, the state after every step, (B, T, ...), and the state after step T, for checked arguments.
+        """The output, the state after every step, (B, T, ...), and the state after step T.
 
-        ``state`` None means zeros. ``x`` and ``reset`` are zero from ``lengths`` on; the base class clears the output
-        there and picks the final state. A layer that does not compute all states returns None in place of them, or of
-        one of their tensors: the final state must then be that at ``lengths``.
+        The arguments are checked. ``state`` None means zeros. ``x`` and ``reset`` are zero from
+        ``lengths`` on; the base class sets the output to zero there and selects the final state. A
+        layer that does not compute the states of all steps returns None in place of ``states``, or
+        in place of one of its tensors; its final state must then be the state at ``lengths``.
         """
         raise NotImplementedError
 
     def _step(self, x_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """One step for checked arguments; by default a sequence of one."""
+        """One step, for checked arguments; by default a sequence of length one."""
         output, _, state = self._sequence(x_t[:, None], state, None, None)
         return (output[:, 0] if self.return_sequences else output), state
 
@@ -225,13 +237,13 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         return next(self.parameters())
 
     def _arguments(self) -> dict[str, Any]:
-        """The arguments of the constructor, for ``repr``, that are not attributes of the same name."""
+        """For ``repr``: the constructor arguments that are not attributes of the same name."""
         return {}
 
     def _calibrate(self, x: Tensor, lengths: Tensor | None) -> None:
         """``calibrate`` for checked arguments; ``x`` is zero from ``lengths`` on."""
 
-    # What the base class does for it.
+    # Methods of the base class.
 
     def _padded(
         self,
@@ -241,7 +253,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         lengths: Tensor,
         reset: Tensor | None,
     ) -> tuple[Tensor, StateT]:
-        """``sequence``, such as ``_sequence``, on rows that end at their ``lengths``."""
+        """Apply ``sequence``, such as ``_sequence``, to rows that end at their ``lengths``."""
         reset = None if reset is None else zero_padding(reset, lengths)
         output, states, final = sequence(zero_padding(x, lengths), state, lengths, reset)
         if states is not None:
@@ -253,7 +265,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         return self._own(output, final, x, state)
 
     def _own(self, output: Tensor, state: StateT, x: Tensor, before: StateT | None) -> tuple[Tensor, StateT]:
-        """Both, without storage in common with each other, with what was given, or with the layer's own tensors."""
+        """Both, copied if they share storage with each other, an argument or a tensor of the layer."""
         return own_storage(output, state, (x, before, *self._parameters.values(), *self._buffers.values()))
 
     def _carry_dtype(self) -> torch.dtype:
@@ -262,7 +274,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
     # The checks.
 
     def _check_arguments(self, x: Tensor, state: object, lengths: Tensor | None, reset: Tensor | None) -> Tensor | None:
-        """Returns lengths in int64 on x's device: these are what computations need."""
+        """Returns lengths in int64 on the device of x, for use in computations."""
         self._check_input(x, "(B, T, input_size)", 3)
         return self._check_options(x, state, lengths, reset)
 
@@ -290,7 +302,7 @@ class RecurrentLayer(nn.Module, Generic[StateT]):
         check_floating(name, x)
         if x.device != weight.device:
             raise ValueError(f"expected {name} on {weight.device} like the layer, got {x.device}: move one with .to()")
-        if type(weight) not in (Tensor, nn.Parameter):  # sharded: it gets the dtype of computation when it is gathered
+        if type(weight) not in (Tensor, nn.Parameter):  # sharded: has the compute dtype once gathered
             return
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"expected {name} in {weight.dtype} like the layer, got {x.dtype}: convert one with .to()")
@@ -331,36 +343,39 @@ def check_layer(layer: object, name: str) -> None:
     """Raise TypeError unless ``layer`` is a RecurrentLayer."""
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(
-            f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: give a layer such as GILR(4, 256), "
-            "not its class, or derive one from legato.RecurrentLayer"
+            f"expected {name} to be a RecurrentLayer, got {type(layer).__name__}: pass a layer such as "
+            "GILR(4, 256), not its class, or a subclass of legato.RecurrentLayer"
         )
 
 
 def flat_output_size(layer: RecurrentLayer[Any], name: str) -> int:
-    """``layer.output_size``; an error where the output has more axes than (batch, time, channels)."""
+    """``layer.output_size``; ValueError unless the output is (batch, time, channels)."""
     size = getattr(layer, "output_size", None)
     if not isinstance(size, int):
         raise ValueError(
-            f"expected {name} to give outputs of shape (B, T, channels), got a {type(layer).__name__} whose "
+            f"expected {name} to return outputs of shape (B, T, channels), got a {type(layer).__name__} whose "
             f"output_size is {size}: use a layer with one axis of channels"
         )
     return size
 
 
-# Pruning and torch's older weight and spectral norms make a weight in a hook that a call of the module runs.
-_MAKE_A_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
+# Pruning and torch's older weight and spectral norms compute a weight in a forward pre-hook.
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def remake_weights(layer: nn.Module, x: Tensor) -> None:
-    """Run the hooks that make a weight of ``layer``, which a step, as it is no call, would leave as it was."""
+    """Run the hooks that compute a weight of ``layer``: torch does not run them for ``step``."""
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, _MAKE_A_WEIGHT):
+        if isinstance(hook, _WEIGHT_HOOKS):
             hook(layer, (x,))
 
 
 def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable[[Tensor], Tensor]:
-    """``fn`` for ``nn.Module._apply``, under which these parameters or buffers, and their gradients, move with the
-    layer but never become narrower than 32 bits."""
+    """``fn`` for ``nn.Module._apply``, with an exception for ``tensors`` and their gradients.
+
+    These parameters or buffers move with the layer, but stay in float32 where ``fn`` would give 16
+    bits.
+    """
     wide = [part for tensor in tensors for part in (tensor, tensor.grad) if part is not None]
 
     def applied(tensor: Tensor) -> Tensor:
@@ -373,10 +388,11 @@ def never_narrowed(fn: Callable[[Tensor], Tensor], *tensors: Tensor) -> Callable
 
 
 @contextmanager
-def whole(parameter: Tensor) -> Iterator[Tensor]:
-    """The parameter, to be set in place; where it is sharded over processes, a whole tensor that it then gets.
+def full_parameter(parameter: Tensor) -> Iterator[Tensor]:
+    """The parameter, to be set in place; if it is sharded over processes, a full tensor.
 
-    A block of a sharded tensor is a copy: what is written to it would be lost.
+    The shards are set from the full tensor on exit. A slice of a sharded tensor is a copy: values
+    written to it would be lost.
     """
     if type(parameter) in (Tensor, nn.Parameter):
         yield parameter
@@ -388,18 +404,19 @@ def whole(parameter: Tensor) -> Iterator[Tensor]:
         return
     full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     yield full
-    # Each process has drawn numbers of its own: those of the first count.
+    # Each process has drawn its own random numbers: distribute_tensor takes those of the first
+    # process.
     parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements))
 
 
 def zero_padding(x: Shaped[Tensor, "B T *channels"], lengths: Int[Tensor, "B"]) -> Shaped[Tensor, "B T *channels"]:
-    """x where t < lengths[b], else 0, with no gradient from there: NaN past a length ends here."""
+    """x where t < lengths[b], else 0 with no gradient, so NaN in the padding has no effect."""
     outside = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device, torch.int64)[:, None]  # (B, T)
     return x.masked_fill(outside.view(*outside.shape, *[1] * (x.ndim - 2)), 0)
 
 
 def _at_lengths(states: StateT, initial: StateT | None, final: StateT, lengths: Tensor) -> StateT:
-    """The state after ``lengths`` steps; a tensor without all steps in ``states`` is the one of ``final``."""
+    """The state after ``lengths`` steps; the tensor of ``final`` where that of ``states`` is None."""
     starts = (None,) * len(final) if initial is None else initial
     parts = [
         last if of_steps is None else at_length(of_steps, start, last, lengths)
@@ -414,17 +431,20 @@ def at_length(
     final: Shaped[Tensor, "B *channels"],
     lengths: Int[Tensor, "B"],
 ) -> Shaped[Tensor, "B *channels"]:
-    """The state after ``lengths`` steps: states[b, lengths[b] - 1]; ``initial`` (None: zeros) where a length is 0."""
+    """The state after ``lengths`` steps: states[b, lengths[b] - 1], or ``initial`` for length 0.
+
+    ``initial`` None means zeros.
+    """
     if states.shape[1] == 0:
         return final
     rows = torch.arange(states.shape[0], device=states.device)
-    picked = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
-    some = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
-    return torch.where(some, picked, 0 if initial is None else initial)
+    selected = states[rows, (lengths - 1).clamp(min=0)].to(final.dtype)
+    not_empty = (lengths > 0).view(-1, *[1] * (final.ndim - 1))
+    return torch.where(not_empty, selected, 0 if initial is None else initial)
 
 
 def activation_function(activation: Activation) -> Callable[[Tensor], Tensor] | None:
-    """The function for a name in ACTIVATIONS or a callable; None for "identity"."""
+    """The function of a name in ACTIVATIONS, or the callable itself; None for "identity"."""
     if isinstance(activation, str):
         if activation == "identity":
             return None

@@ -1,4 +1,4 @@
-"""The gated impulse linear recurrence, and the LSTM whose gates read it in place of the LSTM's own output."""
+"""GILR, the gated impulse linear recurrence, and GILRLSTM, an LSTM whose gates read a GILR."""
 
 from typing import Any, NamedTuple
 
@@ -9,25 +9,26 @@ from legato._checks import check_tensor, positive_int, real_number
 from legato._gate_spec import GateSpec
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._gated import GatedLayer, GatedState
-from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, whole
+from legato.layers.base import Activation, RecurrentLayer, StateShapes, activation_function, full_parameter
 from legato.ops.gated import gated_unit, gated_unit_step
 
 
 class GILR(GatedLayer[GatedState]):
     """g_t = sigmoid(U x_t + b_g); i_t = tanh(V x_t + b_z); h_t = g_t h_{t-1} + (1 - g_t) i_t.
 
-    A gated unit whose gates see the input alone, so that its state is linear in time: each unit is a running average of
-    tanh(V x + b_z) over a window that the input opens and closes. ``MinGRU`` is the same without the tanh.
+    The gates depend on the input only, so the state is linear in time. Each unit is a running
+    average of tanh(V x + b_z); the input sets the length of the average through g_t. ``MinGRU`` is
+    the same layer without the tanh.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the output and of the state.
-        forget_bias: b_g at first; 5 is a time scale of about 150 steps. ``spread_time_scales(layer.bias[:hidden_size],
-            ...)`` gives the units different ones.
+        forget_bias: initial value of b_g; 5 is a time scale of about 150 steps.
+            ``spread_time_scales(layer.bias[:hidden_size], ...)`` sets a different one per unit.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds U
-    above V, ``bias`` b_g before b_z.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of U, then of V; ``bias`` is b_g, then b_z.
 
     Example:
         >>> layer = GILR(4, 256)
@@ -35,7 +36,8 @@ class GILR(GatedLayer[GatedState]):
         >>> output.shape, state.memory.shape
         (torch.Size([2, 100, 256]), torch.Size([2, 256]))
 
-    Source: Martin & Cundy 2018, (7); the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
+    Source: Martin & Cundy 2018, (7); the bias of 5 is from the authors' code. The weights are
+    initialised Glorot-uniform.
     """
 
     State = GatedState
@@ -63,7 +65,7 @@ class GILR(GatedLayer[GatedState]):
         nn.init.xavier_uniform_(block)
 
 
-# h~_{t-1} of the products of x.
+# The surrogate: returns h~_{t-1}, computed from the products of x.
 _SURROGATE = GateSpec(("forget", "candidate"), candidate_tanh=True, delayed=True)
 _CELL = GateSpec(("forget", "write", "output", "candidate"), candidate_tanh=True)
 
@@ -79,21 +81,24 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
     """h~ = GILR(x); f, i, o = sigmoid(U h~_{t-1} + V x_t + b); z = tanh(U_z h~_{t-1} + V_z x_t + b_z);
     c_t = f_t c_{t-1} + i_t z_t; h_t = o_t c_t.
 
-    An LSTM whose gates read h~_{t-1}, a GILR of the input, in place of its own output h_{t-1}. The cell is linear in
-    time as in any LSTM, so both recurrences are parallel over time. It is ``LinearSurrogate`` over an LSTM cell, with
-    the products of x in one matrix product, and has the parameters of a ``GILR`` more than that LSTM: 2 n (m + 1) for m
-    input channels, where the paper counts 2 n (n + m).
+    An LSTM whose gates read h~_{t-1}, a GILR of the input, in place of its own output h_{t-1}. The
+    cell state is linear in time, as in any LSTM, so both recurrences are computed in parallel over
+    time. The layer equals ``LinearSurrogate`` over an LSTM cell, but computes all products of x in
+    one matrix product. It has 2 n (m + 1) more parameters than that LSTM for m input channels, the
+    parameters of the ``GILR``; the paper counts 2 n (n + m).
 
     Args:
         input_size: channels of x.
         hidden_size: n, channels of the output, of the cell and of the surrogate.
-        activation: of the cell on its way out, h_t = o_t activation(c_t): "identity" is the paper's, "tanh" the LSTM's.
-        forget_bias: of f_t and of the surrogate's gate at first; see ``spread_time_scales`` and ``forget_biases``.
+        activation: applied to the cell state before the output gate, h_t = o_t activation(c_t):
+            "identity" as in the paper, "tanh" as in an LSTM.
+        forget_bias: initial bias of f_t and of the surrogate's gate; see ``spread_time_scales`` and
+            ``forget_biases``.
         device, dtype: of the weights.
 
     Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory and state.surrogate (B, hidden_size).
-    ``weight`` (6 n, input_size) and ``bias`` are those of the GILR's gate and candidate, then of f, i, o and z;
-    ``weight_surrogate`` (4 n, n) is U of f, i, o and z.
+    The rows of ``weight`` (6 n, input_size) and ``bias`` belong to the GILR's gate and candidate,
+    then to f, i, o and z; ``weight_surrogate`` (4 n, n) is U of f, i, o and z.
 
     Example:
         >>> layer = GILRLSTM(4, 256)
@@ -101,7 +106,8 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
         >>> output.shape, state.memory.shape
         (torch.Size([2, 100, 256]), torch.Size([2, 256]))
 
-    Source: Martin & Cundy 2018, section 3.2; the bias of 5 is that of the authors' code. Weights start Glorot-uniform.
+    Source: Martin & Cundy 2018, section 3.2; the bias of 5 is from the authors' code. The weights
+    are initialised Glorot-uniform.
     """
 
     State = GILRLSTMState
@@ -129,24 +135,24 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above."""
-        with whole(self.weight) as weight, whole(self.weight_surrogate) as weight_surrogate:
+        """Initialise the weights again; see Source above."""
+        with full_parameter(self.weight) as weight, full_parameter(self.weight_surrogate) as weight_surrogate:
             for matrix in (*weight.chunk(6), *weight_surrogate.chunk(4)):
                 nn.init.xavier_uniform_(matrix)
-        with whole(self.bias) as bias:
+        with full_parameter(self.bias) as bias:
             bias.zero_()
             surrogate, _, cell, *_ = bias.chunk(6)
             surrogate.fill_(self.forget_bias)
             cell.fill_(self.forget_bias)
 
     def forget_biases(self) -> tuple[Tensor, Tensor]:
-        """Views of the biases of the two gates that hold a state: the surrogate's and the cell's."""
+        """Views of the biases of the two forget gates: the surrogate's and the cell's."""
         surrogate, _, cell, *_ = self.bias.detach().chunk(6)
         return surrogate, cell
 
     @property
     def _sizes(self) -> tuple[int, int]:
-        """Rows of the products that are the surrogate's, and of those that are the cell's."""
+        """Number of rows of ``weight`` that belong to the surrogate, and to the cell."""
         return 2 * self.hidden_size, 4 * self.hidden_size
 
     def _state_shapes(self) -> StateShapes:
@@ -177,8 +183,11 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, GILRLSTMState]:
-        """The layer from weight x_t + bias, (B, T, 6 n), where the caller has a shorter way to those products than a
-        matrix product: for a one-hot x_t they are a row of a table. All else is as for ``layer(x, ...)``."""
+        """The layer, from products = weight x_t + bias, (B, T, 6 n).
+
+        For callers that can compute the products faster than by a matrix product: for a one-hot x_t
+        they are a row of a table. The other arguments and the results are those of ``forward``.
+        """
         check_tensor("products", products)
         width = len(self.weight)
         if products.ndim != 3 or products.shape[-1] != width:
@@ -199,7 +208,7 @@ class GILRLSTM(RecurrentLayer[GILRLSTMState]):
         return self._from_parts(surrogate, cell, products.dtype, state, lengths, reset)
 
     def _from_parts(self, of_surrogate, of_cell, dtype, state, lengths, reset):
-        """The layer, from the arguments that give the products of x for the surrogate and for the cell."""
+        """The layer, from the arguments of ``gated_unit`` for the surrogate and for the cell."""
         memory, surrogate = (None, None) if state is None else state
         _, before, last = gated_unit(**of_surrogate, spec=_SURROGATE, initial_state=surrogate, reset=reset)  # h~_{t-1}
         of_cell["inputs"] += (before.to(dtype),)

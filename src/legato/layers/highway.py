@@ -1,4 +1,4 @@
-"""The highway layer: a step of depth that carries its input by, between or above recurrent layers."""
+"""The highway layer: a gated feed-forward layer, for use between or above recurrent layers."""
 
 from typing import Any
 
@@ -9,22 +9,24 @@ from torch import nn
 from legato._checks import check_floating, check_tensor, positive_int, real_number
 from legato._shapes import Float, Tensor
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import Activation, activation_function, whole
+from legato.layers.base import Activation, activation_function, full_parameter
 
 
 class Highway(nn.Module):
-    """y = g f(W x + b) + (1 - g) x, g = sigmoid(W_g x + b_g): at each step by itself, a share g of x made new.
+    """y = g f(W x + b) + (1 - g) x, g = sigmoid(W_g x + b_g): a gated skip connection, per step.
 
-    It has no state and looks at one step at a time. With b_g < 0 it starts near y = x, so that many of them train.
+    It has no state. With b_g < 0 the layer is initially close to y = x, so that many stacked
+    highway layers can be trained.
 
     Args:
         input_size: channels of x and of y.
         activation: f: "relu", "tanh", "gelu", "silu", "sigmoid", "identity" or a callable.
-        gate_bias: b_g at first; -1 makes a share of 27 % new, -3 of 5 %.
+        gate_bias: initial value of b_g; the gate g is then 0.27 for -1 and 0.05 for -3, where
+            W_g x = 0.
         device, dtype: of the weights.
 
-    Shapes: input and output (..., input_size). ``weight`` (2 input_size, input_size) holds W_g above W, ``bias`` b_g
-    before b.
+    Shapes: input and output (..., input_size). The rows of ``weight`` (2 input_size, input_size)
+    are those of W_g, then of W; ``bias`` is b_g, then b.
 
     Raises:
         TypeError: x is not a floating tensor.
@@ -35,8 +37,8 @@ class Highway(nn.Module):
         >>> layer(torch.randn(2, 100, 32)).shape
         torch.Size([2, 100, 32])
 
-    Source: Srivastava, Greff & Schmidhuber 2015, (3); between the memories of Chilkuri & Eliasmith 2021's language
-    models. Weights start Glorot-uniform, b at zero.
+    Source: Srivastava, Greff & Schmidhuber 2015, (3); used in the language models of Chilkuri &
+    Eliasmith 2021 between the memories. The weights are initialised Glorot-uniform, b at zero.
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class Highway(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above."""
-        with whole(self.weight) as weight, whole(self.bias) as bias:
+        """Initialise the weights again; see Source above."""
+        with full_parameter(self.weight) as weight, full_parameter(self.bias) as bias:
             for matrix in weight.chunk(2):
                 nn.init.xavier_uniform_(matrix)
             bias.zero_()

@@ -1,7 +1,7 @@
-"""The Legendre memory: no weights, only the last theta steps of its input kept as ``order`` numbers a channel.
+"""The Legendre memory: the last theta steps of the input as ``order`` coefficients per channel.
 
-``legato.legendre`` makes its two matrices, ``legato.ops.time_invariant`` runs them; here they become a layer, which
-caches what it prepared of them. ``lmu.py`` puts an encoder before it and a read-out after it.
+``legato.legendre`` computes its matrices A and B, and ``legato.ops.time_invariant`` the recurrence.
+The layer caches the prepared system of A and B. ``lmu.py`` adds an encoder and a read-out.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from legato._dtypes import without_autocast
 from legato._shapes import Bool, Float, Int, Tensor
 from legato.layers._fused import transforms_are_active
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import RecurrentLayer, StateShapes, never_narrowed, whole, zero_padding
+from legato.layers.base import RecurrentLayer, StateShapes, full_parameter, never_narrowed, zero_padding
 from legato.legendre import delay_network
 from legato.ops.time_invariant import METHODS, PreparedSystem, apply, prepare
 
@@ -25,29 +25,35 @@ Theta = float | int | Sequence[float | int] | np.ndarray | Tensor
 
 
 class LegendreMemoryState(NamedTuple):
-    """m_t as the recurrence has it: not scaled, in float32 or wider."""
+    """m_t without the factor ``scale``, in float32 or wider."""
 
     memory: Float[Tensor, "B C N"]
 
 
 class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
-    """m_t = A m_{t-1} + B u_t in every channel, such that m_t holds u over the last theta steps; output scale * m_t.
+    """output_t = scale * m_t, m_t = A m_{t-1} + B u_t in every channel.
 
-    Coefficient i of a channel multiplies the shifted Legendre polynomial P_i(2r - 1) in u_{t - r theta}, r in [0, 1]
-    (``legato.legendre.window_decoder`` draws it). The orders differ in size by far, which slows the training of what
-    reads them: ``calibrate`` sets ``scale`` so that each varies by one. The state is never scaled, so calibrating does
-    not invalidate it.
+    m_t are the Legendre coefficients of u over the last theta steps: coefficient i multiplies the
+    shifted polynomial P_i(2r - 1) in the approximation of u_{t - r theta}, r in [0, 1]; see
+    ``legato.legendre.window_decoder``. The coefficients differ in size by a factor of ten and more,
+    which slows down the training of the layers that read them. ``calibrate`` sets ``scale`` so that
+    each has a standard deviation of one. The state is not scaled, so it stays valid after
+    ``calibrate``.
 
     Args:
-        input_size: C, channels of the input, each with a memory of its own.
-        order: N, numbers kept a channel, 1 or more.
-        theta: length of the window in steps, 1 or more: a number, or a sequence or tensor of one per channel.
+        input_size: C, channels of the input, each with its own memory.
+        order: N, Legendre coefficients per channel, 1 or more.
+        theta: length of the window in steps, 1 or more: a number, or a sequence or tensor with one
+            per channel.
         discretizer: "zoh", "euler" or "bilinear"; see ``legato.legendre.delay_network``.
-        trainable_theta: learn theta, as theta = 1 + exp(log_theta), so that an optimiser changes it in proportion and
-            it stays above one step. A and B are then made again whenever theta has changed or gets a gradient.
-        return_sequences: True gives m_t at every step. False gives m at the last step that counts, by form (25).
-        method: how the memories are computed: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None chooses.
-        device, dtype: of the scale, hence of the input; theta itself is kept in float32 or wider.
+        trainable_theta: learn theta = 1 + exp(log_theta), so that an optimiser changes theta - 1
+            proportionally and theta stays above one step. A and B are then computed again whenever
+            theta has changed or gets a gradient.
+        return_sequences: True returns m_t at every step. False returns m at the last valid step, by
+            equation (25).
+        method: the algorithm: "sequential" (19), "toeplitz" (24), "fft" (26), "chunked"; None
+            chooses one.
+        device, dtype: of the scale, hence of the input; theta itself is float32 or wider.
 
     Shapes: input (B, T, input_size), output (B, T, input_size, order) or (B, input_size, order), state.memory
     (B, input_size, order).
@@ -58,13 +64,14 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         >>> memory.shape, state.memory.shape
         (torch.Size([8, 500, 1, 6]), torch.Size([8, 1, 6]))
 
-    Source: Voelker, Kajic & Eliasmith 2019, (1) to (3); Chilkuri & Eliasmith 2021, (19), (24) to (26). scale is ours.
+    Source: Voelker, Kajic & Eliasmith 2019, (1) to (3); Chilkuri & Eliasmith 2021, (19), (24) to
+    (26). The scale is our addition.
     """
 
     State = LegendreMemoryState
 
     scale: Tensor  # (C, N)
-    log_theta: nn.Parameter  # (1,) or (C,), when trained
+    log_theta: nn.Parameter  # (1,) or (C,), if trainable_theta
 
     def __init__(
         self,
@@ -89,29 +96,29 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
             raise ValueError(f"expected method to be None or one of {', '.join(METHODS)}, got {method!r}")
         self.method = method
         window = _window(theta, self.input_size)
-        delay_network(self.order, window, discretizer=discretizer)  # raises when they do not go together
+        delay_network(self.order, window, discretizer=discretizer)  # raises on invalid combinations
         if trainable_theta and window.min() <= 1:
             raise ValueError(f"expected a trainable theta to start above 1 step, got {window.min().item()}")
         self.register_buffer("scale", torch.ones(self.input_size, self.order, device=device, dtype=dtype))
-        #: The window in steps as plain numbers; of a trained theta its initial value.
+        #: The window in steps as Python numbers; of a trained theta the initial value.
         self._theta = window.tolist()
         if trainable_theta:
-            # Of one window (1,), not (): a scalar cannot be sharded over processes.
+            # One window has shape (1,), not (): a scalar cannot be sharded over processes.
             log_theta = (window - 1).log().reshape(-1)
             self.log_theta = nn.Parameter(log_theta.to(self.scale.device, self._carry_dtype()))
         self._cache: dict[tuple[str, torch.device], _Cached] = {}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the scale to one and a trained theta to its initial value; a frozen theta stays."""
+        """Set the scale to one and a trained theta to its initial value; a fixed theta stays."""
         self.scale.fill_(1)
         if self.trainable_theta:
             window = torch.tensor(self._theta, dtype=torch.float64, device=self.log_theta.device)
-            with whole(self.log_theta) as log_theta:
+            with full_parameter(self.log_theta) as log_theta:
                 log_theta.copy_((window - 1).log())
 
     def extra_repr(self) -> str:
-        """The arguments of the constructor that are not defaults; of a trained theta its initial value."""
+        """The constructor arguments that are not defaults; of a trained theta the initial value."""
         return constructor_arguments(self, {"theta": self._theta}, named=("theta",))
 
     @property
@@ -120,19 +127,19 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         return self.input_size, self.order
 
     def window(self) -> Float[Tensor, "*channels"]:
-        """theta in steps, float64, of shape () or (C,); differentiable when it is trained."""
+        """theta in steps, float64, of shape () or (C,); differentiable if theta is trained."""
         if self.trainable_theta:
             window = 1 + self.log_theta.double().exp()
             return window if isinstance(self._theta, list) else window[0]
         return torch.tensor(self._theta, dtype=torch.float64, device=self.scale.device)
 
     def get_extra_state(self) -> Tensor:
-        """A frozen theta, for state_dict: weights were trained with it. Empty when theta is trained."""
+        """A fixed theta, for state_dict: other weights depend on it. Empty if theta is trained."""
         window = [] if self.trainable_theta else self._theta
         return torch.tensor(window, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the frozen theta of a state_dict."""
+        """Load the fixed theta of a state_dict."""
         expected = self.get_extra_state().shape
         if not isinstance(state, Tensor) or state.shape != expected:
             got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
@@ -144,11 +151,11 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
             self._theta = state.tolist()
 
     def prepared(self, steps: int, *, last_only: bool = False) -> PreparedSystem:
-        """What ``apply`` needs for inputs of up to ``steps``; cached, unless theta is being trained."""
+        """The prepared system for up to ``steps`` steps; cached unless theta is being trained."""
         return self._cached("last" if last_only else "sequence", steps)
 
     def transition(self) -> tuple[Float[Tensor, "*channels N N"], Float[Tensor, "*channels N"]]:
-        """A transposed and B of one step, m_t = m_{t-1} @ A + u_t * B, in the dtype of the state."""
+        """A transposed, and B, of m_t = m_{t-1} @ A + u_t * B, in the dtype of the state."""
         step = self._cached("step", 1)
         return step.powers, step.inputs
 
@@ -161,7 +168,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
             final = self.last(x, initial, lengths=lengths, reset=reset)
             output = final if x.shape[1] else torch.zeros_like(final)
             return (output * self.scale).to(x.dtype), None, LegendreMemoryState(final)
-        # A state that is picked at a length must not have been rounded to 16 bits.
+        # A state at a length is selected from the memories, which must not be rounded to 16 bits.
         u = x if lengths is None else x.to(self._carry_dtype())
         memory, final = apply(u, self.prepared(x.shape[1]), initial, reset=reset)
         output = memory.to(x.dtype) * self.scale.to(x.dtype)
@@ -171,7 +178,9 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         steps = x.shape[0] * x.shape[1] if lengths is None else int(lengths.sum())
         least = max(self.order, 2)
         if steps < least:
-            raise ValueError(f"expected at least {least} steps to calibrate order {self.order}, got {steps}: give more")
+            raise ValueError(
+                f"expected at least {least} steps to calibrate order {self.order}, got {steps}: pass a longer input"
+            )
         total = squares = torch.zeros((), dtype=torch.float64, device=x.device)
         state = None
         for start in range(0, x.shape[1], 1024):
@@ -187,7 +196,8 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
             channel, i = bad.nonzero()[0].tolist()
             raise ValueError(
                 f"expected a memory that varies on x, got a standard deviation of {deviation[channel, i].item():.3g} "
-                f"in channel {channel}, order {i}: give finite input that changes over time, in every channel"
+                f"in channel {channel}, order {i}: pass finite input that changes over time in "
+                "every channel"
             )
         self.scale.copy_(1 / deviation)
 
@@ -213,9 +223,10 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B C N"]:
-        """m after the last step that counts, form (25): one matrix product, no other memory is computed. Not scaled.
+        """m after the last valid step, not scaled, by equation (25): one matrix product.
 
-        ``u`` must be finite and ``reset`` False from ``lengths`` on.
+        The memories of the other steps are not computed. ``u`` must be finite and ``reset`` False
+        from ``lengths`` on.
         """
         system = self.prepared(u.shape[1], last_only=True)
         if lengths is None:
@@ -225,40 +236,42 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
             return memory
         if reset is not None:
             initial = torch.where(reset.any(1)[:, None, None], 0, initial)
-        # A^length by the binary digits of each length: powers holds A, A^2, A^4, ..., transposed.
+        # A^length from the binary digits of each length: powers contains A, A^2, A^4, ...,
+        # transposed.
         carried = initial.transpose(0, 1)  # (C, B, N)
         for digit in range(system.powers.shape[-3]):
-            taken = (lengths >> digit) % 2 == 1
+            is_one = (lengths >> digit) % 2 == 1
             with without_autocast(u):
-                carried = torch.where(taken[:, None], carried @ system.powers[..., digit, :, :], carried)
+                carried = torch.where(is_one[:, None], carried @ system.powers[..., digit, :, :], carried)
         return memory + carried.transpose(0, 1)
 
     def response(
         self, lengths: Int[Tensor, "B"], steps: int, *, reset: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T N"]:
-        """w, m = sum_t w_t u_t after the last step that counts, from an empty memory; one theta for all channels.
+        """w, such that m = sum_t w_t u_t after the last valid step, from a memory of zeros.
 
-        Row b is A^(L - 1 - t) B for t below its length L, zero from there on, and zero before the last reset.
+        w_t of row b is A^(L - 1 - t) B for t below its length L, zero from L on, and zero before
+        the last reset. Requires one theta for all channels.
         """
         system = self.prepared(steps, last_only=True)
         ahead = lengths[:, None] - 1 - torch.arange(steps, device=lengths.device)  # steps that follow, (B, T)
-        counts = ahead >= 0
+        used = ahead >= 0
         if reset is not None:
-            since = reset.cumsum(1)
-            counts = counts & (since == since[:, -1:])  # no reset from the length on
-        return system.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~counts[..., None], 0)
+            resets = reset.cumsum(1)
+            used = used & (resets == resets[:, -1:])  # there are no resets from the length on
+        return system.inputs.flip(0)[ahead.clamp(min=0)].masked_fill(~used[..., None], 0)
 
     def _last_of_each(self, u: Tensor, system: PreparedSystem, lengths: Tensor, reset: Tensor | None) -> Tensor:
-        """(25) where each row ends at its own length, from an empty memory."""
+        """(25) for rows that end at their own lengths, from a memory of zeros."""
         batch, steps, channels = u.shape
         if system.inputs.ndim == 2 and self.order <= channels:
-            # A row of H for each length is smaller than u: shift H.
+            # Shift H per row: that takes less memory than a shifted u.
             w = self.response(lengths, steps, reset=reset)
             if reset is not None:
                 u = torch.where((w != 0).any(-1, keepdim=True), u, 0)  # 0 times NaN is NaN
-            with without_autocast(u):  # in this order the gradient of u is laid out as u is
+            with without_autocast(u):  # this order gives the gradient of u the memory layout of u
                 return (w.mT @ u.to(w.dtype)).mT
-        # Moved to the right end, each row stops at its length; zeros before its start leave an empty memory empty.
+        # Shift each row to the right end. The zeros on the left do not change a memory of zeros.
         source = torch.arange(steps, device=u.device) + (lengths - steps)[:, None]  # (B, T)
         rows = torch.arange(batch, device=u.device)[:, None]
         moved = torch.where((source >= 0)[..., None], u[rows, source.clamp(min=0)], 0)
@@ -269,16 +282,17 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         return self.scale
 
     def _check_kind(self, name: str, x: Tensor) -> None:
-        # Without weights of its own, the layer takes what a 16-bit neighbour gives: FSDP's mixed precision narrows
-        # weights and leaves buffers wide.
+        # Without weights, the layer accepts 16-bit inputs: FSDP's mixed precision narrows the
+        # weights of the neighbouring layers, but not buffers such as the scale.
         narrow = x.dtype in (torch.float16, torch.bfloat16) and self.scale.dtype == torch.float32
         if not (narrow and x.device == self.scale.device):
             super()._check_kind(name, x)
 
-    # Cached systems. They follow from the values of theta, so they are never saved or copied, only prepared again.
+    # Cached systems. They are computed from theta, so they are not saved or copied, but prepared
+    # again.
 
     def _cached(self, use: str, steps: int) -> PreparedSystem:
-        """The system for one "step", a "sequence", or the "last" memory of one."""
+        """The system for one "step", a "sequence", or the "last" memory of a sequence."""
         theta, scale = self._readable_theta(), self.scale
         if theta is None:
             return self._prepare(use, steps)
@@ -297,9 +311,9 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         return system
 
     def _readable_theta(self) -> Any:
-        """The window or, of a trained theta, its logarithm, in plain numbers: they cannot change behind the cache.
+        """The key of the cache: the window, or log_theta if trained, as Python numbers.
 
-        None where theta gets a gradient, or where its value cannot be read.
+        None if theta gets a gradient, or if its value cannot be read.
         """
         if not self.trainable_theta:
             return self._theta
@@ -318,13 +332,13 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
         A, B = delay_network(self.order, self.window(), discretizer=self.discretizer)
         method = {"step": "sequential", "sequence": self.method, "last": None}[use]
         system = prepare(A, B, steps, method=method, last_only=use == "last", dtype=self._carry_dtype())
-        if use == "step":  # without the axis of levels: every step of a stream would take it off again
+        if use == "step":  # drop the axis of powers here, not at every step of a stream
             return system._replace(powers=system.powers[..., 0, :, :], inputs=system.inputs[..., 0, :])
         return system
 
     def _apply(self, fn, recurse=True):
         self._cache = {}
-        # A window of 784 steps does not fit into 16 bits: a trained theta moves with the layer but is never narrowed.
+        # 16 bits are too few for the window of 784 steps: log_theta is never narrowed.
         return super()._apply(never_narrowed(fn, self.log_theta) if self.trainable_theta else fn, recurse)
 
     def __getstate__(self):
@@ -332,7 +346,7 @@ class LegendreMemory(RecurrentLayer[LegendreMemoryState]):
 
 
 def _window(theta: Any, channels: int) -> Float[Tensor, "*channels"]:
-    """theta as numbers in float64, of shape () or (C,), on the CPU."""
+    """theta as a float64 tensor of shape () or (C,) on the CPU."""
     if isinstance(theta, Tensor):
         theta = theta.detach().cpu().double().numpy()
     numbers = None if isinstance(theta, str | bool) else np.asarray(theta)
@@ -344,16 +358,16 @@ def _window(theta: Any, channels: int) -> Float[Tensor, "*channels"]:
 
 
 class _Cached(NamedTuple):
-    """A prepared system, and the values that it was made of."""
+    """A prepared system, and the values that it was computed from."""
 
     made_of: tuple[Any, ...]
     system: PreparedSystem
 
 
 def refuse_method_without_sequences(method: str | None, return_sequences: bool) -> None:
-    """Raise where a method is named for memories that are not computed."""
+    """Raise if a method is given although the sequence of memories is not computed."""
     if method is not None and not return_sequences:
         raise ValueError(
-            f"expected method=None with return_sequences=False, got {method!r}: the last output needs no sequence "
-            "of memories"
+            f"expected method=None with return_sequences=False, got {method!r}: drop it, a method "
+            "computes the memories of all steps"
         )

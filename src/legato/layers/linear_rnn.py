@@ -1,4 +1,4 @@
-"""A diagonal linear recurrence of the user's own gates and read-out."""
+"""A diagonal linear recurrence with user-defined gates and read-out."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,33 +21,38 @@ class LinearRNNState(NamedTuple):
 class LinearRNN(RecurrentLayer[LinearRNNState]):
     """a_t, b_t = gates(x_t); h_t = a_t h_{t-1} + b_t; o_t = read(h_t, x_t).
 
-    Any recurrence whose gates see the input alone, from two functions or as a subclass that defines them; states,
-    chunks, lengths, resets and ``step`` come with it. The gated layers here have one matrix product for all gates, and
-    the gates and the recurrence in one op, which is quicker; ``LinearSurrogate`` takes a cell with feedback.
+    Any recurrence whose gates depend on the input only, given by two functions or by a subclass
+    that defines them. States, chunks, lengths, resets and ``step`` are implemented. The library's
+    gated layers are faster: they have one matrix product for all gates, and one op for the gates
+    and the recurrence. For a cell with feedback, use ``LinearSurrogate``.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the state.
-        gates: decay and impulse from x, (B, T, input_size) to two real tensors: the impulse (B, T, hidden_size), the
-            decay of any shape that broadcasts to it, stable up to 1. It must treat each step by itself: it is called on
-            one step too. A module is registered, and so trained and saved with the layer. It runs without autocast,
-            because 16 bits round a decay above 0.998 to one.
-        read: the output from the states h, in float32 or wider, and x, (B, T, hidden_size) and (B, T, input_size) to
-            (B, T, output_size), each step by itself; None gives h.
+        gates: computes the decay and the impulse from x (B, T, input_size) as two real tensors: the
+            impulse (B, T, hidden_size), the decay of any shape that broadcasts to it; the
+            recurrence is stable for decays up to 1. It must compute each time step independently,
+            because ``step`` calls it with one step. A module is registered, and so trained and
+            saved with the layer. It runs without autocast, because 16 bits round a decay above
+            0.998 to one.
+        read: computes the output (B, T, output_size) from the states h (B, T, hidden_size), in
+            float32 or wider, and x (B, T, input_size), each time step independently; None returns
+            h.
         output_size: channels of what ``read`` returns; ``hidden_size`` by default.
 
     Shapes: input (B, T, input_size), output (B, T, output_size), state.memory (B, hidden_size).
 
     Raises:
-        TypeError: neither ``gates`` nor a subclass that defines it is there, or it does not return two real tensors.
-        ValueError: what it returns is of a wrong shape.
+        TypeError: ``gates`` is neither given nor defined by a subclass, or does not return two real
+            tensors.
+        ValueError: ``gates`` returns a tensor of a wrong shape.
 
     Example:
-        >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # each channel's running average
+        >>> layer = LinearRNN(4, 4, lambda x: (torch.tensor(0.5), 0.5 * x))  # running averages
         >>> layer(torch.ones(1, 3, 4))[0][0, :, 0].tolist()
         [0.5, 0.75, 0.875]
 
-        As a class, a gate and its input weights of one's own:
+        As a subclass, with a gate and a candidate:
 
         >>> class Leaky(LinearRNN):
         ...     def __init__(self, input_size, hidden_size):
@@ -61,11 +66,12 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
         >>> Leaky(4, 256)(torch.randn(2, 100, 4))[0].shape
         torch.Size([2, 100, 256])
 
-    Source: Martin & Cundy 2018, section 3: the linear surrogates of which the named layers are members.
+    Source: Martin & Cundy 2018, section 3: linear surrogate RNNs, of which the gated layers of this
+    library are instances.
     """
 
     State = LinearRNNState
-    _steps_are_new = False  # gates and read may return what they are given
+    _steps_are_new = False  # gates and read may return their arguments
 
     _no_weight: Tensor
 
@@ -83,10 +89,11 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
         self._output_size = self.hidden_size if output_size is None else positive_int(output_size, "output_size")
         if gates is None and type(self).gates is LinearRNN.gates:
             raise TypeError(
-                "expected gates, got None: give a function of x that returns (decay, impulse), or define it in a class"
+                "expected gates, got None: pass a function of x that returns (decay, impulse), or define gates() in a "
+                "subclass"
             )
         self.gates_function, self.read_function = gates, read
-        # The dtype and device of a layer without parameters.
+        # Carries the dtype and device of a layer without parameters.
         self.register_buffer("_no_weight", torch.empty(0), persistent=False)
 
     @property
@@ -97,7 +104,7 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Decay and impulse, (B, T, hidden_size), from x, (B, T, input_size)."""
         if self.gates_function is None:
-            raise NotImplementedError("expected gates in a subclass, or as an argument of the constructor")
+            raise NotImplementedError("expected gates, got none: define gates() in a subclass, or pass gates=")
         return self.gates_function(x)
 
     def read(self, states: Tensor, x: Tensor) -> Tensor:
@@ -134,7 +141,8 @@ class LinearRNN(RecurrentLayer[LinearRNNState]):
         return decay.to(self._carry_dtype()), impulse.to(self._carry_dtype())
 
     def _check_kind(self, name: str, x: Tensor) -> None:
-        # Without weights of its own, the layer takes what a 16-bit neighbour gives, as under FSDP's mixed precision.
+        # Without parameters, the layer accepts 16-bit inputs, as a neighbour gives them under
+        # FSDP's mixed precision.
         weight = self._weight()
         narrow = x.dtype in (torch.float16, torch.bfloat16) and weight.dtype == torch.float32
         if not (weight is self._no_weight and narrow and x.device == weight.device):

@@ -1,7 +1,8 @@
 """The Legendre Memory Unit that trains in parallel over time: an encoder, a Legendre memory and a read-out.
 
-``LMU.forward`` has two forms: every output (``_sequence``), or the last alone (``_last``), which is one matrix product.
-The memory itself is ``legendre_memory.py``; the unit it replaces, with recurrent weights, is ``recurrent_lmu.py``.
+``LMU.forward`` computes every output, or only the last one (``_last``) by one matrix product. The
+memory is in ``legendre_memory.py``; the LMU of 2019, with recurrent weights, in
+``recurrent_lmu.py``.
 """
 
 from typing import Any, NamedTuple
@@ -24,11 +25,13 @@ from legato.layers.legendre_memory import (
 from legato.layers.segments import over_segments
 from legato.ops.time_invariant import apply
 
-# Memories of all steps up to this size are simply kept: computing them again costs up to 1.7 times the time.
-WHOLE_BYTES = 64 * 2**20
-# Beyond it, the memories of one segment of time. Twice that is a tenth quicker and takes 1.3 times the memory.
+# Memories up to this size in total are not recomputed: recomputation takes up to 1.7 times the
+# time.
+MAX_STORED_BYTES = 64 * 2**20
+# Beyond it, the size of the memories of one segment. Twice this size is a tenth faster, but takes
+# 1.3 times the memory.
 SEGMENT_BYTES = 4 * 2**20
-# Activations whose derivative follows from the output, which may thus take the place of what they were given.
+# Activations whose derivative can be computed from the output, so that they may run in place.
 IN_PLACE = {"relu": torch.relu_, "sigmoid": torch.sigmoid_, "tanh": torch.tanh_}
 
 
@@ -39,31 +42,35 @@ class LMUState(NamedTuple):
 
 
 class LMU(RecurrentLayer[LMUState]):
-    """o_t = f2(W_m m_t + W_x x_t + b_o), m_t = A m_{t-1} + B u_t, u_t = f1(U_x x_t + b_u): output, memory, encoder.
+    """o_t = f2(W_m m_t + W_x x_t + b_o), m_t = A m_{t-1} + B u_t, u_t = f1(U_x x_t + b_u).
 
-    Nothing learned feeds back in time (the 2019 unit, ``RecurrentLMU``, has W_h, e_h and e_m): A and B are fixed by
-    ``order`` and ``theta``, so all m_t come from matrix products over time, and the same network runs as a stream, a
-    step at a time, from ``state.memory``. What W_m reads is ``memory.scale * m_t``; see ``calibrate``.
+    An encoder (u), a Legendre memory (m) and a read-out (o). There is no learned feedback in time,
+    unlike W_h, e_h and e_m in ``RecurrentLMU``, the unit of 2019. A and B are determined by
+    ``order`` and ``theta``, so all m_t are computed by matrix products over time, and the same
+    network can be run as a stream, step by step, from ``state.memory``. W_m reads ``memory.scale *
+    m_t``; see ``calibrate``.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the output o.
-        memory_size: C, channels of u, each with a memory of its own.
-        order: N, numbers kept a channel.
+        memory_size: C, channels of u, each with its own memory.
+        order: N, Legendre coefficients per channel.
         theta: length of the window in steps, 1 or more; a number, or one per channel of u.
         discretizer: "zoh" (the paper's), "euler" or "bilinear".
         trainable_theta: learn theta; see ``LegendreMemory``.
-        encoder_activation: f1, "identity" (the paper's on psMNIST), "relu", "tanh", "gelu", "silu", "sigmoid" or a
-            callable.
+        encoder_activation: f1, "identity" (the paper's on psMNIST), "relu", "tanh", "gelu", "silu",
+            "sigmoid" or a callable.
         activation: f2, likewise; "relu" is the paper's on psMNIST.
-        input_to_output: with W_x x_t, or without.
-        bias: with b_u and b_o, or without.
-        memory_dropout: share of m_t dropped in training before W_m reads it.
-        return_sequences: True gives o_t at every step. False gives o at the last step that counts, by form (25).
-        recompute: in training, hold the memory of one segment of time only, and compute it again in the backward; it
-            takes effect when the whole memory, B * T * C * N numbers, passes 64 MiB. False holds all of it, and so do
-            a backward with create_graph=True, forward mode, ``torch.func`` and compiled graphs.
-        method: how memories are computed, see ``LegendreMemory``; None chooses.
+        input_to_output: whether to add W_x x_t.
+        bias: whether to add b_u and b_o.
+        memory_dropout: fraction of m_t that is dropped in training before W_m, 0 to below 1.
+        return_sequences: True returns o_t at every step. False returns o at the last valid step, by
+            equation (25).
+        recompute: in training, store the memories of one segment of time only, and recompute them
+            in the backward pass, if the memories, B * T * C * N numbers, exceed 64 MiB. False
+            stores all of them, and so do a backward pass with create_graph=True, forward mode,
+            ``torch.func`` and compiled graphs.
+        method: the algorithm of the memory, see ``LegendreMemory``; None chooses one.
         device, dtype: of the weights.
 
     Shapes: input (B, T, input_size), output (B, T, hidden_size) or (B, hidden_size), state.memory
@@ -75,9 +82,10 @@ class LMU(RecurrentLayer[LMUState]):
         >>> output.shape, state.memory.shape
         (torch.Size([100, 346]), torch.Size([100, 1, 468]))
 
-    Source: Chilkuri & Eliasmith 2021, (18) to (20), (24) to (26). The weights start as in Voelker, Kajic & Eliasmith
-    2019: U_x as e_x (LeCun-uniform), W_m and W_x as W (Glorot-normal). Ours: each row of U_x is then brought to length
-    1, so that a draw near zero does not shut a memory of one input off. Biases start at zero.
+    Source: Chilkuri & Eliasmith 2021, (18) to (20), (24) to (26). The weights are initialised as in
+    Voelker, Kajic & Eliasmith 2019: U_x as e_x (LeCun-uniform), W_m and W_x as W (Glorot-normal).
+    Our addition: each row of U_x is then normalised to length 1, so that a memory with one input is
+    not switched off by an initial weight near zero. Biases are initially zero.
     """
 
     State = LMUState
@@ -132,9 +140,10 @@ class LMU(RecurrentLayer[LMUState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above. The scale and theta of the memory stay.
+        """Initialise the weights again; see Source above. The scale and theta of the memory stay.
 
-        A loop over ``modules()`` resets the linear modules inside after this layer: call this once more at its end.
+        A loop over ``modules()`` that resets every module resets the linear modules of this layer
+        after the layer itself: call this method again after the loop.
         """
         U_x = self.encoder.weight.uniform_(-1, 1)
         U_x.div_(torch.linalg.vector_norm(U_x, dim=1, keepdim=True).clamp(min=torch.finfo(U_x.dtype).tiny))
@@ -165,7 +174,8 @@ class LMU(RecurrentLayer[LMUState]):
         return ((self.memory.input_size, self.memory.order),)
 
     def _sequence(self, x, state, lengths, reset):
-        # No states over time: the memories of all steps may exist one segment at a time only, or not at all.
+        # Returns no states over time: the memories may exist for one segment at a time, or not at
+        # all.
         m = None if state is None else state.memory
         if not self._children_are_as_built():
             output, m = self._by_children(x, m, lengths, reset)
@@ -179,12 +189,13 @@ class LMU(RecurrentLayer[LMUState]):
             else:
                 output, m = self._in_segments(u, x, m, system, length, lengths, reset)
             if not isinstance(self.activation, str):
-                # A user-supplied activation may own parameters that we cannot find: outside the recomputed segments.
+                # A user-supplied activation may own parameters that we cannot find, so it is
+                # applied outside the recomputed segments.
                 output = self._f2(output)
         return output, None, LMUState(m)
 
     def _children_are_as_built(self) -> bool:
-        """Whether the weights of the children may be read in place of calling them."""
+        """Whether the weights of the children may be used without a call of the children."""
         return (
             can_be_read(self.memory, LegendreMemory)
             and can_be_read(self.memory_to_output, nn.Linear)
@@ -192,12 +203,12 @@ class LMU(RecurrentLayer[LMUState]):
         )
 
     def _read_out(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """W_m of memories that are not scaled, b_o and W_x."""
+        """W_m for memories that are not scaled, b_o and W_x."""
         W_x = None if self.input_to_output is None else self.input_to_output.weight
         return _scaled(self.memory_to_output.weight, self.memory.scale), self.memory_to_output.bias, W_x
 
     def _in_segments(self, u, x, m, system, length, lengths, reset):
-        """``_segment`` for one segment of time after the other, recomputed in the backward pass."""
+        """``_segment`` for all segments of time in order, recomputed in the backward pass."""
 
         def run(segments, leaves, part, tensors):
             *weights, inputs, powers = tensors
@@ -214,7 +225,7 @@ class LMU(RecurrentLayer[LMUState]):
         return output, m
 
     def _by_children(self, x, m, lengths, reset):
-        """The layer by calls of its children, where one of them is not as it was built: the memories of all steps."""
+        """The layer by calls of its children, if one was replaced or hooked: all memories."""
         before = None if m is None else LegendreMemoryState(m)
         memory, final = self.memory(self._encode(x), before, lengths=lengths, reset=reset)
         if not self.return_sequences:
@@ -224,14 +235,14 @@ class LMU(RecurrentLayer[LMUState]):
         return self._read(memory, x), final.memory
 
     def _segment(self, u, x, m, weights, system, lengths, reset):
-        """(19) and (20) over a segment of time: (B, S, H), m at its end. Its memories exist here only."""
+        """(19) and (20) over a segment of S steps: the output (B, S, H) and m at its end."""
         W_m, b_o, W_x = weights
-        # at_length must not pick a state that was rounded to 16 bits.
+        # The state that at_length selects must not be rounded to 16 bits.
         wide = u if lengths is None else u.to(self._carry_dtype())
         memory, final = apply(wide, system, m, reset=reset)
-        if lengths is not None:  # a row that ended before this segment keeps its m
+        if lengths is not None:  # m is unchanged for a row that ended before this segment
             final = at_length(memory, m, final, lengths)
-        if memory.stride(-2) == 1:  # (B, S, N, C) in the store: W_m is turned round, not the memory
+        if memory.stride(-2) == 1:  # stored as (B, S, N, C): transpose W_m, not the memory
             memory, W_m = memory.mT, W_m.unflatten(1, memory.shape[-2:]).mT.flatten(1)
         read = memory.to(u.dtype).flatten(0, 1).flatten(-2)  # (B S, C N) or (B S, N C)
         del memory
@@ -242,7 +253,7 @@ class LMU(RecurrentLayer[LMUState]):
         return z.unflatten(0, u.shape[:2]), final
 
     def _last(self, x, m, lengths, reset):
-        """(25) and (20) at the last step that counts."""
+        """(25) and (20) at the last valid step."""
         batch, steps, _ = x.shape
         if steps == 0:
             m = self.initial_state(batch).memory if m is None else m
@@ -254,7 +265,7 @@ class LMU(RecurrentLayer[LMUState]):
         return self._read((m * self.memory.scale).to(x.dtype), _last_of(x, lengths)), m
 
     def _input_first(self, x: Tensor) -> bool:
-        """Whether the memory of x itself can take the place of that of u: all is linear, and it costs no more."""
+        """Whether to apply the memory before the encoder: both are linear, and it costs no more."""
         return (
             can_be_read(self.encoder, nn.Linear)
             and activation_function(self.encoder_activation) is None
@@ -264,7 +275,7 @@ class LMU(RecurrentLayer[LMUState]):
         )
 
     def _last_input_first(self, x: Tensor) -> Tensor:
-        """m = U_x (H x) + b_u (H 1): (25) on data needs no gradient, which leaves a third of the training step out."""
+        """m = U_x (H x) + b_u (H 1): H x needs no gradient, which saves a third of the time."""
         system = self.memory.prepared(x.shape[1], last_only=True)
         of_x = apply(x, system)[1]  # (B, input_size, N)
         with without_autocast(x):
@@ -288,7 +299,7 @@ class LMU(RecurrentLayer[LMUState]):
         return u if f1 is None else f1(u)
 
     def _read(self, m: Tensor, x_t: Tensor) -> Tensor:
-        """(20) for scaled memories, of one step or of all: o = f2(W_m m + W_x x + b_o)."""
+        """(20) for scaled memories, of one step or of all steps: o = f2(W_m m + W_x x + b_o)."""
         z = self.memory_to_output(F.dropout(m.flatten(-2), self.memory_dropout, self.training))
         if self.input_to_output is not None:
             z = z + self.input_to_output(x_t)
@@ -303,18 +314,21 @@ class LMU(RecurrentLayer[LMUState]):
         return self._f2(z) if f2 is None else f2(z)
 
     def _segment_length(self, x: Tensor) -> int:
-        """Steps to a segment: T when all memories are small or all are to be held; else such that a segment's memories
-        are, but never under sqrt(T) / 2, where the states between segments outgrow the few arrays of that size."""
+        """Steps per segment: T if the memories of all steps are small or must all be stored.
+
+        Otherwise as many as fit into SEGMENT_BYTES, but at least sqrt(T) / 2: with shorter
+        segments, the states between segments would take more memory than a segment.
+        """
         batch, steps, _ = x.shape
-        a_step = batch * self.memory.input_size * self.memory.order * self._carry_dtype().itemsize
-        if a_step * steps <= WHOLE_BYTES or (
+        bytes_per_step = batch * self.memory.input_size * self.memory.order * self._carry_dtype().itemsize
+        if bytes_per_step * steps <= MAX_STORED_BYTES or (
             torch.is_grad_enabled() and (transforms_are_active() or not self.recompute)
         ):
             return steps
-        length = max(SEGMENT_BYTES // a_step, 32)
+        length = max(SEGMENT_BYTES // bytes_per_step, 32)
         while (2 * length) ** 2 < steps:
             length *= 2
-        return -(-length // 32) * 32  # whole chunks of the chunked method
+        return -(-length // 32) * 32  # a multiple of the chunk length
 
     def _weight(self) -> Tensor:
         weight = floating_weight(self.encoder)
@@ -322,12 +336,12 @@ class LMU(RecurrentLayer[LMUState]):
 
 
 def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    """W_m of memories that are not scaled. Under FSDP's mixed precision the scale stays wider than the weight."""
+    """W_m for memories that are not scaled; the scale is wider under FSDP's mixed precision."""
     return (weight * scale.flatten()).to(weight.dtype)
 
 
 def _last_of(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x at the last step that counts; where none counts, at the first."""
+    """x at the last valid step; at step 0 for a row without valid steps."""
     if lengths is None:
         return x[:, -1]
     return x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]

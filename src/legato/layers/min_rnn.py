@@ -1,4 +1,4 @@
-"""The minimal GRU and LSTM: the gates of 1997 and 2014 with everything that is not parallel over time taken out."""
+"""The minimal GRU and LSTM: a GRU and an LSTM without the parts that are sequential in time."""
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,22 @@ from legato.ops.gated import gated_recurrence, gated_step
 class MinGRU(GatedLayer[GatedState]):
     """f_t = sigmoid(V x_t + b_f); h_t = f_t h_{t-1} + (1 - f_t) (W x_t + b_h).
 
-    A GRU without its reset gate, whose other gate sees x alone. The paper writes z_t = 1 - f_t, so V and b_f are its
-    weights of z with the sign turned. It is a ``StronglyTypedRNN`` with a bias beside W x_t, and a ``GILR`` without the
-    tanh. The paper's log-space form, which keeps h above zero by a candidate that is positive, is not this one: it lets
-    a scan over logarithms do what ``linear_recurrence`` does without them, so here h has either sign, as in the paper's
-    plain form.
+    A GRU without its reset gate, whose other gate depends on x only. The paper writes
+    z_t = 1 - f_t, so V and b_f are the paper's weights of z with the opposite sign. The layer is a
+    ``StronglyTypedRNN`` with a bias added to W x_t, and a ``GILR`` without the tanh. It is the
+    paper's plain version, in which h has either sign. The paper's log-space version makes the
+    candidate positive, so that a scan over logarithms can compute h; ``linear_recurrence`` does not
+    need logarithms.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the output and of the state.
-        forget_bias: b_f at first. ``spread_time_scales(layer.bias[:hidden_size], ...)`` gives each unit its own.
+        forget_bias: initial value of b_f. ``spread_time_scales(layer.bias[:hidden_size], ...)``
+            sets a different one per unit.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds V
-    above W, ``bias`` b_f before b_h.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of V, then of W; ``bias`` is b_f, then b_h.
 
     Example:
         >>> layer = MinGRU(4, 256)
@@ -62,21 +64,22 @@ class MinLSTM(GatedLayer[GatedState]):
     """f_t, i_t = sigmoid(k_f), sigmoid(k_i), k = W_f x_t + b_f and W_i x_t + b_i;
     h_t = (f_t h_{t-1} + i_t (W x_t + b_h)) / (f_t + i_t).
 
-    An LSTM whose gates see x alone and share one unit of weight between what stays and what comes, without the output
-    gate. f_t / (f_t + i_t) is formed as sigmoid(log f_t - log i_t), so gates that are both closed divide no zero by
-    zero. ``MinGRU`` has one gate for the two. The paper's log-space form keeps h above zero; this is the
-    plain form, as in ``MinGRU``.
+    An LSTM without the output gate, whose gates depend on x only and are normalised to a sum of
+    one. f_t / (f_t + i_t) is computed as sigmoid(log f_t - log i_t), which avoids 0 / 0 where both
+    gates are closed. ``MinGRU`` has one gate in place of the two. The paper's log-space version
+    makes h positive; this is the plain version, as in ``MinGRU``.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the output and of the state.
-        forget_bias: b_f and -b_i at first, which makes the decay sigmoid(forget_bias). f_t alone cannot open it further
-            than 1 / (1 + i_t). For a time scale of each unit's own, n being hidden_size,
+        forget_bias: initial value of b_f and of -b_i, which makes the initial decay
+            sigmoid(forget_bias). f_t alone cannot raise the decay above 1 / (1 + i_t). For a
+            different time scale per unit, with n = hidden_size,
             ``layer.bias.data[n : 2 * n] = -spread_time_scales(layer.bias.data[:n], ...)``.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds W_f,
-    W_i and W from the top, ``bias`` b_f, b_i and b_h.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of W_f, W_i and W, in this order; ``bias`` is b_f, b_i and b_h.
 
     Example:
         >>> layer = MinLSTM(4, 256)
@@ -114,7 +117,7 @@ class MinLSTM(GatedLayer[GatedState]):
         return memory.to(x_t.dtype), GatedState(memory)
 
     def _gate_and_candidate(self, x):
-        """log(f / i), whose sigmoid is f / (f + i), and the candidate."""
+        """log(f / i), whose sigmoid is the decay f / (f + i), and the candidate."""
         forget, write, candidate = F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
         carry = carry_dtype(forget.dtype)
         return F.logsigmoid(forget.to(carry)) - F.logsigmoid(write.to(carry)), candidate

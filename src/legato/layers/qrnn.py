@@ -23,20 +23,21 @@ class QRNN(GatedLayer[QRNNState]):
     """z, f, o = tanh, sigmoid, sigmoid of (W * x)_t + b, a causal convolution over x_{t-k+1} .. x_t;
     c_t = f_t c_{t-1} + (1 - f_t) z_t; h_t = o_t c_t.
 
-    A running average whose gates see the last k inputs, zeros before the first. With k = 1 it is a ``GILR`` behind an
-    output gate. The state holds the last k - 1 inputs too, so that chunks and single steps agree with one pass; a reset
-    drops them with the memory.
+    A running average whose gates read the last k inputs, with zeros before the first one. With
+    k = 1 it is a ``GILR`` followed by an output gate. The state includes the last k - 1 inputs, so
+    that chunks and single steps agree with the parallel pass; a reset clears them with the memory.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the output and of the memory.
-        kernel_size: k, how many inputs the gates see, at least 1.
-        forget_bias: of f at first. ``spread_time_scales(layer.bias[:hidden_size], ...)`` gives each unit its own.
+        kernel_size: k, how many inputs the gates read, at least 1.
+        forget_bias: initial bias of f. ``spread_time_scales(layer.bias[:hidden_size], ...)`` sets a
+            different one per unit.
         device, dtype: of the weights.
 
     Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size), state.inputs
-    (B, k - 1, input_size). ``weight`` (3 hidden_size, k input_size) and ``bias`` are those of f, o and z from the top;
-    the columns of the oldest input come first.
+    (B, k - 1, input_size). The rows of ``weight`` (3 hidden_size, k input_size) and ``bias`` belong
+    to f, o and z, in this order; the columns of ``weight`` begin with the oldest input.
 
     Example:
         >>> layer = QRNN(4, 256, kernel_size=3)
@@ -79,7 +80,7 @@ class QRNN(GatedLayer[QRNNState]):
         initial, inputs = (None, None) if state is None else state
         windows, last = self._windows(x, inputs, reset)
         output, states, final = gated_unit((windows,), (self.weight,), self.bias, self.spec, initial, reset=reset)
-        # A step's window without its oldest input is what the next step needs.
+        # The next step needs the window of this step without its oldest input.
         recent = windows.unflatten(2, (self.kernel_size, self.input_size))[:, :, 1:]  # (B, T, k - 1, C)
         return output.to(x.dtype), QRNNState(states, recent), QRNNState(final, last.to(self._carry_dtype()))
 
@@ -89,18 +90,18 @@ class QRNN(GatedLayer[QRNNState]):
         return output.to(x_t.dtype), QRNNState(memory, row[:, 1:].to(self._carry_dtype(), copy=True))
 
     def _windows(self, x, inputs, reset):
-        """The inputs that each step sees, (B, T, k C), the oldest first, and the last k - 1, (B, k - 1, C)."""
+        """The k inputs that each step reads, (B, T, k C), oldest first, and the last k - 1."""
         (B, T), k = x.shape[:2], self.kernel_size
         inputs = x.new_zeros(B, k - 1, self.input_size) if inputs is None else inputs.to(x.dtype)
         row = torch.cat([inputs, x], dim=1)  # (B, k - 1 + T, C)
-        # The last inputs are not taken from the windows: their gradient would be k times the size of x.
-        seen, last = [row[:, j : j + T] for j in range(k)], row[:, T:]
+        # Not taken from the windows: the gradient would be a tensor of k times the size of x.
+        shifted, last = [row[:, j : j + T] for j in range(k)], row[:, T:]
         if reset is not None:
-            # A step sees the inputs that came after as many resets as it did.
+            # A step reads an input if there is no reset between the two: equal counts of resets.
             resets = torch.cat([reset.new_zeros(B, k - 1), reset], dim=1).cumsum(1)
-            seen = [
-                s.masked_fill((resets[:, j : j + T] < resets[:, k - 1 :])[..., None], 0) for j, s in enumerate(seen)
-            ]
+            stale = [resets[:, j : j + T] < resets[:, k - 1 :] for j in range(k)]
+            shifted = [s.masked_fill(mask[..., None], 0) for s, mask in zip(shifted, stale, strict=True)]
             last = last.masked_fill((resets[:, T:] < resets[:, -1:])[..., None], 0)
-        # One product of k C columns; k shifted ones, which copy nothing, are within a tenth of its time or slower.
-        return torch.cat(seen, dim=2), last
+        # For one product with k C columns. k products of shifted inputs need no copy, but save less
+        # than a tenth of the time, or are slower.
+        return torch.cat(shifted, dim=2), last

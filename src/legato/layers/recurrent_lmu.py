@@ -1,7 +1,7 @@
-"""The Legendre Memory Unit of 2019, whose memory and output feed back: sequential, the baseline beside ``lmu.py``.
+"""The Legendre Memory Unit of 2019, with learned feedback: the sequential baseline for ``LMU``.
 
-It is as fast as plain PyTorch makes it: the terms of the input for all steps in two products, then five products and
-a nonlinearity a step. On a CPU those products, not the calls, take the time.
+Computed in plain PyTorch: the input terms of all steps in two matrix products, then five products
+and a non-linearity per step. On a CPU the products take most of the time, not the Python calls.
 """
 
 import math
@@ -16,7 +16,7 @@ from legato._dtypes import without_autocast
 from legato._shapes import Float, Tensor
 from legato.layers._fused import can_be_read, floating_weight
 from legato.layers._states import register_state
-from legato.layers.base import RecurrentLayer, StateShapes, whole
+from legato.layers.base import RecurrentLayer, StateShapes, full_parameter
 from legato.layers.legendre_memory import LegendreMemory, LegendreMemoryState, Theta
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
@@ -32,7 +32,7 @@ class RecurrentLMUState(NamedTuple):
 
 @register_state
 class RecurrentLMUCellState(NamedTuple):
-    """The same of a unit with an LSTM cell, whose own c_t comes last."""
+    """The state with an LSTM cell: m_t, h_t, and the cell state c_t."""
 
     memory: Float[Tensor, "B C N"]
     hidden: Float[Tensor, "B H"]
@@ -42,8 +42,8 @@ class RecurrentLMUCellState(NamedTuple):
 class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
     """h_t = f(W_x x_t + W_h h_{t-1} + W_m m_t), m_t = A m_{t-1} + B u_t, u_t = e_x x_t + e_h h_{t-1} + e_m m_{t-1}.
 
-    The memory is that of ``LMU``; e_h, e_m and W_h feed back, which leaves only one step after another. Other cells
-    take the same three terms: with z_t for their sum, one block a gate,
+    The memory is that of ``LMU``. The feedback by e_h, e_m and W_h makes the layer sequential in
+    time. Other cells use the same three terms; with z_t for their sum, one block per gate,
 
         "lstm"  i, f, g, o = z_t;  c_t = sig(f) c_{t-1} + sig(i) tanh(g);  h_t = sig(o) tanh(c_t)
         "gru"   r, v = sig(z_t);  n = tanh(W_x x_t + W_m m_t + r * W_h h_{t-1});  h_t = v h_{t-1} + (1 - v) n
@@ -51,17 +51,17 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
     Args:
         input_size: channels of x.
         hidden_size: H, channels of the output h.
-        memory_size: C, channels of u, each with a memory of its own.
-        order: N, numbers kept a channel.
+        memory_size: C, channels of u, each with its own memory.
+        order: N, Legendre coefficients per channel.
         theta: length of the window in steps, 1 or more; a number, or one per channel of u.
         discretizer: "zoh" (the paper's), "euler" or "bilinear".
         trainable_theta: learn theta; see ``LegendreMemory``.
         hidden_cell: f: "tanh" (the paper's), "relu", "gru" or "lstm".
-        hidden_to_memory: with e_h h_{t-1}, or without.
-        memory_to_memory: with e_m m_{t-1}, or without.
-        input_to_hidden: with W_x x_t, or without.
-        bias: add b to z_t; the paper has none.
-        return_sequences: True gives h_t at every step, False the last that counts.
+        hidden_to_memory: whether to add e_h h_{t-1}.
+        memory_to_memory: whether to add e_m m_{t-1}.
+        input_to_hidden: whether to add W_x x_t.
+        bias: whether to add b to z_t; the paper has no bias.
+        return_sequences: True returns h_t at every step, False h at the last valid step.
         device, dtype: of the weights; the steps are computed in float32 or wider.
 
     Shapes: input (B, T, input_size), output (B, T, hidden_size) or (B, hidden_size); state.memory (B, memory_size,
@@ -73,9 +73,9 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         >>> output.shape, sum(p.numel() for p in layer.parameters())
         (torch.Size([2, 212]), 99897)
 
-    Source: Voelker, Kajic & Eliasmith 2019, (6) to (9), with their start: e_x, e_h LeCun-uniform, e_m zero, each W
-    Glorot-normal. ``memory.scale``, ones unless set, multiplies m where e_m and W_m read it;
-    ``calibrate`` leaves it unchanged.
+    Source: Voelker, Kajic & Eliasmith 2019, (6) to (9), with their initial weights: e_x, e_h
+    LeCun-uniform, e_m zero, each W Glorot-normal. e_m and W_m read ``memory.scale * m``; the scale
+    is one unless you set it, and ``calibrate`` leaves it unchanged.
     """
 
     def __init__(
@@ -129,9 +129,10 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew; see Source above. The scale and theta of the memory stay.
+        """Initialise the weights again; see Source above. The scale and theta of the memory stay.
 
-        A loop over ``modules()`` resets the linear modules inside after this layer: call this once more at its end.
+        A loop over ``modules()`` that resets every module resets the linear modules of this layer
+        after the layer itself: call this method again after the loop.
         """
         for e in (self.input_to_memory, self.hidden_to_memory):
             if e is not None:
@@ -141,7 +142,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
             self.memory_to_memory.weight.zero_()
         for W in (self.input_to_hidden, self.hidden_to_hidden, self.memory_to_hidden):
             if W is not None:
-                with whole(W.weight) as weight:
+                with full_parameter(W.weight) as weight:
                     for gate in weight.chunk(GATES[self.hidden_cell]):
                         nn.init.xavier_normal_(gate)
                 if W.bias is not None:
@@ -175,25 +176,26 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         if steps == 0:
             empty = (batch, 0, self.hidden_size) if self.return_sequences else (batch, self.hidden_size)
             return x.new_zeros(empty), None, self.State(m, *hidden)
-        now = [m.flatten(1), *hidden]  # (B, C N), (B, H)
+        current = [m.flatten(1), *hidden]  # (B, C N), (B, H)
         outputs = []
         fused = all(can_be_read(child, nn.Linear) for child in self._linear_children())
         fused = fused and can_be_read(self.memory, LegendreMemory)
-        # Outside: an exported program with an autocast region in another one cannot be loaded.
+        # Before the autocast region: torch cannot load an exported program with nested autocast
+        # regions.
         advance = self._one_step(m.dtype) if fused else self._one_step_by_children
         with without_autocast(x):
             terms = self._input_terms(x.to(m.dtype)) if fused else ((x_t,) for x_t in x.unbind(1))
-            for t, of_input in enumerate(terms):
+            for t, input_term in enumerate(terms):
                 if reset is not None:
-                    now = [torch.where(reset[:, t, None], 0, part) for part in now]
-                new = advance(*of_input, *now)
+                    current = [torch.where(reset[:, t, None], 0, part) for part in current]
+                new = advance(*input_term, *current)
                 if lengths is not None:
-                    new = [torch.where((t < lengths)[:, None], *pair) for pair in zip(new, now, strict=True)]
-                now = new
-                outputs.append(now[1])
-        output = torch.stack(outputs, dim=1) if self.return_sequences else now[1]
-        m, *hidden = now
-        # No states over time: a step of the memory takes far more room than a step of the output.
+                    new = [torch.where((t < lengths)[:, None], *pair) for pair in zip(new, current, strict=True)]
+                current = new
+                outputs.append(current[1])
+        output = torch.stack(outputs, dim=1) if self.return_sequences else current[1]
+        m, *hidden = current
+        # Returns no states over time: per step, the memory takes far more space than the output.
         return output.to(x.dtype), None, self.State(m.view(shape), *hidden)
 
     def _linear_children(self) -> list[nn.Module | None]:
@@ -207,7 +209,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         ]
 
     def _one_step_by_children(self, x: Tensor, m: Tensor, h: Tensor, c: Tensor | None = None) -> list[Tensor]:
-        """One step, (x, m, h, ...) -> [m, h, ...], by calls of the children, where one is not as it was built."""
+        """One step, (x, m, h, ...) -> [m, h, ...], by calls of the children; for replaced ones."""
         wide, h_before = h.dtype, h.to(x.dtype)
         m = m.unflatten(1, (self.memory.input_size, self.memory.order))
         u = self.input_to_memory(x)
@@ -225,7 +227,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
 
     def _input_terms(self, x: Tensor):
         """e_x x_t (B, C) and W_x x_t + b (B, gates) for each t."""
-        xs = x.transpose(0, 1)  # (T, B, input_size), so that each step is one block of memory
+        xs = x.transpose(0, 1)  # (T, B, input_size), so that each step is contiguous
         u = F.linear(xs, self.input_to_memory.weight.to(x.dtype))
         b = None if self.memory_to_hidden.bias is None else self.memory_to_hidden.bias.to(x.dtype)
         if self.input_to_hidden is not None:
@@ -236,7 +238,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         return zip(u.unbind(0), z.unbind(0), strict=True)
 
     def _one_step(self, dtype: torch.dtype):
-        """The function of a step, (u, z, m, h, ...) -> [m, h, ...], with what it needs of the weights made once."""
+        """The function of one step, (u, z, m, h, ...) -> [m, h, ...]; prepares the weights once."""
         A, B = self.memory.transition()
         scale = self.memory.scale.flatten().to(dtype)
         W_h = self.hidden_to_hidden.weight.to(dtype).mT
@@ -249,7 +251,7 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
                 u = torch.addmm(u, h, e_h)
             if e_m is not None:
                 u = torch.addmm(u, m, e_m)
-            m = _remember(m, u, A, B)
+            m = _memory_step(m, u, A, B)
             z = torch.addmm(z, m, W_m)
             if self.hidden_cell == "gru":
                 return [m, *self._cell(z, h @ W_h, h, c)]
@@ -258,9 +260,9 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         return advance
 
     def _cell(self, z: Tensor, of_h: Tensor | None, h: Tensor, c: Tensor | None) -> list[Tensor]:
-        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and W_h h_{t-1}; None where z includes that.
+        """[h_t] or [h_t, c_t], from z = W_x x_t + W_m m_t + b and of_h = W_h h_{t-1}.
 
-        The "gru" needs both: r multiplies W_h h_{t-1} alone.
+        of_h is None if z includes it. The "gru" needs both: r multiplies W_h h_{t-1} only.
         """
         if of_h is not None:
             if self.hidden_cell == "gru":
@@ -275,8 +277,8 @@ class RecurrentLMU(RecurrentLayer[RecurrentLMUState | RecurrentLMUCellState]):
         return self.memory.scale if weight is None else weight
 
 
-def _remember(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """A m + B u with A transposed: m (B, C N), u (B, C)."""
+def _memory_step(m: Tensor, u: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """A m + B u, where the argument A is transposed: m (B, C N), u (B, C)."""
     if A.ndim == 2:
         return torch.addmm(u.reshape(-1, 1) * B, m.view(-1, B.shape[-1]), A).view(m.shape)
     m = m.unflatten(1, B.shape).transpose(0, 1)  # (C, B, N)

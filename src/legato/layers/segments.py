@@ -1,4 +1,4 @@
-"""Long sequences in the memory of a short one: time cut into segments, each computed again in the backward pass."""
+"""Long sequences in the memory of one segment, by recomputation in the backward pass."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,31 +31,35 @@ def in_segments(
     last_only: bool = False,
     recompute: bool = True,
 ) -> tuple[Tensor, AnyState]:
-    """(output, state) = layer(x, state), exactly, with gradients through all of it, holding one segment at a time.
+    """(output, state) = layer(x, state), with exact gradients, in the memory of one segment.
 
-    The states between segments are kept, everything inside them is computed again in the backward: for a third more
-    time, training memory is that of one segment, plus x, the outputs and one state a segment. Where no gradient is
-    asked for, nothing is computed twice. First derivatives only, in reverse mode; ``recompute=False`` has them all, and
-    takes its place in forward mode, in ``torch.func`` and in compiled graphs.
+    The states between segments are stored. All other values are recomputed in the backward pass,
+    which takes a third more time. The training memory is that of one segment, plus x, the outputs
+    and one state per segment. Without gradients, nothing is computed twice. Supports first
+    derivatives in reverse mode only. ``recompute=False`` supports all derivatives, and is always
+    used in forward mode, in ``torch.func`` and in compiled graphs.
 
     Args:
-        layer: a recurrent layer that reads forward only, a ``Stack``, or any function of (x, state) to (output, state)
-            that computes what it needs from its parameters inside, and the same when called again: dropout draws the
-            same numbers twice.
-        x: (batch, time, *channels), tokens (batch, time) too.
-        state: as the layer takes it.
-        steps: of a segment, 1 or more. A segment whose arrays stay under 32 MiB each is also quicker: the allocator
-            reuses such blocks, and hands larger ones back to the system.
-        last_only: return the output of the last step, (batch, ...), in place of all, (batch, time, ...).
-        recompute: False keeps what is inside the segments, for sequences that fit: shorter arrays alone are quicker.
+        layer: a recurrent layer that reads forward only, a ``Stack``, or any function from (x,
+            state) to (output, state). Such a function must compute all values that depend on
+            parameters inside, and give the same result when called again; dropout draws the same
+            numbers again.
+        x: (batch, time, *channels), or tokens (batch, time).
+        state: the initial state of the layer, or None.
+        steps: length of a segment, 1 or more. Segments whose arrays are below 32 MiB each are also
+            faster: the allocator reuses such blocks, but returns larger ones to the system.
+        last_only: return the output of the last step, (batch, ...), in place of all, (batch, time,
+            ...).
+        recompute: False stores the values inside the segments, for sequences that fit into memory:
+            shorter arrays are faster by themselves.
 
     Returns:
         The output and the state after the last step.
 
     Raises:
-        ValueError: steps is below 1, last_only is asked of a sequence without steps, or the layer, or one inside it,
-            is bidirectional or gives its last output only.
-        RuntimeError: by the backward with create_graph=True, where recompute is not False.
+        ValueError: steps is below 1, last_only is given for a sequence without steps, or the layer
+            is bidirectional, contains a bidirectional layer, or returns its last output only.
+        RuntimeError: in a backward pass with create_graph=True, unless recompute is False.
 
     Example:
         >>> from legato import GILR
@@ -68,7 +72,7 @@ def in_segments(
     positive_int(steps, "steps")
     _check_layer(layer)
     if last_only and x.shape[1] == 0:
-        raise ValueError("expected at least one step for the last output, got x with none: leave last_only out")
+        raise ValueError("expected at least one step for the last output, got none: drop last_only")
     if recompute and torch.is_grad_enabled() and x.shape[1] > steps and not transforms_are_active():
         return _recomputed_layer(layer, x, state, steps, last_only)
     outputs, after = [], cast("AnyState", state)
@@ -89,48 +93,50 @@ def over_segments(
 ) -> tuple[Tensor, list[Tensor]]:
     """(output, leaves) = run(segments, leaves, part, tensors), segment by segment, recomputed in the backward pass.
 
-    ``run`` must get all that it differentiates by from its arguments; there are second derivatives then, whose backward
-    pass holds all segments at once.
+    ``run`` must get every tensor that needs a gradient as an argument. Second derivatives are
+    supported; their backward pass stores all segments.
 
     Args:
-        run: ``segments`` are ``sequences[:, part]``, ``leaves`` the tensors of the state after the previous segment.
+        run: gets ``segments``, the slices ``sequences[:, part]``, and ``leaves``, the tensors of
+            the state after the previous segment.
         sequences: one or more, (B, T, *channels) each.
         leaves: the tensors of the state before the first segment; an empty list for none.
-        tensors: everything else that needs a gradient; None entries are passed on.
+        tensors: all other tensors that need a gradient; None entries are passed on.
         steps: length of a segment, less than T.
         random: whether ``run`` draws random numbers; the recomputation draws the same ones again.
     """
     if transforms_are_active():
-        return _in_turn(run, sequences, leaves, tensors, steps, False)
+        return _with_graph(run, sequences, leaves, tensors, steps, False)
     return _recomputed(_Plan(run, steps, sequences[0].device, random=random), sequences, leaves, tensors)
 
 
 def _check_layer(layer: Callable) -> None:
-    """Layers whose segments are not parts of their one pass: a function's own, nobody can see."""
+    """Raise if the layer cannot be run in segments; functions cannot be checked."""
     name = type(layer).__name__
     inside = layer.modules() if isinstance(layer, nn.Module) else ()
     if any(getattr(module, "bidirectional", False) is True for module in inside):
         raise ValueError(
-            f"expected a layer that reads forward only, got a {name} that is bidirectional: a segment does not know "
-            "what comes after it. Give whole sequences to the layer itself"
+            f"expected a layer that reads forward only, got a {name} that is bidirectional: a segment "
+            "does not include later steps. Pass complete sequences to the layer itself"
         )
     if getattr(layer, "return_sequences", True) is False:
         raise ValueError(
-            f"expected a layer that gives all its outputs, got a {name} that gives its last alone: build it with "
-            "return_sequences=True and last_only=True gives that of the last segment"
+            f"expected a layer that returns all outputs, got a {name} that returns its last output only: "
+            "build it with return_sequences=True and pass last_only=True for the last output"
         )
 
 
 @dataclass
 class _Plan:
-    """What both passes over the segments need, and what the first one leaves to the second."""
+    """The options of both passes over the segments, and the data stored by the first pass."""
 
     run: Run
     steps: int
     device: torch.device
     last_only: bool = False
     random: bool = True
-    #: ``run`` gets every tensor that it differentiates by as an argument; else its parameters are found in its graph.
+    #: True: ``run`` gets every tensor that needs a gradient as an argument. False: its parameters
+    #: are found in its graph.
     closed: bool = True
     autocast: dict[str, Any] = field(default_factory=dict)
     random_states: list[Tensor] = field(default_factory=list)
@@ -138,11 +144,11 @@ class _Plan:
 
 
 def _recomputed_layer(layer, x, state, steps, last_only):
-    given, form = tree_flatten(() if state is None else state)
+    given, structure = tree_flatten(() if state is None else state)
     after: list[Any] = [None]  # the structure of the states that the layer returns
 
     def run(segments: list[Tensor], leaves: list[Tensor], part: slice, _: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
-        before = tree_unflatten(leaves, after[0] if part.start else form) if leaves else None
+        before = tree_unflatten(leaves, after[0] if part.start else structure) if leaves else None
         output, state = layer(segments[0], before)
         leaves, after[0] = tree_flatten(state)
         return output, leaves
@@ -152,19 +158,20 @@ def _recomputed_layer(layer, x, state, steps, last_only):
 
 
 def _recomputed(plan: _Plan, sequences, leaves, tensors) -> tuple[Tensor, list[Tensor]]:
-    output, final, kept, parameters = _first_pass(plan, sequences, leaves, tensors)
+    output, final, stored, parameters = _first_pass(plan, sequences, leaves, tensors)
     plan.counts = len(sequences), len(leaves)
-    output, *final = _Segments.apply(plan, output, final, kept, *sequences, *leaves, *(tensors or parameters))
+    output, *final = _Segments.apply(plan, output, final, stored, *sequences, *leaves, *(tensors or parameters))
     return output, final
 
 
 def _first_pass(plan: _Plan, sequences, leaves, tensors):
     """Output, final leaves, the leaves between segments, and the parameters, without a graph.
 
-    Results and states go into blocks that are allocated once. Small tensors allocated between the large ones of each
-    segment, as torch.utils.checkpoint leaves them, pin the heap: it grew by 6 to 9 MiB with every segment.
+    Results and states are written to blocks that are allocated once. Small tensors between the
+    large ones of each segment, as torch.utils.checkpoint allocates them, fragment the heap: it grew
+    by 6 to 9 MiB per segment.
     """
-    x, kept, output, parameters = sequences[0], [], None, {}
+    x, stored, output, parameters = sequences[0], [], None, {}
     parts = _parts(x, plan.steps)
     plan.autocast = {
         "dtype": torch.get_autocast_dtype(x.device.type),
@@ -175,28 +182,28 @@ def _first_pass(plan: _Plan, sequences, leaves, tensors):
         if plan.random:
             _save_random_states(plan, number, len(parts))
         if number:
-            kept = kept or [leaf.new_empty(len(parts), *leaf.shape) for leaf in leaves]
-            for block, leaf in zip(kept, leaves, strict=True):
+            stored = stored or [leaf.new_empty(len(parts), *leaf.shape) for leaf in leaves]
+            for block, leaf in zip(stored, leaves, strict=True):
                 block[number] = leaf
-            leaves = [block[number] for block in kept]
+            leaves = [block[number] for block in stored]
         segments, before = ([part.detach() for part in x] for x in ([x[:, part] for x in sequences], leaves))
         with torch.no_grad() if plan.closed else _graph_without_tensors():
-            piece, leaves = plan.run(segments, before, part, tensors)
+            result, leaves = plan.run(segments, before, part, tensors)
         if not plan.closed:
-            parameters |= {id(leaf): leaf for leaf in _graph_leaves([piece, *leaves])}
-            piece, leaves = piece.detach(), [leaf.detach() for leaf in leaves]
+            parameters |= {id(leaf): leaf for leaf in _graph_leaves([result, *leaves])}
+            result, leaves = result.detach(), [leaf.detach() for leaf in leaves]
         if plan.last_only:
-            output = piece[:, -1].clone()
+            output = result[:, -1].clone()
         else:
-            output = piece.new_empty(*x.shape[:2], *piece.shape[2:]) if output is None else output
-            output[:, part] = piece
-        del piece
-    return output, leaves, kept, list(parameters.values())
+            output = result.new_empty(*x.shape[:2], *result.shape[2:]) if output is None else output
+            output[:, part] = result
+        del result
+    return output, leaves, stored, list(parameters.values())
 
 
 @contextmanager
 def _graph_without_tensors() -> Iterator[None]:
-    """A graph that shows which parameters a result comes from and saves nothing for a backward pass."""
+    """Build a graph from which the parameters can be found, without saved tensors."""
     with torch.enable_grad(), saved_tensors_hooks(lambda tensor: None, _no_tensor):
         yield
 
@@ -206,51 +213,57 @@ def _no_tensor(_: Any) -> Tensor:
 
 
 class _Segments(Function):
-    """The results of the first pass; in the backward pass, each segment is computed again, from the last on."""
+    """The results of the first pass; the backward pass recomputes the segments in reverse order."""
 
     @staticmethod
-    def forward(ctx, plan, output, final, kept, *given):
+    def forward(ctx, plan, output, final, stored, *given):
         ctx.plan = plan
-        ctx.save_for_backward(*given, *kept)
+        ctx.save_for_backward(*given, *stored)
         return output, *final
 
     @staticmethod
     def backward(ctx, grad_output, *grads):
-        plan, wanted, saved = ctx.plan, ctx.needs_input_grad[4:], ctx.saved_tensors
-        given, kept = saved[: len(wanted)], saved[len(wanted) :]
+        plan, needs_grads, saved = ctx.plan, ctx.needs_input_grad[4:], ctx.saved_tensors
+        given, stored = saved[: len(needs_grads)], saved[len(needs_grads) :]
+        # A second derivative would be incomplete, without an error.
         if torch.is_grad_enabled() and not plan.closed:
             raise RuntimeError(
-                "expected a backward without create_graph=True: in_segments has first derivatives only, a second would "
-                "silently lack its share. Give it recompute=False"
+                "expected a backward pass without create_graph=True, got one with it: in_segments supports "
+                "first derivatives only. Pass recompute=False for higher ones"
             )
-        # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped.
+        # create_graph: the gradient is differentiated again; is_grads_batched: it is mapped by
+        # vmap.
         if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, (grad_output, *grads))):
-            return *[None] * 4, *_gradients_in_turn(plan, given, (grad_output, *grads), wanted)
+            return *[None] * 4, *_gradients_with_graph(plan, given, (grad_output, *grads), needs_grads)
         sequences, leaves, tensors = _split(given, plan.counts)
-        of_sequences, of_leaves, of_tensors = _split(wanted, plan.counts)
-        blocks = [torch.empty_like(x) if wants else None for x, wants in zip(sequences, of_sequences, strict=True)]
-        sums = [torch.zeros_like(x) if wants else None for x, wants in zip(tensors, of_tensors, strict=True)]
+        of_sequences, of_leaves, of_tensors = _split(needs_grads, plan.counts)
+        blocks = [torch.empty_like(x) if needed else None for x, needed in zip(sequences, of_sequences, strict=True)]
+        sums = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, of_tensors, strict=True)]
         grads = [grad.clone() for grad in grads]
         for number, part in reversed(list(enumerate(_parts(sequences[0], plan.steps)))):
-            before = [block[number] for block in kept] if number else leaves
+            before = [block[number] for block in stored] if number else leaves
             found = _add_gradients(plan, number, part, sequences, before, tensors, grad_output, grads, blocks, sums)
             if number:
                 for grad, of_before in zip(grads, found, strict=True):
                     grad.copy_(of_before)
                 del found
-        of_leaves = [grad if wants else None for grad, wants in zip(found, of_leaves, strict=True)]
+        of_leaves = [grad if needed else None for grad, needed in zip(found, of_leaves, strict=True)]
         return *[None] * 4, *blocks, *of_leaves, *sums
 
 
 def _add_gradients(
     plan: _Plan, number, part, sequences, leaves, tensors, grad_output, grads, blocks, sums
 ) -> list[Tensor]:
-    """Those of one segment, put into ``blocks`` and added to ``sums``; returns those of the state before it."""
+    """Compute the gradients of one segment.
+
+    Writes those of the sequences to ``blocks``, adds those of ``tensors`` to ``sums``, and returns
+    those of the state before the segment.
+    """
     segments = [
         x[:, part].detach().requires_grad_(block is not None) for x, block in zip(sequences, blocks, strict=True)
     ]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    if plan.closed:  # the user's own tensors may have hooks, which act on the whole gradient, once
+    if plan.closed:  # detached: hooks of the user's tensors must run once, on the complete gradient
         tensors = [
             x if x is None else x.detach().requires_grad_(total is not None)
             for x, total in zip(tensors, sums, strict=True)
@@ -275,8 +288,8 @@ def _add_gradients(
     return list(found[: len(leaves)])
 
 
-def _gradients_in_turn(plan: _Plan, given, grads, wanted) -> list[Tensor | None]:
-    """The gradients of ``_in_turn``, with a graph of their own where one is asked for."""
+def _gradients_with_graph(plan: _Plan, given, grads, needs_grads) -> list[Tensor | None]:
+    """The gradients of ``_with_graph``, differentiable if gradients are enabled."""
 
     def run(segments, leaves, part, tensors):
         with _as_before(plan, part.start // plan.steps):
@@ -285,20 +298,21 @@ def _gradients_in_turn(plan: _Plan, given, grads, wanted) -> list[Tensor | None]
     sequences, leaves, parameters = _split(given, plan.counts)
     named = given if plan.closed else [*sequences, *leaves]
     with torch.enable_grad(), torch.autocast(plan.device.type, **plan.autocast):
-        # Aliases, so that a tensor that was made from another one gets the gradient of this function alone.
-        named = [x.view_as(x) if wants else x for x, wants in zip(named, wanted, strict=False)]
+        # Aliases, so that a tensor computed from another one gets the gradient of this function
+        # only.
+        named = [x.view_as(x) if needed else x for x, needed in zip(named, needs_grads, strict=False)]
         sequences, leaves, tensors = _split(named, plan.counts)
-        output, leaves = _in_turn(run, sequences, leaves, tensors, plan.steps, plan.last_only)
+        output, leaves = _with_graph(run, sequences, leaves, tensors, plan.steps, plan.last_only)
     given = named if plan.closed else [*named, *parameters]
-    sources = [source for source, wants in zip(given, wanted, strict=True) if wants]
+    sources = [source for source, needed in zip(given, needs_grads, strict=True) if needed]
     pairs = list(zip([output, *leaves], grads, strict=True))
     with nullcontext() if plan.closed else _hooks_off(parameters):
         found = iter(_gradients(pairs, sources, create_graph=torch.is_grad_enabled()))
-    return [next(found) if wants else None for wants in wanted]
+    return [next(found) if needed else None for needed in needs_grads]
 
 
-def _in_turn(run: Run, sequences, leaves, tensors, steps, last_only) -> tuple[Tensor, list[Tensor]]:
-    """The segments with a graph, for every kind of derivative: holds what each segment needs for its own."""
+def _with_graph(run: Run, sequences, leaves, tensors, steps, last_only) -> tuple[Tensor, list[Tensor]]:
+    """The segments in order with one graph, for all derivatives: stores all segments."""
     outputs = []
     for part in _parts(sequences[0], steps):
         output, leaves = run([sequence[:, part] for sequence in sequences], leaves, part, tensors)
@@ -309,31 +323,31 @@ def _in_turn(run: Run, sequences, leaves, tensors, steps, last_only) -> tuple[Te
 
 
 def _gradients(pairs: list[tuple[Tensor, Tensor]], sources: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
-    # Of a layer whose weights are held fixed, the first segment's state has no gradient.
+    # If the weights of a layer are fixed, the state after the first segment has no gradient.
     pairs = [(output, grad) for output, grad in pairs if output.requires_grad]
     outputs, grads = [output for output, _ in pairs], [grad for _, grad in pairs]
     return torch.autograd.grad(outputs, sources, grads, materialize_grads=True, **options)
 
 
 def _split(given: Sequence, counts: tuple[int, int]) -> tuple[list, list, list]:
-    """Sequences, leaves of a state, the others."""
+    """Sequences, leaves of a state, other tensors."""
     sequences, leaves = counts
     return list(given[:sequences]), list(given[sequences : sequences + leaves]), list(given[sequences + leaves :])
 
 
 def _parts(x: Tensor, steps: int) -> list[slice]:
-    """The segments in their order; a sequence without steps has one."""
+    """The segments in order; a sequence without steps has one."""
     return [slice(start, start + steps) for start in range(0, max(x.shape[1], 1), steps)]
 
 
 def _graph_leaves(outputs: list[Tensor]) -> Iterator[Tensor]:
-    """The leaf tensors of the graph that made ``outputs``, each once."""
-    nodes, seen = [output.grad_fn for output in outputs], set()
+    """The leaf tensors of the graph of ``outputs``, each once."""
+    nodes, visited = [output.grad_fn for output in outputs], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if (variable := getattr(node, "variable", None)) is not None:
             yield variable
         nodes += [following for following, _ in node.next_functions]
@@ -341,7 +355,7 @@ def _graph_leaves(outputs: list[Tensor]) -> Iterator[Tensor]:
 
 @contextmanager
 def _hooks_off(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients by the user's own parameters without their hooks: those act once, on the sum over all segments."""
+    """Disable the hooks of the user's parameters: they must run once, on the complete gradient."""
     hooks = [leaf._backward_hooks for leaf in leaves]
     try:
         for leaf in leaves:
@@ -368,13 +382,13 @@ def _save_random_states(plan: _Plan, number: int, count: int) -> None:
 
 @contextmanager
 def _as_before(plan: _Plan, number: int) -> Iterator[None]:
-    """Random numbers as they were drawn in the forward pass of this segment."""
+    """Draw the same random numbers as in the forward pass of this segment."""
     if not plan.random:
         yield
         return
     cuda = plan.device.type == "cuda"
     with torch.random.fork_rng([plan.device] if cuda else []):
-        torch.set_rng_state(plan.random_states[0][number].clone())  # of a view, torch would read beyond the end
+        torch.set_rng_state(plan.random_states[0][number].clone())  # torch reads past the end of a view
         if cuda:
             torch.cuda.set_rng_state(plan.random_states[1][number].clone(), plan.device)
         yield

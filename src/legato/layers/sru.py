@@ -14,23 +14,25 @@ class SRU(GatedLayer[GatedState]):
     """f_t = sigmoid(W_f x_t + b_f); r_t = sigmoid(W_r x_t + b_r); c_t = f_t c_{t-1} + (1 - f_t) W x_t;
     h_t = r_t g(c_t) + (1 - r_t) x_t.
 
-    A running average of W x_t with a gated way past it for the input. This is the first version, whose gates see x
-    alone. The later one adds v_f * c_{t-1} and v_r * c_{t-1} inside the gates, which makes c non-linear in its own past
-    and so sequential in time; it also scales the way past, (1 - r_t) x_t, and drops g. Without the way past and g, this
-    layer is a ``StronglyTypedRNN``.
+    A running average of W x_t with a gated skip connection for the input. This is the first
+    version, whose gates depend on x only. The later version adds v_f * c_{t-1} and v_r * c_{t-1}
+    inside the gates, which makes c non-linear in its own past and so sequential in time; it also
+    scales the skip connection, (1 - r_t) x_t, and drops g. Without r, g and the skip connection,
+    this layer is a ``StronglyTypedRNN``.
 
     Args:
         input_size: channels of x.
-        hidden_size: channels of the output and of the state. Where it is not ``input_size``, x_t in h_t becomes P x_t,
-            with a matrix P of its own.
-        activation: g, a name or a callable; "tanh" is the paper's, "identity" leaves it out.
-        forget_bias: b_f at first; 0 is that of the authors' code. ``spread_time_scales(layer.bias[:hidden_size], ...)``
-            gives each unit its own.
-        highway_bias: b_r at first; below zero the layer starts by passing its input on.
+        hidden_size: channels of the output and of the state. Where it differs from ``input_size``,
+            x_t in h_t is replaced by P x_t, with a learned matrix P.
+        activation: g, a name or a callable; "tanh" as in the paper, "identity" for none.
+        forget_bias: initial value of b_f; 0 as in the authors' code.
+            ``spread_time_scales(layer.bias[:hidden_size], ...)`` sets a different one per unit.
+        highway_bias: initial value of b_r; with a value below zero, h_t is initially closer to x_t.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size): c_t. ``weight`` holds
-    W_f, W_r, P where there is one, and W, in that order from the top; ``bias`` b_f before b_r.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size):
+    c_t. The rows of ``weight`` are those of W_f, W_r, P (if used) and W, in this order; ``bias`` is
+    b_f, then b_r.
 
     Example:
         >>> layer = SRU(4, 256)
@@ -54,7 +56,7 @@ class SRU(GatedLayer[GatedState]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        same_size = bool(input_size == hidden_size)  # of NumPy's numbers too
+        same_size = bool(input_size == hidden_size)  # a bool for NumPy integers, too
         spec = GateSpec(("forget", "output", *(() if same_size else ("skip",)), "candidate"), skips_input=same_size)
         biases = (real_number(forget_bias, "forget_bias"), real_number(highway_bias, "highway_bias"))
         super().__init__(input_size, hidden_size, spec=spec, biases=biases, device=device, dtype=dtype)

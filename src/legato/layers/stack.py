@@ -1,4 +1,4 @@
-"""Layers one on top of the other, as ``torch.nn.LSTM`` has them by ``num_layers``, for every layer at once."""
+"""Stacked layers, like ``num_layers`` of ``torch.nn.LSTM``, for every layer of the library."""
 
 import inspect
 import warnings
@@ -17,20 +17,23 @@ from legato.layers.bidirectional import Bidirectional, refuse_to_step
 
 
 class Stack(RecurrentLayer[tuple[Any, ...]]):
-    """o = layer_n(... dropout(layer_2(dropout(layer_1(x))))): layers that read one another; its state is their tuple.
+    """o = layer_n(... dropout(layer_2(dropout(layer_1(x))))), with the tuple of all states.
 
-    ``Stack.of(GILRLSTM, 4, 256, num_layers=2, dropout=0.1, bidirectional=True)`` builds one of equal layers.
+    ``Stack.of(GILRLSTM, 4, 256, num_layers=2, dropout=0.1, bidirectional=True)`` builds a stack of
+    equal layers.
 
     Args:
-        layers: each takes as many channels as the one below gives, and all but the last give all their outputs.
-        dropout: share of each layer's output dropped in training before the next reads it; the last one's is not.
+        layers: the input_size of each is the output_size of the previous one, and all but the last
+            return the outputs of all steps.
+        dropout: fraction of each layer's output that is dropped in training, 0 to below 1; the
+            output of the last layer has no dropout.
 
     Shapes: input (B, T, layers[0].input_size); output that of the last layer; state a tuple of the layers' states.
 
     Raises:
         TypeError: an argument is not a layer.
-        ValueError: the layers do not fit one on another, or dropout is not from 0 to below 1.
-        RuntimeError: by ``step``, where a layer is bidirectional.
+        ValueError: the sizes of the layers do not match, or dropout is not from 0 to below 1.
+        RuntimeError: by ``step``, if a layer is bidirectional.
 
     Example:
         >>> from legato import GILR, LMU
@@ -47,7 +50,8 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
         dropout = dropout_rate(dropout)
         if dropout and len(layers) == 1:
             warnings.warn(
-                f"dropout={dropout} changes nothing in a stack of one layer: it lies between layers", stacklevel=2
+                f"dropout={dropout} changes nothing in a stack of one layer: dropout is applied between layers",
+                stacklevel=2,
             )
         super().__init__(layers[0].input_size)
         self.layers = nn.ModuleList(layers)
@@ -67,23 +71,26 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
         bidirectional: bool = False,
         **options: Any,
     ) -> "Stack":
-        """layer(input_size, hidden_size), then layer(hidden_size, hidden_size) on it, ``num_layers`` in all.
+        """layer(input_size, hidden_size), then layer(hidden_size, hidden_size), num_layers in total.
 
         Args:
-            layer: the class: any layer built as layer(input_size, hidden_size, ...), one of your own included.
+            layer: a class with the constructor layer(input_size, hidden_size, ...), which may be
+                user-defined.
             input_size: channels of x.
             hidden_size: of each layer.
             num_layers: 1 or more.
-            dropout: between the layers, in training, 0 to below 1.
-            bidirectional: each layer a ``Bidirectional`` of two, whose outputs are 2 * hidden_size wide.
-            options: of the layer's constructor, the same for all; return_sequences goes to the last alone.
+            dropout: fraction dropped between the layers in training, 0 to below 1.
+            bidirectional: use a ``Bidirectional`` of two layers in place of each layer, with
+                outputs of 2 * hidden_size channels.
+            options: other arguments of the layer's constructor, equal for all layers;
+                return_sequences is passed to the last layer only.
 
         Returns:
-            A ``Stack``, of one layer too, so that the state has one form.
+            A ``Stack``, also for one layer, so that the state is always a tuple of states.
 
         Raises:
             TypeError: ``layer`` is not the class of a layer, or has no such option.
-            ValueError: a number is out of its range.
+            ValueError: a number is out of range.
 
         Example:
             >>> from legato import GILRLSTM
@@ -91,7 +98,7 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
             >>> stack(torch.randn(2, 100, 4))[0].shape
             torch.Size([2, 100, 512])
 
-        Source: the arguments of ``torch.nn.LSTM``; docs/coming-from-other-libraries.md has them all.
+        Source: the arguments of ``torch.nn.LSTM``; see docs/coming-from-other-libraries.md.
         """
         num_layers = positive_int(num_layers, "num_layers")
         _check_options(layer, options)
@@ -105,7 +112,7 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
 
     @property
     def output_size(self) -> int | tuple[int, ...]:
-        """That of the last layer."""
+        """``output_size`` of the last layer."""
         return self._members()[-1].output_size
 
     def forward(
@@ -116,7 +123,7 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Output of the last layer and the states of all; ``lengths`` and ``reset`` are handed to every layer."""
+        """Output of the last layer and all states; every layer gets ``lengths`` and ``reset``."""
         states = []
         for number, (layer, old) in enumerate(zip(self._members(), self._states(state), strict=True)):
             if number:
@@ -164,8 +171,8 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
         return tuple(state)
 
     def _check_state(self, state: object, batch: int | None = None) -> None:
-        """The tuple alone, or the list that a data loader makes of it: each layer checks its own state."""
-        check_states(state, len(self.layers), "one a layer", "Stack")
+        """Checks the tuple only: each layer checks its own state."""
+        check_states(state, len(self.layers), "one per layer", "Stack")
 
     def _weight(self) -> Tensor:
         return self._members()[0]._weight()
@@ -173,27 +180,29 @@ class Stack(RecurrentLayer[tuple[Any, ...]]):
 
 def _check_layers(layers: tuple[RecurrentLayer, ...]) -> None:
     if not layers:
-        raise ValueError("expected at least one layer to stack, got none")
+        raise ValueError("expected at least one layer to stack, got none: pass layers to Stack()")
     for number, layer in enumerate(layers):
         check_layer(layer, f"layer {number}")
         if number and not layers[number - 1].return_sequences:
             raise ValueError(
-                f"layer {number - 1} of a stack returns its last output only, and the one above needs all: build it "
-                "with return_sequences=True"
+                f"layer {number - 1} of a stack returns its last output only, but layer {number} "
+                "needs all outputs: build it with return_sequences=True"
             )
         if number and (size := getattr(layers[number - 1], "output_size", None)) != layer.input_size:
             below = type(layers[number - 1]).__name__
             raise ValueError(
                 f"expected layer {number}, a {type(layer).__name__}, to take the {size} channels that layer "
-                f"{number - 1}, a {below}, gives, got input_size {layer.input_size}: make them equal"
+                f"{number - 1}, a {below}, returns, got input_size {layer.input_size}: make them equal"
             )
 
 
 def _check_options(layer: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Python's own error would not say what the layer does take."""
+    """Raise TypeError for an unknown option and list the known ones, unlike Python's own error."""
     if not (inspect.isclass(layer) and issubclass(layer, RecurrentLayer)):
         name = getattr(layer, "__name__", type(layer).__name__)
-        raise TypeError(f"expected the class of a layer, such as GILRLSTM, got {name}: give Stack(...) built layers")
+        raise TypeError(
+            f"expected the class of a layer, such as GILRLSTM, got {name}: pass layer instances to Stack(...)"
+        )
     parameters = inspect.signature(layer).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
@@ -202,7 +211,7 @@ def _check_options(layer: Callable[..., Any], options: dict[str, Any]) -> None:
         if name not in known:
             advice = f"it takes {', '.join(known) or 'none'}"
             if name == "batch_first":
-                advice = "axes are always (batch, time, channels), leave it out"
+                advice = "axes are always (batch, time, channels), drop it"
             raise TypeError(f"{layer.__name__} has no option {name!r}: {advice}")
 
 

@@ -1,4 +1,4 @@
-"""The strongly typed recurrent network: the barest gated layer."""
+"""The strongly typed recurrent network: the simplest gated layer."""
 
 import torch
 
@@ -10,17 +10,19 @@ from legato.layers._gated import GatedLayer, GatedState
 class StronglyTypedRNN(GatedLayer[GatedState]):
     """f_t = sigmoid(V x_t + b); h_t = f_t h_{t-1} + (1 - f_t) W x_t.
 
-    A running average of W x_t alone: state and input never meet inside a non-linearity, which is what the name says of
-    them. ``MinGRU`` has a bias beside W x_t too, ``GILR`` a tanh around both, ``SRU`` a read-out with a way past.
+    A running average of W x_t. No non-linearity takes both the state and the input, hence "strongly
+    typed". ``MinGRU`` adds a bias to W x_t, ``GILR`` a bias and a tanh, ``SRU`` an output gate with
+    a skip connection.
 
     Args:
         input_size: channels of x.
         hidden_size: channels of the output and of the state.
-        forget_bias: b at first; the paper names none. ``spread_time_scales(layer.bias, ...)`` gives each unit its own.
+        forget_bias: initial value of b; the paper gives none. ``spread_time_scales(layer.bias,
+            ...)`` sets a different one per unit.
         device, dtype: of the weights.
 
-    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). ``weight`` holds V
-    above W; ``bias`` is b.
+    Shapes: input (B, T, input_size), output (B, T, hidden_size), state.memory (B, hidden_size). The
+    rows of ``weight`` are those of V, then of W; ``bias`` is b.
 
     Example:
         >>> layer = StronglyTypedRNN(4, 256)

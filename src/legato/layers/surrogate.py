@@ -1,4 +1,4 @@
-"""The linear surrogate RNN: any one-step cell, fed by a layer that is linear in time, and so parallel over time."""
+"""The linear surrogate RNN: any cell, with the previous state replaced by a linear recurrence."""
 
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from legato.ops.gated import gated_recurrence, one_step_later
 
 @register_state
 class LinearSurrogateState(NamedTuple):
-    """The surrogate layer's own state, and its output s~_t in float32 or wider."""
+    """The state of the surrogate layer, and its output s~_t in float32 or wider."""
 
     memory: tuple[Any, ...]
     surrogate: Float[Tensor, "B H"]
@@ -27,7 +27,7 @@ class LinearSurrogateState(NamedTuple):
 
 @register_state
 class LinearSurrogateLSTMState(NamedTuple):
-    """The same over an LSTM cell, whose own c_t comes last."""
+    """The state with an LSTM cell: as above, and the cell state c_t."""
 
     memory: tuple[Any, ...]
     surrogate: Float[Tensor, "B H"]
@@ -35,30 +35,34 @@ class LinearSurrogateLSTMState(NamedTuple):
 
 
 class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMState]):
-    """s_t = f(s~_{t-1}, x_t), s~ = surrogate(x): the cell f at all steps at once.
+    """s_t = f(s~_{t-1}, x_t), s~ = surrogate(x): the cell f, applied to all time steps in parallel.
 
-    A recurrent network s_t = f(s_{t-1}, x_t) uses s_{t-1} twice, as the input of f and as its own output. Only the
-    first makes it sequential, and only the first is replaced here: by s~, which a layer linear in time computes from x
-    in parallel. An LSTM cell keeps its cell state, which is linear in time already:
+    A recurrent network s_t = f(s_{t-1}, x_t) is sequential because the cell reads its own previous
+    output. Here it reads s~_{t-1} instead, which a layer that is linear in time computes from x in
+    parallel. The cell state of an LSTM cell is linear in time already and is not replaced:
 
         i, f, z, o from (x_t, s~_{t-1}) by the cell's weights;  c_t = f_t c_{t-1} + i_t z_t;  s_t = o_t tanh(c_t)
 
-    Over ``nn.LSTMCell`` and ``GILR`` it is ``GILRLSTM(activation="tanh")``, with the products of x in two places. The
-    framework's other examples have layers of their own here: in ``QRNN`` s~ is a convolution of the last inputs, in
-    ``StronglyTypedRNN`` it is the input itself.
+    With ``nn.LSTMCell`` and ``GILR`` it equals ``GILRLSTM(activation="tanh")``, but computes the
+    products of x in two places. Other linear surrogate RNNs have their own layers: in ``QRNN`` s~
+    is a convolution of the last inputs, in ``StronglyTypedRNN`` the input itself.
 
     Args:
-        cell: f: an ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``, or a function or module of your own,
-            f(s_{t-1}, x_t) -> s_t, which works on rows: (rows, H), (rows, input_size) -> (rows, H).
-        surrogate: the layer of s~, as wide as the cell: ``GILR``, ``SRU``, ``QRNN``, ... or a ``Stack`` of them. Any
-            layer that does not look ahead will do; one that is linear in time makes this parallel.
+        cell: f: an ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``, or a user-defined function or
+            module f(s_{t-1}, x_t) -> s_t that works on rows: (rows, H), (rows, input_size) ->
+            (rows, H).
+        surrogate: the layer that computes s~, with H channels: ``GILR``, ``SRU``, ``QRNN``, ... or
+            a ``Stack`` of them. It must not be bidirectional. If it is linear in time, this layer
+            is parallel over time.
 
-    Shapes: input (B, T, input_size), output (B, T, H) with H = surrogate.output_size; state.memory is the surrogate's
-    state, state.surrogate s~_t and, of an LSTM cell, state.cell c_t (B, H).
+    Shapes: input (B, T, input_size), output (B, T, H) with H = surrogate.output_size; state.memory
+    is the state of the surrogate, state.surrogate s~_t (B, H) and, with an LSTM cell, state.cell
+    c_t (B, H).
 
     Raises:
         TypeError: the cell or the surrogate is of a wrong type.
-        ValueError: cell and surrogate do not fit together; in the first call, where f does not give the shape of s~.
+        ValueError: the sizes of cell and surrogate differ; in the first call, f does not return the
+            shape of s~.
 
     Example:
         >>> from legato import SRU
@@ -67,7 +71,7 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
         >>> output.shape, state.surrogate.shape
         (torch.Size([2, 100, 32]), torch.Size([2, 32]))
 
-    Source: Martin & Cundy 2018, section 3. Weights start as the cell and the surrogate have them.
+    Source: Martin & Cundy 2018, section 3. The weights are those of the given cell and surrogate.
     """
 
     def __init__(self, cell: Callable[..., Tensor] | RNNCellBase, surrogate: RecurrentLayer):
@@ -77,7 +81,7 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
         self.State = LinearSurrogateLSTMState if isinstance(cell, nn.LSTMCell) else LinearSurrogateState
         self.hidden_size = flat_output_size(surrogate, "surrogate")
         self.cell = cell
-        self._input_comes_first = isinstance(cell, RNNCellBase)  # of a cell that is wrapped later, too
+        self._input_comes_first = isinstance(cell, RNNCellBase)  # the cell may be wrapped later
         self.surrogate = surrogate
 
     def forward(
@@ -89,7 +93,7 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, LinearSurrogateState | LinearSurrogateLSTMState]:
         """s_t of all steps and the state after the last; the arguments are those of every layer."""
-        # Lengths as they were given: on the CPU the surrogate checks them without a wait for the device.
+        # The surrogate gets the original lengths: on the CPU, the check needs no synchronisation.
         given, lengths = lengths, self._check_arguments(x, state, lengths, reset)
         s, memory = self.surrogate(x, None if state is None else state.memory, lengths=given, reset=reset)
         if lengths is None:
@@ -102,7 +106,7 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
         return self._from_surrogate(s, memory, x, state, lengths, reset)
 
     def _from_surrogate(self, s, memory, x, state, lengths, reset):
-        """The layer, from s~_t, (B, T, H), and the surrogate's state at the lengths."""
+        """The layer, from s~_t, (B, T, H), and the state of the surrogate at the lengths."""
         _, start, *cells = self.initial_state(len(x)) if state is None else state
         last = s[:, -1].to(start.dtype) if s.shape[1] else start
         before = one_step_later(s, start, reset).to(x.dtype)
@@ -118,7 +122,7 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LinearSurrogateState | LinearSurrogateLSTMState:
-        """Zeros for the surrogate, s~ and, of an LSTM cell, c."""
+        """Zeros for the surrogate, s~ and, with an LSTM cell, c."""
         where: dict[str, Any] = {"device": device or self._weight().device, "dtype": dtype or self._carry_dtype()}
         memory = self.surrogate.initial_state(batch_size, device=device, dtype=dtype)
         own = self.State._fields[1:]
@@ -128,13 +132,13 @@ class LinearSurrogate(RecurrentLayer[LinearSurrogateState | LinearSurrogateLSTMS
         self.surrogate.calibrate(x, lengths=lengths)
 
     def _rows(self, before: Float[Tensor, "R H"], x: Float[Tensor, "R C"]) -> Float[Tensor, "R H"]:
-        """f(s~_{t-1}, x_t), one row for each step of each sequence; torch's cells take them the other way round."""
+        """f(s~_{t-1}, x_t), one row per step of each sequence; torch's cells take x_t first."""
         s = self.cell(x, before) if self._input_comes_first else self.cell(before, x)
         if not isinstance(s, Tensor) or s.shape != before.shape:
             got = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else type(s).__name__
             raise (ValueError if isinstance(s, Tensor) else TypeError)(
-                f"expected the cell to give s_t as a tensor of shape {tuple(before.shape)}, that of s_{{t-1}} from the "
-                f"surrogate, got {got}: make the surrogate as wide as the cell, and return s_t alone"
+                f"expected the cell to return s_t as a tensor of shape {tuple(before.shape)}, that of s_{{t-1}} from "
+                f"the surrogate, got {got}: make their sizes equal, and return s_t only"
             )
         return s
 
@@ -155,7 +159,7 @@ def _lstm(
     c: Float[Tensor, "B H"],
     reset: Bool[Tensor, "B T"] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h_t and c_t of an LSTM cell that reads ``before`` in place of h_{t-1}, and the last c_t."""
+    """h_t and c_t of an LSTM cell that reads ``before`` in place of h_{t-1}, and the final c_t."""
     bias = cell.bias_ih + cell.bias_hh if cell.bias else None
     of_x = F.linear(x, cell.weight_ih, bias)
     gates = torch.addmm(of_x.flatten(0, 1), before.flatten(0, 1), cell.weight_hh.mT)
@@ -165,7 +169,7 @@ def _lstm(
 
 
 def _lstm_by_steps(cell: Any, x: Tensor, before: Tensor, c: Tensor, reset: Tensor | None):
-    """The same by calls of the cell, a step at a time, where it is hooked, replaced or parametrised."""
+    """The same by one call of the cell per step, if it is hooked, replaced or parametrised."""
     outputs, states = [], []
     for t, (x_t, before_t) in enumerate(zip(x.unbind(1), before.unbind(1), strict=True)):
         if reset is not None:
@@ -184,12 +188,13 @@ def _check_surrogate(surrogate: RecurrentLayer) -> None:
     check_layer(surrogate, "surrogate")
     if surrogate.bidirectional:
         raise ValueError(
-            f"expected a surrogate that reads forward only, got a bidirectional {name}: s_{{t-1}} knows no later step"
+            f"expected a surrogate that reads forward only, got a bidirectional {name}: use a forward layer, "
+            "because s_{t-1} must not depend on later steps"
         )
     if not surrogate.return_sequences:
         raise ValueError(
-            f"expected a surrogate that gives every s_t, got a {name} that returns its last output only: build it with "
-            "return_sequences=True"
+            f"expected a surrogate that returns every s_t, got a {name} that returns its last output only: "
+            "build it with return_sequences=True"
         )
     flat_output_size(surrogate, "surrogate")
 
@@ -199,24 +204,24 @@ def _check_cell(cell: Any, surrogate: RecurrentLayer) -> None:
     if inspect.isclass(cell) or isinstance(cell, nn.RNNBase | RecurrentLayer) or not callable(cell):
         got = f"the class {cell.__name__}" if inspect.isclass(cell) else name
         raise TypeError(
-            f"expected cell to be one step, got {got}: give a cell such as nn.GRUCell(4, 256), or a function "
-            "f(s_{t-1}, x_t)"
+            f"expected cell to compute one step, got {got}: pass a cell such as nn.GRUCell(4, 256), "
+            "or a function f(s_{t-1}, x_t)"
         )
     if not isinstance(cell, RNNCellBase):
         return
     if isinstance(cell, nn.LSTMCell) and type(cell).forward is not nn.LSTMCell.forward:
         raise TypeError(
-            f"expected an nn.LSTMCell as it is, got a {name} with a forward of its own, which would not be called: "
-            "give a function f(s_{t-1}, x_t)"
+            f"expected a plain nn.LSTMCell, got a {name} with a forward of its own, which would not be called: "
+            "pass a function f(s_{t-1}, x_t)"
         )
     for what, theirs, ours in (
         ("hidden_size", cell.hidden_size, surrogate.output_size),
         ("input_size", cell.input_size, surrogate.input_size),
     ):
         if theirs != ours:
-            gives = "gives" if what == "hidden_size" else "takes"
+            verb = "returns" if what == "hidden_size" else "takes"
             raise ValueError(
-                f"expected a cell of {what} {ours}, the channels that the surrogate {gives}, got a {name} of {theirs}: "
+                f"expected a cell of {what} {ours}, the channels that the surrogate {verb}, got a {name} of {theirs}: "
                 "make them equal"
             )
     theirs, ours = cell.weight_ih, surrogate._weight()

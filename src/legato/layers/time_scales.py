@@ -1,4 +1,4 @@
-"""Gate biases for long memories: time scales spread over a range of steps."""
+"""Initial gate biases for long memories: time scales spread over a range of steps."""
 
 import math
 
@@ -12,15 +12,17 @@ from legato._shapes import Float, Tensor
 def spread_time_scales(
     bias: Float[Tensor, "C"], shortest: float | int, longest: float | int, *, shuffle: bool = False
 ) -> Float[Tensor, "C"]:
-    """bias_i = log(f_i / (1 - f_i)), f_i = exp(-1 / tau_i), tau_i evenly spread in log from shortest to longest.
+    """bias_i = log(f_i / (1 - f_i)), f_i = exp(-1 / tau_i), log tau_i evenly spaced.
 
-    With this bias and no other input, a sigmoid forget gate is f_i: what unit i holds falls to 1/e in tau_i steps.
+    tau_i goes from ``shortest`` to ``longest``. With this bias and no other input, a sigmoid forget
+    gate is f_i: the state of unit i decays to 1/e in tau_i steps.
 
     Args:
-        bias: of the forget gates, (channels,); changed in place. A view of a part of a layer's bias will do.
-        shortest, longest: the range of time constants, in steps, above zero. For a task whose longest dependency is
-            T steps, T is a good ``longest``.
-        shuffle: give the time scales to the units in random order, where neighbouring units should not be alike.
+        bias: of the forget gates, (channels,); changed in place. It may be a view of a part of a
+            layer's bias.
+        shortest, longest: the range of time constants, in steps, above zero. For a task whose
+            longest dependency is T steps, T is a good ``longest``.
+        shuffle: assign the time scales to the units in random order, in place of increasing order.
 
     Returns:
         The bias.
@@ -33,8 +35,9 @@ def spread_time_scales(
         >>> spread_time_scales(torch.empty(3), 1, 100).sigmoid().log().neg().reciprocal()
         tensor([  1.0000,  10.0000, 100.0000])
 
-    Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?" (chrono initialisation), which draws tau
-    uniformly and takes f = 1 - 1 / tau. Ours: evenly in the logarithm, so that every scale has its units.
+    Source: Tallec & Ollivier 2018, "Can recurrent neural networks warp time?" (chrono
+    initialisation), which draws tau uniformly and takes f = 1 - 1 / tau. Ours: even spacing of
+    log tau, so that short and long time scales have equally many units.
     """
     shortest, longest = real_number(shortest, "shortest"), real_number(longest, "longest")
     if not 0 < shortest <= longest:
@@ -42,11 +45,13 @@ def spread_time_scales(
     check_tensor("bias", bias)
     check_floating("bias", bias)
     if bias.ndim != 1:
-        raise ValueError(f"expected bias of shape (channels,), got {tuple(bias.shape)}: give that of the forget gates")
-    # Not on the default device: the bias may be elsewhere.
+        raise ValueError(
+            f"expected bias of shape (channels,), got {tuple(bias.shape)}: pass the bias of the forget gates"
+        )
+    # On the CPU, whatever torch's default device is: copy_ moves the result to the bias.
     ends = math.log10(shortest), math.log10(longest)
     taus = torch.logspace(*ends, bias.numel(), dtype=torch.float64, device="cpu")
     if shuffle:
         taus = taus[torch.randperm(len(taus), device="cpu")]
-    # log f - log(1 - f), with all digits where f is close to one.
+    # log f - log(1 - f), without loss of digits where f is close to one.
     return bias.copy_(-1 / taus - torch.expm1(-1 / taus).neg().log())

@@ -1,7 +1,7 @@
-"""Whole networks: recurrent layers with what stands before and behind them. Each takes any layer of the library.
+"""Complete networks around any recurrent layer of the library, with embeddings and output heads.
 
-``embedding.py`` turns tokens into vectors, ``sequence.py`` classifies or regresses a sequence, ``language.py`` predicts
-the next token.
+``embedding.py`` maps tokens to vectors, ``sequence.py`` has a classifier and a regressor of
+sequences, ``language.py`` predicts the next token.
 """
 
 from .embedding import Embedding, LockedDropout

@@ -1,4 +1,4 @@
-"""Tokens as vectors, and the dropout that goes with them."""
+"""Embedding of tokens as vectors, with word dropout, and dropout that is constant over time."""
 
 from typing import Any
 
@@ -10,30 +10,32 @@ from torch import nn
 from legato._checks import INTEGER_DTYPES, check_plain, checked_lengths, dropout_rate, positive_int, whole_number
 from legato._shapes import Float, Int, Shaped, Tensor
 from legato.layers._repr import constructor_arguments
-from legato.layers.base import whole, zero_padding
+from legato.layers.base import full_parameter, zero_padding
 
 
 class Embedding(nn.Module):
-    """u_t = E[x_t]: a vector for every token, learned or given.
+    """u_t = E[x_t]: one vector per token, learned or given.
 
     Args:
-        num_embeddings: tokens in the vocabulary.
+        num_embeddings: number of tokens in the vocabulary.
         embedding_dim: channels of a vector.
-        vectors: initial E, (num_embeddings, embedding_dim), such as pre-trained word vectors; None draws it from a
-            normal distribution of variance 1 / embedding_dim. They cannot be drawn: ``reset_parameters`` leaves E as it
-            is, unless it was built on the meta device, where the vectors are held until E can hold them.
-        trainable: learn E; False keeps the vectors as they are given.
-        padding_idx: the token whose vector stays zero; None is none.
-        dropout: share of the vocabulary whose vectors are zero in a training pass, 0 to below 1; the others grow by
-            1 / (1 - dropout). A word is thus dropped wherever it stands in the batch.
+        vectors: initial E, (num_embeddings, embedding_dim), such as pre-trained word vectors; None
+            draws it from a normal distribution of variance 1 / embedding_dim. With given vectors,
+            ``reset_parameters`` leaves E unchanged. On the meta device the vectors are stored until
+            E is materialised and reset.
+        trainable: learn E; False leaves the vectors fixed.
+        padding_idx: the token whose vector stays zero, or None.
+        dropout: fraction of the vocabulary whose vectors are zero in a training pass, 0 to below 1;
+            the others are multiplied by 1 / (1 - dropout). A dropped word is dropped everywhere in
+            the batch.
         device, dtype: of E.
 
     Shapes: tokens of any shape, integers from 0 to num_embeddings - 1; output (*tokens, embedding_dim).
 
     Raises:
-        TypeError: tokens that are not integers.
-        ValueError: vectors of another shape, a number out of its range; in the forward pass, a token outside the
-            vocabulary (on a GPU torch's own error).
+        TypeError: tokens are not integers.
+        ValueError: vectors of another shape, or a number out of range; in the forward pass, a token
+            outside the vocabulary (on a GPU, the error is torch's).
 
     Example:
         >>> embedding = Embedding(1000, 300, dropout=0.3)
@@ -72,7 +74,7 @@ class Embedding(nn.Module):
         if vectors is not None and tuple(vectors.shape) != shape:
             raise ValueError(
                 f"expected vectors of shape (num_embeddings, embedding_dim) = {shape}, got {tuple(vectors.shape)}: "
-                "give a row for every token, and the vectors' own width as embedding_dim"
+                "pass one row per token, and the width of the vectors as embedding_dim"
             )
         weight = torch.empty(shape, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight, requires_grad=self.trainable)
@@ -84,10 +86,10 @@ class Embedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw E anew, with zeros for the padding; see ``vectors`` where they were given."""
+        """Draw E again, with zeros for the padding; for given vectors, see ``vectors``."""
         if not self._draws and self._vectors is None:
             return
-        with whole(self.weight) as weight:
+        with full_parameter(self.weight) as weight:
             if self._vectors is None:
                 weight.normal_(std=self.embedding_dim**-0.5)
             else:
@@ -101,12 +103,12 @@ class Embedding(nn.Module):
         try:
             output = F.embedding(tokens, self.weight, self.padding_idx)
         except IndexError as error:
-            raise self._outside(tokens) from error
+            raise self._vocabulary_error(tokens) from error
         factors = self._factors()
         return output if factors is None else output.mul_(F.embedding(tokens, factors))
 
     def weighted_sum(self, tokens: Int[Tensor, "B T"], weights: Float[Tensor, "B T"]) -> Float[Tensor, "B C"]:
-        """sum_t weights_t E[tokens_t] of each row: a bag of words, without writing the vectors out."""
+        """sum_t weights_t E[tokens_t] per row: a bag of words, without a tensor of all vectors."""
         tokens = indices("tokens", tokens)
         factors = self._factors()
         if factors is not None:
@@ -117,20 +119,20 @@ class Embedding(nn.Module):
             )
         except (IndexError, RuntimeError) as error:
             if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.num_embeddings):
-                raise self._outside(tokens) from error
+                raise self._vocabulary_error(tokens) from error
             raise
 
     def _factors(self) -> Tensor | None:
-        """(num_embeddings, 1): 0 for a dropped word, else 1 / (1 - dropout); None where none is dropped."""
+        """(num_embeddings, 1): 0 for a dropped word, else 1 / (1 - dropout); None for no dropout."""
         if not self.training or not self.dropout:
             return None
-        keep = 1 - self.dropout
-        return self.weight.new_empty(self.num_embeddings, 1).bernoulli_(keep).div_(keep)
+        remaining = 1 - self.dropout
+        return self.weight.new_empty(self.num_embeddings, 1).bernoulli_(remaining).div_(remaining)
 
-    def _outside(self, tokens: Tensor) -> ValueError:
+    def _vocabulary_error(self, tokens: Tensor) -> ValueError:
         return ValueError(
             f"expected tokens from 0 to {self.num_embeddings - 1}, got {tokens.min().item()} to {tokens.max().item()}: "
-            "encode the text with the vocabulary that this embedding was made for"
+            "encode the text with the vocabulary of this embedding"
         )
 
     def extra_repr(self) -> str:
@@ -139,12 +141,13 @@ class Embedding(nn.Module):
 
 
 class LockedDropout(nn.Module):
-    """y[b, t, c] = x[b, t, c] * z[b, c] / (1 - p): in training, a channel of a row is dropped at all its steps.
+    """y[b, t, c] = x[b, t, c] * z[b, c] / (1 - p): dropout of channels per row, at all time steps.
 
     Args:
-        p: share of the channels dropped, 0 to below 1.
+        p: fraction of the channels that is dropped in training, 0 to below 1.
 
-    Shapes: input (B, T, C), output the same. Outside training, and with p = 0, the output is the input.
+    Shapes: input (B, T, C), output the same. In ``eval`` mode, and with p = 0, the output is the
+    input.
 
     Example:
         >>> LockedDropout(0.5)(torch.ones(2, 20, 8)).shape
@@ -162,20 +165,20 @@ class LockedDropout(nn.Module):
         """x with some of its channels dropped."""
         if not self.training or not self.p:
             return x
-        keep = 1 - self.p
-        return x * torch.empty_like(x[:, :1]).bernoulli_(keep).div_(keep)
+        remaining = 1 - self.p
+        return x * torch.empty_like(x[:, :1]).bernoulli_(remaining).div_(remaining)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
 def _device_of(vectors: Any) -> torch.device:
-    """That of a tensor, the CPU of an array: not the default device."""
+    """The device of a tensor; the CPU, not the default device, for an array."""
     return vectors.device if isinstance(vectors, Tensor) else torch.device("cpu")
 
 
 def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:
-    """``tokens`` of any integer dtype in one that torch looks up by; an error where they are no integers."""
+    """``tokens`` of any integer dtype as int32 or int64 indices; TypeError for other dtypes."""
     check_plain(name, tokens)
     if tokens.dtype not in INTEGER_DTYPES:
         raise TypeError(f"expected {name} in an integer dtype, got {tokens.dtype}: encode the text first")
@@ -185,12 +188,12 @@ def indices(name: str, tokens: Tensor) -> Int[Tensor, "*shape"]:
 def without_padding(
     name: str, x: Shaped[Tensor, "B T *C"], lengths: Int[Tensor, "B"] | None
 ) -> Shaped[Tensor, "B T *C"]:
-    """x with zeros from ``lengths`` on: what padding holds, such as -1 or NaN, is never looked up or computed with."""
+    """x with zeros from ``lengths`` on, so that values in the padding (-1, NaN) are never used."""
     check_plain(name, x)
     if x.ndim == 2 and x.dtype in INTEGER_DTYPES:
         x = indices(name, x)
     if lengths is None:
         return x
     if x.ndim < 2:
-        raise ValueError(f"expected {name} of shape (B, T, ...) beside lengths, got {tuple(x.shape)}: add the axes")
+        raise ValueError(f"expected {name} of shape (B, T, ...) with lengths, got {tuple(x.shape)}: add the axes")
     return zero_padding(x, checked_lengths(lengths, x))

@@ -1,4 +1,4 @@
-"""Language models: the probability of the next token, by any layer of the library; they generate a step at a time."""
+"""Language models around any layer of the library: next-token probabilities and generation."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -20,34 +20,39 @@ from .embedding import Embedding, LockedDropout, indices, without_padding
 
 
 class LanguageModel(nn.Module):
-    """log p(x_{t+1} | x_1 ... x_t) = log softmax(V y_t + b): blocks of memory, dense and highways over an embedding.
+    """log p(x_{t+1} | x_1 ... x_t) = log softmax(V y_t + b).
 
     h_0 = E x;  h_k = highways(f(W m_k + b)), m_k = layer_k(h_{k-1});  y = highways(sum_k w_k h_k), w learned.
 
-    Nothing above the layers looks at more than one step, so the network streams as they do: ``step`` and ``generate``
-    hold the layers' states, whatever the length of the text.
+    Each block has a recurrent layer, a dense layer and highway layers. Only the recurrent layers
+    combine time steps, so the network can be run as a stream: ``step`` and ``generate`` store the
+    states of the layers, whose size does not depend on the length of the text.
 
     Args:
-        embedding: E, which says how large the vocabulary is.
-        layers: the memories: a function that makes one for so many channels, called once a block, or the layers
-            themselves, one a block, each for ``hidden_size`` inputs.
-        num_layers: number of blocks, where ``layers`` is a function.
-        hidden_size: channels of every h; None is the embedding's width. Where they differ, a matrix lies between.
-        dense: with W, b and f; False where the layer gives ``hidden_size`` outputs and is read as it is.
-        activation: f and that of the highways, a name or a callable.
-        highways: highway layers in each block.
-        top_highways: highway layers above the sum; None is as many as in a block.
-        gate_bias: of the highways at first.
-        tied: V is E, of plain softmax; where the embedding is of another width, a matrix maps y to it.
+        embedding: E; it also sets the size of the vocabulary.
+        layers: the recurrent layers: a function from ``hidden_size`` to a layer with that
+            input_size, called once per block, or a sequence of layers, one per block.
+        num_layers: number of blocks, if ``layers`` is a function.
+        hidden_size: channels of every h; None is the width of the embedding. If the two differ, a
+            linear layer maps the embedding to ``hidden_size`` channels.
+        dense: whether to use W, b and f; with False, the layer must have ``hidden_size`` outputs.
+        activation: f, and the activation of the highways, a name or a callable.
+        highways: number of highway layers in each block.
+        top_highways: number of highway layers above the sum; None is as many as in a block.
+        gate_bias: initial gate bias of the highways.
+        tied: use E as V, with the plain softmax; if the embedding has another width, a linear layer
+            maps y to it.
         output: None for a plain softmax; else a function (channels, vocabulary size) -> module, where
             ``module(features)`` of (R, channels) gives log p of all tokens, (R, vocabulary), and
-            ``module(features, targets)`` log p of the targets, (R,): such as a hierarchical or sampled softmax.
-        dropout: share of the channels of every h_k and of y dropped in training, the same ones at every step.
+            ``module(features, targets)`` log p of the targets, (R,): such as a hierarchical or
+            sampled softmax.
+        dropout: fraction of the channels of every h_k and of y that is dropped in training, the
+            same channels at every step.
 
     Shapes: tokens (B, T) of int64; log-probabilities (B, T, vocabulary); state a tuple of the layers' states.
 
     Raises:
-        ValueError: parts that do not fit each other.
+        ValueError: sizes or options that do not fit together.
 
     Example:
         >>> import torch
@@ -60,8 +65,8 @@ class LanguageModel(nn.Module):
         >>> model.generate(torch.randint(27, (2, 10)), 50).shape
         torch.Size([2, 50])
 
-    Source: Chilkuri & Eliasmith 2021, supplement, figure 2: five blocks with three highways each. The sum starts as
-    the mean of all depths.
+    Source: Chilkuri & Eliasmith 2021, supplement, figure 2: five blocks with three highways each. w
+    is initially 1 / (number of blocks + 1), so the sum is the mean of all h_k.
     """
 
     def __init__(
@@ -99,24 +104,25 @@ class LanguageModel(nn.Module):
         self.dropout = LockedDropout(dropout)
         self.tied = bool(tied)
         if output is not None and self.tied:
-            raise ValueError("tied=True cannot be combined with output: the weight of a custom output is its own")
+            raise ValueError("tied=True cannot be combined with output: drop one of them")
         self.output = _Softmax(embedding, size, self.tied) if output is None else output(size, embedding.num_embeddings)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set w to the mean of all depths; the parts have a ``reset_parameters`` of their own."""
+        """Set w to its initial value; the sub-modules have their own ``reset_parameters``."""
         self.depths.fill_(1 / len(self.depths))
 
     def forward(
         self, tokens: Int[Tensor, "B T"], state: Sequence[Any] | None = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T V"], tuple[Any, ...]]:
-        """log p of every token at the step after each, and the state after the last step that counts.
+        """log p of every token at the step after each, and the state after the last valid step.
 
         Args:
-            tokens: (B, T), from 0 to below the vocabulary's size; from ``lengths`` on anything, such as -1.
-            state: what an earlier call or ``initial_state`` returned; None starts a text.
-            lengths: how many steps of each row count; log p is zero from there on.
+            tokens: (B, T), from 0 to below the size of the vocabulary; from ``lengths`` on any
+                value, such as -1.
+            state: returned by an earlier call or by ``initial_state``; None at the start of a text.
+            lengths: number of valid steps of each row; log p is zero from there on.
 
         Raises:
             ValueError: a token outside the vocabulary, a state of another network, lengths beyond T.
@@ -128,7 +134,7 @@ class LanguageModel(nn.Module):
     def features(
         self, tokens: Int[Tensor, "B T"], state: Sequence[Any] | None = None, *, lengths: Int[Tensor, "B"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], tuple[Any, ...]]:
-        """y, what the softmax reads, and the state: for a classifier on top of a trained model."""
+        """y, the input of the softmax, and the state: features for a classifier."""
         tokens = without_padding("tokens", self._checked_tokens("tokens", tokens, 2), lengths)
         h = self.dropout(self.into(self.embedding(tokens)))
         total, states = self.depths[0] * h, []
@@ -148,27 +154,29 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, "B T"], tuple[Any, ...]]:
-        """log p of ``targets`` alone, the tokens one step on, and the state; zero from ``lengths`` on.
+        """log p of ``targets``, the next token of each step, and the state; zero in the padding.
 
-        Steps past ``lengths`` are not computed: what ``tokens`` and ``targets`` hold there, such as -1 and -100, does
-        not count. A custom ``output`` may compute the targets' part of the vocabulary alone.
+        The softmax is not computed from ``lengths`` on: ``tokens`` and ``targets`` may have any
+        value there, such as -1 and -100. A custom ``output`` may compute only the targets' part of
+        the vocabulary.
         """
         tokens = self._checked_tokens("tokens", tokens, 2)
         targets = without_padding("targets", self._checked_tokens("targets", targets, 2), lengths)
-        # On a device a look at the values would wait for all work before it; torch stops there.
+        # On the CPU only: on a GPU, reading values waits for all earlier work, and torch checks
+        # them.
         if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in torch.aminmax(targets))
             if low < 0 or high >= self.embedding.num_embeddings:
                 raise ValueError(
-                    f"expected targets from 0 to {self.embedding.num_embeddings - 1}, got {low} to {high}: encode the "
-                    "text with the vocabulary that the model was built for"
+                    f"expected targets from 0 to {self.embedding.num_embeddings - 1}, got {low} to {high}: "
+                    "encode the text with the vocabulary of this model"
                 )
         features, state = self.features(tokens, state, lengths=lengths)
         if lengths is None:
             return self.output(features.flatten(0, 1), targets.flatten()).view(targets.shape), state
-        counts = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device, torch.int64)[:, None]
-        picked = self.output(features[counts], targets[counts])
-        return torch.zeros(tokens.shape, dtype=picked.dtype, device=picked.device).masked_scatter(counts, picked), state
+        valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device, torch.int64)[:, None]
+        log_p = self.output(features[valid], targets[valid])
+        return torch.zeros(tokens.shape, dtype=log_p.dtype, device=log_p.device).masked_scatter(valid, log_p), state
 
     def loss(
         self,
@@ -178,13 +186,13 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, ""], tuple[Any, ...]]:
-        """Mean of -log p(target) in nats over all steps that count, and the state. Arguments as for ``score``."""
+        """Mean of -log p(target) in nats over all valid steps, and the state; see ``score``."""
         log_p, state = self.score(tokens, targets, state, lengths=lengths)
         steps = log_p.numel() if lengths is None else lengths.to(torch.int64).sum().clamp(min=1)
         return -log_p.sum() / steps, state
 
     def step(self, token: Int[Tensor, "B"], state: Sequence[Any]) -> tuple[Float[Tensor, "B V"], tuple[Any, ...]]:
-        """log p of every token after this one, and the state to be given to the next step; call it in ``eval`` mode."""
+        """log p of every token after this one, and the state; for use in ``eval`` mode."""
         token = self._checked_tokens("token", token, 1)
         h = self.into(self.embedding(token))
         total, states = self.depths[0] * h, []
@@ -210,21 +218,24 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "B steps"]:
-        """The next ``steps`` tokens after ``prompt``, each drawn from p^(1 / temperature), in the memory of one step.
+        """The ``steps`` tokens after ``prompt``, drawn in proportion to p^(1 / temperature).
+
+        The memory does not grow with ``steps``, apart from the result.
 
         Args:
-            prompt: (B, T), T at least 1; read at once, after which the model runs as a stream.
+            prompt: (B, T), T at least 1; processed in one parallel pass, followed by calls of
+                ``step``.
             steps: 0 or more.
             temperature: 0 takes the most probable token; 1 draws from the model's distribution.
             top_k: draw among that many most probable tokens only.
-            generator: of the random numbers, on the model's device.
+            generator: the random number generator, on the device of the model.
 
         Raises:
             ValueError: an empty prompt, a temperature below 0, a top_k below 1.
         """
         prompt = self._checked_tokens("prompt", prompt, 2).to(torch.int64)
         if prompt.shape[1] == 0:
-            raise ValueError(f"expected a prompt of T at least 1, got {tuple(prompt.shape)}: start with a token")
+            raise ValueError(f"expected a prompt of T at least 1, got {tuple(prompt.shape)}: pass at least one token")
         steps, temperature = whole_number(steps, "steps"), real_number(temperature, "temperature")
         top_k = None if top_k is None else positive_int(top_k, "top_k")
         if temperature < 0:
@@ -240,7 +251,7 @@ class LanguageModel(nn.Module):
 
     @property
     def layers(self) -> list[RecurrentLayer]:
-        """The memories, from the lowest block up."""
+        """The recurrent layers, from the lowest block to the highest."""
         return [cast(_Block, block).layer for block in self.blocks]
 
     @torch.no_grad()
@@ -255,14 +266,14 @@ class LanguageModel(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.tied:  # leaving the meta device makes two parameters of one
+        if self.tied:  # to_empty, from the meta device, makes two parameters out of a shared one
             self.output.weight = self.embedding.weight
         return self
 
     def _states(self, state: Sequence[Any] | None) -> tuple[Any, ...]:
         if state is None:
             return (None,) * len(self.blocks)
-        check_states(state, len(self.blocks), "one a block", "model")
+        check_states(state, len(self.blocks), "one per block", "model")
         return tuple(state)
 
     def _checked_tokens(self, name: str, tokens: Tensor, ndim: int) -> Tensor:
@@ -274,7 +285,7 @@ class LanguageModel(nn.Module):
 
 
 class _Block(nn.Module, Generic[StateT]):
-    """h' = highways(f(W layer(h) + b)); without ``dense`` highways(layer(h))."""
+    """h' = highways(f(W layer(h) + b)), or highways(layer(h)) without ``dense``."""
 
     def __init__(
         self,
@@ -309,7 +320,7 @@ class _Block(nn.Module, Generic[StateT]):
 
 
 class _Softmax(nn.Module):
-    """Plain softmax over V y + b; V is the embedding's where ``tied``."""
+    """Plain softmax over V y + b; V is the weight of the embedding if ``tied``."""
 
     def __init__(self, embedding: Embedding, size: int, tied: bool):
         super().__init__()
@@ -323,7 +334,7 @@ class _Softmax(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw V anew, unless it is the embedding's, and set b to zero."""
+        """Draw V again, unless it is the weight of the embedding, and set b to zero."""
         if not self.tied:
             bound = self.weight.shape[1] ** -0.5
             self.weight.uniform_(-bound, bound)
@@ -333,7 +344,7 @@ class _Softmax(nn.Module):
         """log p of the targets, or of all tokens."""
         if targets is None:
             return self.log_prob(features)
-        # No target is ignored: torch's own -100 would count as one of probability 1.
+        # No target is ignored: with torch's default, a target of -100 would have probability 1.
         options = {"reduction": "none", "ignore_index": torch.iinfo(torch.int64).min}
         return -F.cross_entropy(
             self._scores(features).to(carry_dtype(features.dtype)), targets.to(torch.int64), **options
@@ -348,24 +359,25 @@ class _Softmax(nn.Module):
 
 def _check_layers(layers: Sequence[RecurrentLayer], size: int, dense: bool) -> None:
     if not layers:
-        raise ValueError("expected at least one block, got none")
+        raise ValueError("expected at least one block, got none: pass at least one layer")
     for number, layer in enumerate(layers):
         check_layer(layer, f"the layer of block {number}")
         if layer.bidirectional or not layer.return_sequences:
             raise ValueError(
-                f"expected block {number} to have a layer of this library that gives an output at every step and looks "
-                f"at no later ones, got {type(layer).__name__}: build it so"
+                f"expected block {number} to have a layer that returns an output at every step and does "
+                f"not read later steps, got {type(layer).__name__}: build it with return_sequences=True "
+                "and not bidirectional"
             )
         if layer.input_size != size or not (dense or _width(layer) == size):
             raise ValueError(
                 f"expected the layer of block {number} to take {size} channels"
-                + ("" if dense else f" and to give {size}, as there is no dense layer above it")
+                + ("" if dense else f" and to return {size}, because there is no dense layer above it")
                 + f", got {layer.input_size} and {_width(layer)}: make them equal"
             )
 
 
 def _draw(log_p: Tensor, temperature: float | int, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token a row, (B,)."""
+    """One token per row, (B,)."""
     if temperature == 0:
         return log_p.argmax(-1)
     if top_k is not None and top_k < log_p.shape[-1]:

@@ -1,4 +1,4 @@
-"""One sequence: a recurrent layer and a head. They keep the layers' contract, so they stream as the layers do."""
+"""A regressor and a classifier of sequences: a recurrent layer and a head."""
 
 from typing import Any, Generic
 
@@ -16,12 +16,12 @@ from .embedding import Embedding, without_padding
 
 
 class SequenceRegressor(nn.Module, Generic[StateT]):
-    """y_t = head(o_t), o = layer(x): a value at every step.
+    """y_t = head(o_t), o = layer(x): one output per step.
 
     Args:
         layer: a recurrent layer, such as a ``Stack``, with (B, T, channels) outputs.
         head: any module that works on the last axis.
-        embedding: turns tokens (B, T) into x; None where x is given.
+        embedding: maps tokens (B, T) to x; None if the input is x itself.
 
     Example:
         >>> import torch
@@ -46,7 +46,7 @@ class SequenceRegressor(nn.Module, Generic[StateT]):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, StateT]:
-        """(y, state) of a chunk of inputs (B, T, C), or of tokens (B, T); the options are the layer's."""
+        """(y, state) of a chunk of inputs (B, T, C) or tokens (B, T); options as for the layer."""
         if self.embedding is not None:
             x = self.embedding(without_padding("x", x, lengths))
         output, new = self.layer(x, state, lengths=lengths, reset=reset)
@@ -76,15 +76,15 @@ class SequenceRegressor(nn.Module, Generic[StateT]):
 
 
 class SequenceClassifier(SequenceRegressor[StateT]):
-    """y = head(o_T), o = layer(x): one vector of class scores for a sequence, from the output after its last step.
+    """y = head(o_T), o = layer(x): class scores per sequence, from the output at its last step.
 
     Args:
-        layer: a recurrent layer. Build it with ``return_sequences=False`` where it takes that: it need not compute the
-            other outputs then.
-        head: maps its output, flattened to (B, channels), to class scores.
-        embedding: turns tokens (B, T) into x, such as an ``Embedding``; None where x is given.
+        layer: a recurrent layer. Build it with ``return_sequences=False`` if it has that option:
+            the other outputs are then not computed.
+        head: maps the output of the layer, flattened to (B, channels), to class scores.
+        embedding: maps tokens (B, T) to x, such as an ``Embedding``; None if the input is x itself.
 
-    A row without steps has the scores of an output of zeros.
+    For a row without steps, the input of the head is zero.
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ class SequenceClassifier(SequenceRegressor[StateT]):
         lengths: Int[Tensor, "B"] | None = None,
         reset: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, StateT]:
-        """(scores, state) after the last step that counts."""
+        """(scores, state) after the last valid step."""
         output, state = last_output(self.layer, self.embedding, x, state, lengths, reset)
         return self.head(output), state
 
@@ -121,14 +121,14 @@ def last_output(
     lengths: Int[Tensor, "B"] | None = None,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Tensor, StateT]:
-    """The output at the last step that counts, flattened to (B, channels), zero where there is none; and the state.
+    """The output at the last valid step, flattened to (B, channels), and the state.
 
-    ``x`` are inputs, or tokens where there is an embedding.
+    The output of a row without steps is zero. ``x`` are inputs, or tokens if there is an embedding.
     """
     if embedding is not None:
         x = without_padding("x", x, lengths)
-        if state is None and reset is None and x.ndim == 2 and x.shape[1] and _is_a_bag(layer, embedding):
-            return _bag(layer, embedding, x, lengths)
+        if state is None and reset is None and x.ndim == 2 and x.shape[1] and _is_weighted_sum(layer, embedding):
+            return _weighted_sum(layer, embedding, x, lengths)
         x = embedding(x)
     output, new = layer(x, state, lengths=lengths, reset=reset)
     if layer.return_sequences:
@@ -136,14 +136,14 @@ def last_output(
             output = output.new_zeros(x.shape[0], *output.shape[2:])
         elif lengths is None:
             output = output[:, -1]
-        else:  # outputs from a length on are zero, hence those of a row without steps
+        else:  # outputs from a length on are zero, so that of a row without steps is zero too
             last = (lengths.to(x.device, torch.int64) - 1).clamp(min=0)
             output = output[torch.arange(len(x), device=x.device), last]
     return output.flatten(1), new
 
 
-def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
-    """Whether the last memory is one weighted sum of word vectors."""
+def _is_weighted_sum(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
+    """Whether the last memory is a weighted sum of word vectors, of order 1."""
     return (
         isinstance(layer, LegendreMemory)
         and can_be_read(layer, LegendreMemory)
@@ -156,8 +156,8 @@ def _is_a_bag(layer: RecurrentLayer, embedding: nn.Module | None) -> bool:
     )
 
 
-def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
-    """The same in a fifth of the time: the vectors of all tokens are never written out."""
+def _weighted_sum(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Any]:
+    """The same in a fifth of the time: does not create the tensor of all word vectors."""
     steps = tokens.shape[1]
     if lengths is None:
         lengths = torch.full((len(tokens),), steps, device=tokens.device)
@@ -167,7 +167,7 @@ def _bag(layer: Any, embedding: Any, tokens: Tensor, lengths: Tensor | None) -> 
 
 
 def check_embedding(embedding: nn.Module | None, layer: RecurrentLayer) -> None:
-    """Raise where the embedding's vectors are not as wide as the layer's input."""
+    """Raise ValueError unless the embedding has as many channels as the layer's input."""
     if isinstance(embedding, Embedding) and embedding.embedding_dim != layer.input_size:
         raise ValueError(
             f"expected an embedding of {layer.input_size} channels, the layer's input_size, got "
