@@ -2,11 +2,12 @@
 
 A peak is the resident memory that one forward and backward pass adds, in a new process
 (``measure.peak_memory``); the input and the gradient of the output exist before. "Kept" are the
-tensors saved for the backward, counted by torch's hooks. The target of the peak is a quarter of the
-peak of training that stores all memories; and a quarter of the size of all memories for the shape
-whose outputs, which all training stores, are a tenth of the memories. At (32, 784, 1) the outputs
-are 0.83 of the memories, and ``LMU`` stores all memories, as it does up to 64 MiB: in segments the
-step took 1.5 times as long. The long sequence is one pass, and ``in_segments``.
+tensors saved for the backward, counted by torch's hooks. The first target of the peak is a quarter
+of the peak of training that stores all memories. The second target is a quarter of the size of all
+memories, for the shape whose outputs, which all training stores, are a tenth of the memories. At
+(32, 784, 1) the outputs are 0.83 of the memories, and ``LMU`` stores all memories, as it does up to
+64 MiB: in segments the step took 1.5 times as long. The long sequence is computed in one pass and by
+``in_segments``.
 """
 
 from collections.abc import Callable

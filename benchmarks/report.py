@@ -22,7 +22,7 @@ def main() -> int:
     sections = newest(RESULTS)
     text = README.read_text()
     text = between(text, "targets", "\n\n".join(targets(sections)))
-    text = between(text, "figures", "\n\n".join(figures(sections)))
+    text = between(text, "metrics", "\n\n".join(metrics(sections)))
     README.write_text(text)
     print(f"{README}: {len(sections)} sections")
     return 0
@@ -57,7 +57,7 @@ def targets(sections: dict[tuple[str, str], dict]) -> list[str]:
     return tables
 
 
-def figures(sections: dict[tuple[str, str], dict]) -> list[str]:
+def metrics(sections: dict[tuple[str, str], dict]) -> list[str]:
     """For every subject: its description, its machine, its picture and its tables."""
     parts = []
     for (device, subject), section in sections.items():

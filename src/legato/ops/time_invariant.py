@@ -406,9 +406,9 @@ def _channels_last(u: Tensor, system: PreparedSystem, reset: Tensor | None) -> b
     memory, which is N times as large, is transposed. A W with gradients would be copied for every
     chunk.
     """
-    shared = system.method == "chunked" and system.powers.ndim == 3 and not system.inputs.requires_grad
+    one_system = system.method == "chunked" and system.powers.ndim == 3 and not system.inputs.requires_grad
     many = u.shape[2] >= 16 and system.powers.shape[-1] > 1
-    return u.device.type == "cpu" and shared and many and reset is None and not system.last_only
+    return u.device.type == "cpu" and one_system and many and reset is None and not system.last_only
 
 
 def _chunked_channels_last(u: Tensor, system: PreparedSystem, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -176,7 +176,7 @@ _T, _C, _CANDIDATE_TANH, _OUTPUT_TANH, _DELAYED, _RESET = range(HEADER, HEADER +
 _TABLE = HEADER + 6
 
 
-# --- exp, sigmoid and tanh in float32, as arithmetic that the compiler turns into vector instructions ---
+# --- exp, sigmoid and tanh in float32, as arithmetic that the compiler can vectorise ---
 
 
 @intrinsic
