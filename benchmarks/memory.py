@@ -6,7 +6,7 @@ tensors saved for the backward, counted by torch's hooks. The first target of th
 of the peak of training that stores all memories. The second target is a quarter of the size of all
 memories, for the shape whose outputs, which all training stores, are a tenth of the memories. At
 (32, 784, 1) the outputs are 0.83 of the memories, and ``LMU`` stores all memories, as it does up to
-64 MiB: in segments the step took 1.5 times as long. The long sequence is computed in one pass and by
+64 MiB: in segments the step took 1.5 times as long. The long sequence is run in one pass and by
 ``in_segments``.
 """
 
