@@ -1,7 +1,8 @@
-"""What only the user can set: large pages and a C library that keeps its memory, by environment variables.
+"""Environment variables of the user: large pages, and a C library that reuses its memory.
 
-A training step in a fresh process for each setting, the settings taking turns. Results over 32 MiB come as new pages at
-every step; legato asks for its own in large pages, and only the user can ask for those of torch.
+A training step in a new process per setting, alternating between settings. Arrays over 32 MiB are
+newly mapped at every step. legato requests large pages for its own arrays; only the user can
+request them for the arrays of torch.
 """
 
 import os
@@ -13,9 +14,9 @@ from statistics import median
 import torch
 
 SETTINGS = {
-    "as it comes": {},
+    "default": {},
     "large pages for torch": {"THP_MEM_ALLOC_ENABLE": "1"},
-    "memory kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"},
+    "memory reused": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"},
 }
 WORK = {
     "linear_recurrence (8, 4096, 256)": (
@@ -64,7 +65,7 @@ def measure() -> list[dict]:
         for _ in range(ROUNDS):
             for name, setting in SETTINGS.items():
                 seconds[name] += _seconds(work, setting)
-        usual = median(seconds["as it comes"])
+        usual = median(seconds["default"])
         for name, s in seconds.items():
             spread = {"median_ms": 1e3 * median(s), "min_ms": 1e3 * min(s), "max_ms": 1e3 * max(s)}
             rows.append({"training step": what, "setting": name, **spread, "times faster": usual / median(s)})

@@ -1,4 +1,4 @@
-"""What the results of a task must be: ours in float64 by the definition, and how far float32 may be from it."""
+"""The expected results of a task, from our definition in float64, and bounds for float32."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Result(NamedTuple):
 
 
 def disagreement(results: Mapping[str, np.ndarray], wanted: Mapping[str, Result]) -> str | None:
-    """Which result is missing or beyond its bound, and by how much; None where all are right."""
+    """The first missing or wrong result, with its error; None if all are within their bounds."""
     missing = {_plain(name) for name in wanted} - {_plain(name) for name in results if name in wanted}
     if missing:
         return f"gave no {', '.join(sorted(missing))}"
@@ -43,11 +43,12 @@ def _plain(name: str) -> str:
 
 
 def recurrence(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, Result]:
-    """Of the first and the last batch row.
+    """The expected results of the first and the last batch row.
 
-    All numbers are positive, so nothing cancels: no order of sums and products rounds a term more than 8 (T + 1) times,
-    each by at most eps / 2. In log space the exponents are rounded as well, which are larger than 1, and the gradient
-    of the decays is a running sum of differences; sums of logarithms run in float64 on a CPU.
+    All numbers are positive, so there is no cancellation: any order of sums and products rounds a
+    term at most 8 (T + 1) times, each time by at most eps / 2. In log space the exponents, which
+    are larger than 1, are rounded too, and the gradient of the decays is a running sum of
+    differences. Sums of logarithms are computed in float64 on a CPU.
     """
     decay, impulse, grad = (torch.from_numpy(arrays[name][[0, -1]]).double() for name in ("decay", "impulse", "grad"))
     leaves = decay.requires_grad_(), impulse.requires_grad_()
@@ -68,10 +69,12 @@ def recurrence(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, Result]:
 
 
 def lmu(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, Result]:
-    """err <= 2 (err(plain steps in float32) + 3 log2(2 T) eps scale): the levels of a convolution's three transforms.
+    """err <= 2 (err(plain steps in float32) + 3 log2(2 T) eps scale), for three transforms.
 
-    The scale is the largest result. The gradients before the memory are sums over rows, steps and orders: there it is
-    the norm over all of them of what the transforms multiply, as roundings of different transforms are independent.
+    log2(2 T) is the number of levels of a transform. The scale is the largest result. The gradients
+    of the parameters before the memory are sums over rows, steps and orders: their scale is the
+    norm over all of these of the factors of the transforms, because roundings of different
+    transforms are independent.
     """
     exact, plain = (
         lmu_step(sizes, arrays, dtype=dtype, method="sequential")() for dtype in (torch.float64, torch.float32)
@@ -90,7 +93,7 @@ def _before_memory(sizes: dict, arrays: dict[str, np.ndarray]) -> dict[str, floa
     impulse = torch.zeros(1, sizes["steps"], 1, dtype=torch.float64)
     impulse[:, 0] = 1
     response = torch.linalg.vector_norm(lti(impulse, A, B)[0], dim=1).flatten().numpy()  # (N,)
-    active = arrays["bias"] > 0  # relu's units: biases outweigh all else
+    active = arrays["bias"] > 0  # the units that relu passes: the biases are larger than all other terms
     grad = arrays["grad"].reshape(sizes["batch"], -1, sizes["units"])[..., active]
     grad_memory = np.linalg.norm(grad @ arrays["weight"][:-1, active].T, axis=1)  # (B, N)
     rows = np.linalg.norm(grad_memory * response, axis=1)

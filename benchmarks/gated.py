@@ -1,6 +1,7 @@
-"""The gated unit's kernel against its definition: one layer, and a training step of two layers of 256 units.
+"""The kernel of the gated unit, compared with its definition, in networks of 256 units.
 
-Both run our code, the second with the kernel taken away, in turns. ``torch.nn.LSTM`` of the size stands beside them.
+One layer, and a training step of two layers. Both variants are our code, the second without the
+kernel, and their runs alternate. ``torch.nn.LSTM`` of the same size is timed too.
 """
 
 import torch
@@ -15,7 +16,7 @@ INPUTS, UNITS = 4, 256
 ROUNDS = 3
 
 TESTS = ("tests/ops/test_gated.py", "tests/layers/test_gilr.py", "tests/layers/test_sru.py")
-# A kernel that gains less is deleted.
+# A kernel with a smaller gain is not worth its code.
 TARGETS = (Target("the kernel over the definition, the least gain", "definition over it", 1.05, "times"),)
 
 
@@ -36,11 +37,11 @@ def measure() -> list[dict]:
         times = interleave(candidates, rounds=ROUNDS, warmup=1)
         lstm = times["torch.nn.LSTM"]["median_ms"]
         for name, time in times.items():
-            network, _, way = name.partition(": ")
-            definition = times[f"{network}: definition"]["median_ms"] if way == "kernel" else None
-            comparable = way and "one layer" not in network
+            network, _, variant = name.partition(": ")
+            definition = times[f"{network}: definition"]["median_ms"] if variant == "kernel" else None
+            comparable = variant and "one layer" not in network
             rows.append({
-                "shape": f"({batch}, {steps})", "network": network, "by": way, **time,
+                "shape": f"({batch}, {steps})", "network": network, "by": variant, **time,
                 "definition over it": definition and definition / time["median_ms"],
                 "nn.LSTM over it": lstm / time["median_ms"] if comparable else None,
             })  # fmt: skip
@@ -61,7 +62,7 @@ def training_step(network: nn.Module, batch: int, steps: int):
 
 def without_kernel(step):
     def run() -> None:
-        # A backend with the kernel of the recurrence alone: units compute their definition.
+        # A backend with the kernel of the recurrence only: gated units compute their definition.
         register("recurrence alone", choose("linear_recurrence", torch.device("cpu"))[0])
         with use_backend("recurrence alone"):
             step()

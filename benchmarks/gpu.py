@@ -1,24 +1,26 @@
 """Check and measure legato on a CUDA machine: PYTHONPATH=src python benchmarks/gpu.py [OUT] (make gpu).
 
-Needs PyTorch 2.10 or later with CUDA and triton; legato is taken from ``src`` and nothing is downloaded. OUT is a file
-or a folder; without it the figures go to benchmarks/results/cuda-<date>.json. They are written after every section, and
-sections that the time (520 seconds, or LEGATO_SECONDS) no longer holds are named in "dropped". Exit code: 0 right, 1 a
-result is out of bounds or none was checked, 2 no CUDA here. The sections, in order:
+Needs PyTorch 2.10 or later with CUDA and triton. legato is imported from ``src`` and nothing is
+downloaded. OUT is a file or a folder; the default is benchmarks/results/cuda-<date>.json. The
+results are written after every section. Sections for which the time (520 seconds, or
+LEGATO_SECONDS) is too short are listed in "dropped". Exit code: 0 all results are correct, 1 a
+result is out of bounds or none was checked, 2 no CUDA device. The sections, in order:
 
-correctness   the tests of the kernels and ``gpu_checks.py``, in processes side by side, which compile what follows too
-kernels       forward and backward as a share of the bandwidth of a copy in the same run
-sweep         the same around each constant of ``triton_recurrence.TUNING``: what to set it to
-memory        lti: chunked in float32, TF32 and bfloat16 against fft
-training      the parallel LMU against RecurrentLMU
+correctness   the tests of the kernels and ``gpu_checks.py``, in parallel processes; compiles all kernels
+kernels       forward and backward as a fraction of the bandwidth of a copy in the same run
+sweep         the same for other values of each constant of ``triton_recurrence.TUNING``
+memory        lti: chunked in float32, TF32 and bfloat16, compared with fft
+training      the parallel LMU, compared with RecurrentLMU
 peers         accelerated-scan, flash-linear-attention and torch's associative_scan, forward and backward
-table         the paper's table of the kernel, parallel against one pass over time
-networks      gated layers against cuDNN's LSTM and GRU over 65,536 steps
+table         the paper's table of the kernel: parallel, compared with one pass over time
+networks      gated layers, compared with cuDNN's LSTM and GRU over 65,536 steps
 steps         one step of a stream, by call and as a captured graph
 
-Peers are imported from where they are, or from .venv-peers-gpu beside the Makefile. To bring them as wheels:
-    pip download --no-deps -d wheels -r benchmarks/peers-gpu.txt                 # where there is a network
-    pip install --no-index --no-deps --target .venv-peers-gpu wheels/*           # where there is a GPU
-One that is missing is named and skipped. How the figures are to be read: benchmarks/README.md, "On a GPU".
+Peers are imported from the environment, or from .venv-peers-gpu next to the Makefile. To install
+them as wheels:
+    pip download --no-deps -d wheels -r benchmarks/peers-gpu.txt                 # on a machine with a network
+    pip install --no-index --no-deps --target .venv-peers-gpu wheels/*           # on the machine with the GPU
+A missing peer is reported and skipped. How to use the results: benchmarks/README.md, "On a GPU".
 """
 
 import importlib
@@ -40,7 +42,7 @@ import torch
 
 try:
     import jaxtyping  # noqa: F401
-except ImportError:  # shapes are only names here: Float[Tensor, "B T"] becomes Tensor
+except ImportError:  # annotations without effect: Float[Tensor, "B T"] becomes Tensor
     stand_in = ModuleType("jaxtyping")
     shape = type("Shape", (), {"__class_getitem__": classmethod(lambda cls, item: item[0])})
     stand_in.__dict__.update(dict.fromkeys(("Bool", "Complex", "Float", "Inexact", "Int", "Shaped"), shape))
@@ -54,7 +56,8 @@ FULL, LONG = (8, 8192, 1536), (1, 1 << 20, 64)
 # The paper's table of the kernel.
 LENGTHS, FEATURES = (16, 256, 4_096, 65_536), (4, 32, 128)
 SIZES = [(FULL, torch.float32), (FULL, torch.bfloat16), (LONG, torch.float32), (LONG, torch.bfloat16)]
-# Around the constants, one at a time; the first three need kernels of their own, compiled beforehand.
+# One constant changed at a time; the first three need their own kernels, which are compiled
+# beforehand.
 VARIANTS: dict[str, Row] = {
     "as it is": {},
     "group_bytes 16": {"group_bytes": 16},
@@ -80,7 +83,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 1
     if not torch.cuda.is_available():
-        print("gpu: PyTorch sees no CUDA device here, nothing was checked or measured", file=sys.stderr)
+        print("gpu: PyTorch has no CUDA device here, nothing was checked or measured", file=sys.stderr)
         return 2
     report = Report(_path(arguments), time.monotonic() + float(os.environ.get("LEGATO_SECONDS", SECONDS)))
     for name, (least, section) in SECTIONS.items():
@@ -91,13 +94,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _path(arguments: list[str]) -> Path:
-    """Where the figures go: a file, or a file of today's date in a folder."""
+    """The path of the results: a file, or a file with today's date in a folder."""
     path = Path(arguments[0]) if arguments else ROOT / "benchmarks/results"
     return path if path.suffix == ".json" else path / f"cuda-{date.today().isoformat()}.json"
 
 
 class Report:
-    """The figures so far, on disk after every section, and the time that is left."""
+    """The results so far, written after every section, and the remaining time."""
 
     def __init__(self, path: Path, deadline: float):
         self.path, self.deadline = path, deadline
@@ -105,7 +108,7 @@ class Report:
         self.content: Row = {"dropped": [], "subjects": {}}
 
     def left(self) -> float:
-        """Seconds."""
+        """The remaining seconds."""
         return self.deadline - time.monotonic()
 
     def drop(self, what: str, why: str) -> None:
@@ -114,14 +117,15 @@ class Report:
         self.write()
 
     def section(self, name: str, least: float, measure: Callable[["Report"], Iterator[Row]]) -> None:
-        """Run one, keep its rows as they come and judge its targets; dropped where less than ``least`` is left."""
+        """Run one section and judge its targets; drop it if less than ``least`` seconds are left."""
         from measure import judge
 
         if self.left() < least:
             self.drop(name, f"{self.left():.0f} seconds left, it needs {least:.0f}")
             return
         start, rows = time.monotonic(), []
-        # What takes longer than there is time is broken off, and then dropped like what fails.
+        # A section that exceeds the time is interrupted, and its remaining rows are dropped, as
+        # after an error.
         signal.signal(signal.SIGALRM, _time_is_up)
         signal.setitimer(signal.ITIMER_REAL, max(1.0, self.left()))
         self.content["subjects"][name] = section = {**self.facts, "rows": rows, "targets": []}
@@ -129,7 +133,7 @@ class Report:
             for row in measure(self):
                 rows.append(row)
                 print(name, {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        except Exception as problem:  # what follows may still be measured
+        except Exception as problem:  # later sections are still measured
             self.drop(f"the rest of {name}", f"{type(problem).__name__}: {problem}"[:300])
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -147,7 +151,7 @@ class Report:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         partial.write_text(json.dumps(self.content, indent=1, default=str) + "\n")
-        partial.replace(self.path)  # readers see the old file or the new one
+        partial.replace(self.path)  # readers get the old file or the new one
 
 
 def _time_is_up(*_: Any) -> None:
@@ -155,7 +159,7 @@ def _time_is_up(*_: Any) -> None:
 
 
 def _facts() -> Row:
-    """What figures depend on, as the other benchmarks write it."""
+    """The machine, versions and bandwidth, in the format of the other benchmarks."""
     import triton
 
     from measure import copy_bandwidth, machine
@@ -166,7 +170,7 @@ def _facts() -> Row:
     return {"machine": machine() | device, "versions": versions, "copy_GB_per_s": copy_bandwidth()}
 
 
-# --- correctness: in processes, which compile side by side ---
+# --- correctness: in processes, which compile in parallel ---
 
 
 def correctness(report: Report) -> Iterator[Row]:
@@ -194,7 +198,8 @@ def correctness(report: Report) -> Iterator[Row]:
         if name == "tests" and done.returncode in (0, 1) and "No module named" not in done.stderr:
             return [{"part": name, "what": done.stdout[-2000:], "right": done.returncode == 0}]
         if done.returncode:
-            # What could not run is not right, unless only pytest, or its plugin for several processes, is missing.
+            # A check that could not run is a failure, unless only pytest or its plugin for several
+            # processes is missing.
             missing = name == "tests" and ("No module named pytest" in done.stderr or "arguments: -n" in done.stderr)
             return [
                 {"part": name, "what": (done.stdout + done.stderr)[-2000:], **({} if missing else {"right": False})}
@@ -202,7 +207,8 @@ def correctness(report: Report) -> Iterator[Row]:
         return [{"part": name} | row for row in json.loads(done.stdout.splitlines()[-1])]
 
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
-        # The longest first; the huge one last, when the others have left the memory to it.
+        # The longest first; the largest arrays last, when the other processes have freed their
+        # memory.
         order = sorted(commands, key=lambda name: ("2^31" in name, not name.startswith(("tests", "compile"))))
         for rows in pool.map(run, order):
             for row in rows:
@@ -212,7 +218,7 @@ def correctness(report: Report) -> Iterator[Row]:
 
 
 def _part(name: str) -> list[Row]:
-    """What a process of its own does: a check, or the compilation of the kernels that a size needs."""
+    """The work of one process: a check, or the compilation of the kernels for one size."""
     kind, _, rest = name.partition(" ")
     if kind == "check":
         return importlib.import_module("gpu_checks").PARTS[rest]()
@@ -266,7 +272,7 @@ ARRAYS = {"copy": 2, "forward": 3, "backward": 5}
 def kernels(report: Report) -> Iterator[Row]:
     for size, dtype in SIZES:
         inputs = _inputs(size, dtype)
-        yield from _shares(size, dtype, inputs, {"as it is": _passes(inputs)}, rounds=20)
+        yield from _fractions(size, dtype, inputs, {"as it is": _passes(inputs)}, rounds=20)
 
 
 def sweep(report: Report) -> Iterator[Row]:
@@ -276,13 +282,13 @@ def sweep(report: Report) -> Iterator[Row]:
             continue
         inputs = _inputs(size, dtype)
         variants = {name: _passes(inputs, tuning) for name, tuning in _tunings(dtype).items()}
-        yield from _shares(size, dtype, inputs, variants, rounds=8)
+        yield from _fractions(size, dtype, inputs, variants, rounds=8)
 
 
 def _tunings(dtype: torch.dtype) -> dict[str, Any]:
     from legato.ops.kernels import triton_recurrence
 
-    # Groups of more than 32 steps take the compiler minutes.
+    # Groups of more than 32 steps take minutes to compile.
     variants = {
         name: change
         for name, change in VARIANTS.items()
@@ -293,8 +299,8 @@ def _tunings(dtype: torch.dtype) -> dict[str, Any]:
     return {name: triton_recurrence.TUNING._replace(**change) for name, change in variants.items()}
 
 
-def _shares(size, dtype, inputs, variants: dict[str, dict[str, Callable]], rounds: int) -> list[Row]:
-    """GB/s and share of the bandwidth of a copy, all taking turns."""
+def _fractions(size, dtype, inputs, variants: dict[str, dict[str, Callable]], rounds: int) -> list[Row]:
+    """GB/s and the fraction of the bandwidth of a copy; all candidates alternate."""
     target, impulse = torch.empty_like(inputs[1]), inputs[1]
     candidates = {("", "copy"): lambda: target.copy_(impulse)}
     candidates |= {(variant, name): run for variant, passes in variants.items() for name, run in passes.items()}
@@ -346,7 +352,7 @@ def memory(report: Report) -> Iterator[Row]:
 
 
 def training(report: Report) -> Iterator[Row]:
-    """psMNIST's sizes; RecurrentLMU takes seconds a step, so it has three turns at most."""
+    """The sizes of psMNIST; RecurrentLMU is slow, so it has at most three timed runs."""
     from legato.layers import LMU, RecurrentLMU
 
     def step(layer: torch.nn.Module, batch: int) -> Callable[[], Any]:
@@ -375,7 +381,7 @@ def training(report: Report) -> Iterator[Row]:
 
 
 def peers(report: Report) -> Iterator[Row]:
-    """Forward and backward of all, each in its own layout, which it is not charged for."""
+    """Forward and backward of all peers, each in its own layout; conversions are not timed."""
     for size, dtype in SIZES:
         if report.left() < 25:
             report.drop(f"peers at {size} {dtype}", f"{report.left():.0f} seconds left")
@@ -386,10 +392,10 @@ def peers(report: Report) -> Iterator[Row]:
             try:
                 run = make(*_example(size, dtype))
                 got = [x.double() for x in run()]
-                wanted = wanted or got  # ours come first
+                wanted = wanted or got  # ours are the first
                 error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(got, wanted, strict=True))
-                if not error < 8 * torch.finfo(dtype).eps:  # what differs is the order of a few roundings
-                    raise ValueError(f"its results are another's: {error:.2g} of the largest")
+                if not error < 8 * torch.finfo(dtype).eps:  # only the order of a few roundings differs
+                    raise ValueError(f"wrong results: an error of {error:.2g} of the largest")
                 candidates[name] = run
             except Exception as problem:
                 report.drop(f"{name} at {size} {dtype}", f"{type(problem).__name__}: {problem}"[:200])
@@ -410,7 +416,8 @@ def _example(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tens
 
 
 def _both(run: Callable, weight: torch.Tensor, *leaves: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-    """States, and the gradient of the impulse, which comes last; in (B, T, D) where ``run`` is."""
+    """The states and the gradient of the impulse, which is the last of ``leaves``; in the layout of
+    ``run``."""
     leaves = tuple(x.requires_grad_() for x in leaves)
 
     def both() -> list[torch.Tensor]:
@@ -435,7 +442,7 @@ def _accelerated(module: str):
         run = _both(scan, w, a, x)
 
         class Transposed(list):
-            """Seen as (B, T, D) where it is compared, at no cost where it is timed."""
+            """Results that are transposed to (B, T, D) only when they are compared."""
 
         return lambda: Transposed(y.mT for y in run())
 
@@ -451,7 +458,7 @@ def _hgrn(name: str):
 
 
 def _associative_scan(decay, impulse, weight):
-    """Its backward is not given by PyTorch everywhere, so the adjoint is another scan, from the end."""
+    """Not every PyTorch release has its backward, so the adjoint is another scan, from the end."""
     from torch._higher_order_ops.associative_scan import associative_scan
 
     def combine(first, second):
@@ -479,7 +486,7 @@ PEERS: dict[str, Callable] = {
 
 
 def table(report: Report) -> Iterator[Row]:
-    """The device's own time, and beside it that of whole calls, which is Python's where sequences are short."""
+    """The time on the device, and the time of calls, which is mostly Python for short sequences."""
     for length, features, parallel, serial in _cells():
         candidates = {"parallel": parallel, "sweep": serial}
         device = {name: ms for name, (ms, _, _) in on_device(candidates, rounds=15).items()}
@@ -493,7 +500,7 @@ def table(report: Report) -> Iterator[Row]:
 
 
 def _cells() -> Iterator[tuple[int, int, Callable[[], None], Callable[[], None]]]:
-    """Length and features of each cell of the paper's table, our recurrence, and the same in one pass over time."""
+    """Length, features, our recurrence and the same in one pass, for each cell of the table."""
     from legato import linear_recurrence
     from serial_recurrence import swept
 
@@ -527,7 +534,7 @@ def networks(report: Report) -> Iterator[Row]:
         return run
 
     for batch in (1, 8, 32):
-        turns: dict[str, float] = {}
+        times: dict[str, float] = {}
         makers: dict[str, Callable[[], torch.nn.Module]] = {
             kind.__name__: lambda kind=kind: Stack.of(kind, 4, 256, num_layers=2)
             for kind in (GILR, SRU, QRNN, GILRLSTM)
@@ -541,12 +548,12 @@ def networks(report: Report) -> Iterator[Row]:
                 report.drop(f"networks, {name} in batches of {batch}", f"{report.left():.0f} seconds left")
                 continue
             try:
-                turns[name] = by_clock(step(make(), batch), rounds=4, seconds=6)
+                times[name] = by_clock(step(make(), batch), rounds=4, seconds=6)
             except torch.OutOfMemoryError as problem:
                 report.drop(f"networks, {name} in batches of {batch}", str(problem)[:100])
             torch.cuda.empty_cache()
-        lstm = turns.get("torch.nn.LSTM (cuDNN)")
-        for name, ms in turns.items():
+        lstm = times.get("torch.nn.LSTM (cuDNN)")
+        for name, ms in times.items():
             row = {"batch": batch, "steps": 65_536, "network": name, "median_ms": ms}
             yield row | ({"LSTM/this": lstm / ms} if lstm else {})
 
@@ -592,12 +599,12 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def on_device(candidates: dict[Any, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[Any, tuple]:
-    """Median, least and greatest milliseconds on the device's clock, in turn (A B A B ...).
+    """Median, least and greatest milliseconds on the device's clock, alternating (A B A B ...).
 
-    The device is kept waiting while a turn is queued, so that the time of Python's calls is not in it.
+    The device waits until a run is queued, so that the time of Python's calls is not included.
     """
     times: dict[Any, list[float]] = {name: [] for name in candidates}
-    for turn in range(warmup + rounds):
+    for run_number in range(warmup + rounds):
         for name, run in candidates.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(3_000_000)  # cycles, more than a millisecond
@@ -605,13 +612,14 @@ def on_device(candidates: dict[Any, Callable[[], Any]], rounds: int, warmup: int
             run()
             end.record()
             end.synchronize()
-            if turn >= warmup:
+            if run_number >= warmup:
                 times[name].append(start.elapsed_time(end))
     return {name: (median(t), min(t), max(t)) for name, t in times.items()}
 
 
 def by_clock(run: Callable[[], Any], rounds: int, seconds: float) -> float:
-    """Median milliseconds from an idle device to an idle device, calls included; fewer rounds where they take long."""
+    """Median milliseconds from an idle device to an idle device, calls included; at most about
+    ``seconds`` in total."""
     times: list[float] = []
     begin = time.monotonic()
     while len(times) <= rounds and (len(times) < 2 or time.monotonic() - begin < seconds):
@@ -631,33 +639,39 @@ def _wait() -> None:
 def _targets() -> dict[str, tuple]:
     from measure import Target
 
-    def share(size, dtype, name, bound):
+    def fraction(size, dtype, name, bound):
         where = {"size": str(size), "dtype": str(dtype), "pass": name}
         return Target(f"{name} at {size} {dtype}", "share_of_copy", bound, "of a copy", where)
 
     full = [
-        share(FULL, d, n, b) for d in (torch.float32, torch.bfloat16) for n, b in (("forward", 0.85), ("backward", 0.8))
+        fraction(FULL, d, n, b)
+        for d in (torch.float32, torch.bfloat16)
+        for n, b in (("forward", 0.85), ("backward", 0.8))
     ]
-    long = [share(LONG, torch.float32, name, 0.7) for name in ("forward", "backward")]
+    long = [fraction(LONG, torch.float32, name, 0.7) for name in ("forward", "backward")]
     kinds = ("float32", "tf32", "bfloat16")
     return {
         "kernels": (*full, *long),
         "memory": tuple(
-            Target(f"chunked {k} against fft", "fft/this", 10, "times", {"what": f"chunked {k}", "pass": p})
+            Target(f"chunked {k}, compared with fft", "fft/this", 10, "times", {"what": f"chunked {k}", "pass": p})
             for k in kinds
             for p in ("forward", "forward and backward")
         ),
         "training": (
-            Target("LMU against RecurrentLMU, last state", "times faster", 1000, "times", {"what": "last state"}),
-            Target("LMU against RecurrentLMU, sequences", "times faster", 200, "times", {"what": "with sequences"}),
+            Target(
+                "LMU, compared with RecurrentLMU, last state", "times faster", 1000, "times", {"what": "last state"}
+            ),
+            Target(
+                "LMU, compared with RecurrentLMU, sequences", "times faster", 200, "times", {"what": "with sequences"}
+            ),
         ),
-        "peers": (Target("the fastest peer, wherever", "this/legato", 1, "times"),),
+        "peers": (Target("the fastest peer, at any size", "this/legato", 1, "times"),),
         "table": (Target("the paper's table from 256 steps on", "sweep/parallel", 1, "times", {"long": True}),),
     }
 
 
 TARGETS = _targets()
-# The least seconds that a section needs, and the section.
+# The minimum of seconds that a section needs, and the section.
 SECTIONS: dict[str, tuple[float, Callable[[Report], Iterator[Row]]]] = {
     "correctness": (60, correctness),
     "kernels": (30, kernels),

@@ -1,7 +1,8 @@
-"""Whether results on a CUDA machine are right: parts that ``gpu.py`` runs in processes of their own, side by side.
+"""Checks of the results on a CUDA machine, which ``gpu.py`` runs in parallel processes.
 
-A part is a function that returns rows; a row has ``what``, ``error``, ``bound`` and ``right``. Kernels are compiled in
-them, many at a time, and kept on disk, so that what is measured afterwards finds them.
+A check is a function that returns rows; a row has ``what``, ``error``, ``bound`` and ``right``.
+These processes compile many kernels in parallel and cache them on disk for the measurements that
+follow.
 """
 
 import copy
@@ -25,7 +26,7 @@ class Case(NamedTuple):
     reverse: bool
 
 
-# Whole and uneven blocks, one pass and chunks, broadcast decays.
+# Full and partial blocks, one pass and chunks, broadcast decays.
 CASES = [
     Case((8, 1000, 512), (8, 1000, 512), torch.float32, False, False),
     Case((8, 1000, 512), (8, 1000, 512), torch.bfloat16, True, True),
@@ -50,7 +51,7 @@ def judged(what: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tenso
 
 
 def recurrence(case: Case) -> list[Row]:
-    """Both results and all gradients against the loop; in 64 bits its error is that of 32 bits, scaled."""
+    """Both results and all gradients, compared with the loop; 64 bits scale the error of 32."""
     torch.manual_seed(0)
     wide = torch.complex128 if case.dtype.is_complex else torch.float64
     low = case.dtype if case.dtype != wide else (torch.complex64 if case.dtype.is_complex else torch.float32)
@@ -70,7 +71,7 @@ def recurrence(case: Case) -> list[Row]:
 
 
 def million_steps(dtype: torch.dtype) -> list[Row]:
-    """16 bits over a million steps with slow decays; the loop takes too long, so plain is the exact result rounded."""
+    """16 bits over a million steps with slow decays; ``plain`` is the rounded exact result."""
     torch.manual_seed(0)
     size = (1, LONG, 64)
     decay, *others = _inputs(size, size, dtype)
@@ -85,7 +86,7 @@ def million_steps(dtype: torch.dtype) -> list[Row]:
 
 
 def more_than_32_bits_count() -> list[Row]:
-    """More than 2^31 numbers: the last row of the batch, and its gradients, as if it were alone."""
+    """More than 2^31 numbers: the last batch row gives the results of that row alone."""
     from legato._environment import free_memory
     from legato.ops.recurrence import linear_recurrence
 
@@ -115,7 +116,7 @@ def more_than_32_bits_count() -> list[Row]:
 
 
 def layer(name: str) -> list[Row]:
-    """A layer in float32 on CUDA against float64 on the CPU, with lengths and resets; and step by step."""
+    """A layer in float32 on CUDA, with lengths and resets, against float64 on the CPU; and steps."""
     import legato
 
     torch.manual_seed(0)
@@ -140,7 +141,7 @@ def layer(name: str) -> list[Row]:
         for t in range(50):
             output, state = ours.step(x[:, t].float().to(DEVICE), state)
             outputs.append(output)
-        stepped, whole = torch.stack(outputs, 1).double(), ours(x[:, :50].float().to(DEVICE))[0].double()
+        stepped, one_pass = torch.stack(outputs, 1).double(), ours(x[:, :50].float().to(DEVICE))[0].double()
     results = [run(m, d, t) for m, d, t in ((ours, DEVICE, torch.float32), (plain, "cpu", torch.float32))]
     truth = run(exact, "cpu", torch.float64)
     # A gradient of a weight is a sum over the batch and time, whose roundings add up like a random walk.
@@ -149,7 +150,7 @@ def layer(name: str) -> list[Row]:
         judged(f"{name}: {key}", results[0][key], results[1][key], z, eps, z.abs().max().item())
         for key, z in truth.items()
     ]
-    return [*rows, judged(f"{name}: steps", stepped, whole, whole, eps, whole.abs().max().item())]
+    return [*rows, judged(f"{name}: steps", stepped, one_pass, one_pass, eps, one_pass.abs().max().item())]
 
 
 def compiled() -> list[Row]:
@@ -173,7 +174,7 @@ def compiled() -> list[Row]:
 
 
 def memories() -> list[Row]:
-    """The chunked form with 16-bit factors, with TF32 and in exact float32."""
+    """The chunked method with 16-bit factors, with TF32 and in exact float32."""
     from legato.legendre import delay_network
     from legato.ops.time_invariant import lti
 
@@ -188,7 +189,8 @@ def memories() -> list[Row]:
             got = lti(u.to(kind), A, B, method="chunked")[0].double()
             torch.backends.cuda.matmul.allow_tf32 = False
             exact = lti(u.to(kind).double(), A, B, method="chunked")[0]
-            # The error of float32 is that of sums over a chunk and the order, rounded at each term.
+            # The error in float32 is that of sums over a chunk and over the order, with one
+            # rounding per term.
             eps = {"tf32": 2.0**-10, torch.float32: (32 + order) * 2.0**-23}.get(dtype, torch.finfo(kind).eps)
             what = f"memories of order {order}, {dtype}"
             rows.append(judged(what, got, exact.to(kind).double(), exact, eps, exact.abs().max().item()))

@@ -1,8 +1,9 @@
-"""A training step of whole layers beside those of other libraries: forward and backward, without an optimiser.
+"""A training step of layers (forward and backward), compared with other libraries.
 
-``LMU`` beside keras-lmu's two layers of the same equations, weights and inputs, at the sizes of the two papers on
-psMNIST: outputs and the gradients of all weights are checked first (``peers.py``). The recurrent layers stand beside
-``torch.nn.LSTM`` and ``GRU`` of the same width, whose equations are other ones, so only times are compared there.
+``LMU`` is compared with the two layers of keras-lmu that have the same equations, weights and
+inputs, at the sizes of the two papers on psMNIST. Outputs and the gradients of all weights are
+checked first (``peers.py``). The recurrent layers are compared with ``torch.nn.LSTM`` and ``GRU``
+of the same width. Their equations differ, so only times are compared. There is no optimiser.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,9 @@ TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_gilr.py", "tests/layers/
 _SIZES = {"steps": 784, "theta": 784}
 SEQUENCES = {"batch": 32, "order": 256, "units": 212, "sequences": True, **_SIZES}
 LAST_STATE = {"batch": 100, "order": 468, "units": 346, "sequences": False, **_SIZES}
-# The layer with its hidden cell inside takes 20 GB for sequences, so it has turns of its own there.
-LMU_TURNS = (
+# With its hidden cell inside, the keras-lmu layer takes 20 GB for sequences, so it is timed
+# separately.
+LMU_TASKS = (
     ("sequences", SEQUENCES, ("keras-lmu FFT, Dense after", "keras-lmu sequential")),
     ("sequences, cell inside", SEQUENCES, ("keras-lmu FFT",)),
     ("last state", LAST_STATE, ("keras-lmu FFT", "keras-lmu sequential")),
@@ -42,17 +44,17 @@ def versions() -> dict[str, str]:
 
 def measure() -> list[dict]:
     rows = []
-    for task, sizes, names in LMU_TURNS:
+    for task, sizes, names in LMU_TASKS:
         with peers.gather("lmu") as others:
             rows += lmu_step(task, sizes, [peer for peer in others if peer.name in names])
     return rows + [row for shape in RNN_SHAPES for row in _recurrent(*shape)]
 
 
-def lmu_step(task: str, sizes: dict, others: list[peers.Peer], **turns) -> list[dict]:
+def lmu_step(task: str, sizes: dict, others: list[peers.Peer], **options) -> list[dict]:
     shape = f"({sizes['batch']}, {sizes['steps']}, 1)"
     about = {"task": task, "shape": shape, "order": sizes["order"], "units": sizes["units"]}
-    turns = {"rounds": 5, "warmup": 2, "patience": PATIENCE_SECONDS} | turns
-    return [about | row for row in peers.compare("lmu", sizes, {"LMU": expected.lmu_step}, others, **turns)]
+    options = {"rounds": 5, "warmup": 2, "patience": PATIENCE_SECONDS} | options
+    return [about | row for row in peers.compare("lmu", sizes, {"LMU": expected.lmu_step}, others, **options)]
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -66,7 +68,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def _recurrent(batch: int, steps: int, width: int) -> list[dict]:
-    """``width`` inputs and units; "times_faster" than the faster layer of torch."""
+    """Layers of ``width`` inputs and units; "times_faster" is relative to the faster layer of
+    torch."""
     torch.manual_seed(0)
     layers = {
         "GILR": GILR(width, width),

@@ -1,10 +1,11 @@
-"""The time-invariant recurrence: chunked against fft, against its own matrix products, and on one very long input.
+"""The time-invariant recurrence: chunked, compared with fft and with its matrix products.
 
-A time is one forward and one backward pass (gradients of the input and of the initial state; A and B frozen and
-prepared), float32. The incoming gradient is laid out as each method lays out its memory. "fft, no state" leaves the
-response to the initial state out, which only fft has to compute apart. The products are the two that chunked consists
-of, the transforms the two that fft consists of, both alone and on data that lie ready. "Channels first" is the form
-for few channels, there for comparison.
+A time is one forward and one backward pass in float32 (gradients of the input and of the initial
+state; A and B frozen and prepared). The incoming gradient has the memory layout of each method.
+"fft, no state" omits the response to the initial state, which only fft computes separately. The
+products are the two large products of chunked and the transforms are the two transforms of fft,
+each alone on prepared data. "Channels first" is the variant for few channels, for comparison. One
+input is very long, for chunked alone.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,8 @@ def _every_method(shape: tuple[int, int, int], order: int) -> list[dict]:
 
 
 def _either_side(shape: tuple[int, int, int], order: int) -> list[dict]:
-    """The two forms of "chunked", read as an LMU reads them: all numbers of a step in one row."""
+    """The two variants of "chunked", read as an LMU reads them: all numbers of a step in one
+    row."""
     batch, steps, channels = shape
     system = prepare(*delay_network(order, max(steps, 8)), steps, method="chunked")
     u = torch.randn(shape, requires_grad=True)

@@ -1,10 +1,13 @@
-"""Memory of training: an ``LMU`` beside its memories written out, what the recurrence keeps, long time in segments.
+"""Memory of training: ``LMU`` with and without recomputation, the recurrence, long sequences.
 
-A peak is the resident memory that one forward and backward pass adds, in a process of its own
-(``measure.peak_memory``); the input and the gradient at the output are there before. "Kept" are the tensors saved for
-the backward, as torch's hooks see them. A quarter is asked of the peak of training that builds all memories, and of the
-memories themselves where the outputs, which any training holds, are a tenth of them. At (32, 784, 1) outputs are 0.83
-of the memories, and ``LMU`` holds all, as it does up to 64 MiB: by segments the step took 1.5 times as long.
+A peak is the resident memory that one forward and backward pass adds, in a new process
+(``measure.peak_memory``); the input and the gradient of the output exist before. "Kept" are the
+tensors saved for the backward, counted by torch's hooks. The first target of the peak is a quarter
+of the peak of training that stores all memories. The second target is a quarter of the size of all
+memories, for the shape whose outputs, which all training stores, are a tenth of the memories. At
+(32, 784, 1) the outputs are 0.83 of the memories, and ``LMU`` stores all memories, as it does up to
+64 MiB: in segments the step took 1.5 times as long. The long sequence is run in one pass and by
+``in_segments``.
 """
 
 from collections.abc import Callable
@@ -31,7 +34,7 @@ TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_segments.py", "tests/ops
 TARGETS = (
     *(
         Target(
-            f"LMU {shape}, order {ORDER}: peak over that with all memories held",
+            f"LMU {shape}, order {ORDER}: peak, relative to the peak with all memories stored",
             "peak / peak with all held",
             0.25,
             "",
@@ -41,14 +44,14 @@ TARGETS = (
         for shape in LMU_SHAPES
     ),
     Target(
-        f"LMU {LMU_SHAPES[-1]}, order {ORDER}: peak over the bytes of all its memories",
+        f"LMU {LMU_SHAPES[-1]}, order {ORDER}: peak, relative to the size of all memories",
         "peak / memories",
         0.25,
         "",
         {"LMU": str(LMU_SHAPES[-1]), "memories held": _SEGMENT},
         True,
     ),
-    Target("linear_recurrence: kept over decay, states and final state", "kept / needed", 1, at_most=True),
+    Target("linear_recurrence: saved, relative to decay, states and final state", "kept / needed", 1, at_most=True),
 )
 
 
@@ -61,19 +64,19 @@ def measure() -> list[dict]:
 def _lmu(shape: tuple[int, int, int]) -> list[dict]:
     batch, steps, memory_size = shape
     memories, outputs = (4 * batch * steps * numbers for numbers in (memory_size * ORDER, UNITS))
-    peaks = {kept: peak_memory(_train_lmu, shape, recompute) for kept, recompute in ((_SEGMENT, True), (_ALL, False))}
+    peaks = {which: peak_memory(_train_lmu, shape, recompute) for which, recompute in ((_SEGMENT, True), (_ALL, False))}
     held = peaks[_ALL]
     return [
         {
             "LMU": str(shape),
-            "memories held": kept,
+            "memories held": which,
             "memories, MiB": memories / MIB,
             "outputs, MiB": outputs / MIB,
             "peak, MiB": None if peak is None else peak / MIB,
             "peak / memories": None if peak is None else peak / memories,
             "peak / peak with all held": None if peak is None or held is None else peak / held,
         }
-        for kept, peak in peaks.items()
+        for which, peak in peaks.items()
     ]
 
 
@@ -94,13 +97,13 @@ def _train_lmu(shape: tuple[int, int, int], recompute: bool) -> Callable[[], Any
 
 def _recurrence(decay_shape: tuple[int, ...]) -> dict:
     leaves = torch.rand(decay_shape, requires_grad=True), torch.randn(RECURRENCE, requires_grad=True)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         states, final = linear_recurrence(*leaves)
     needed = leaves[0].nbytes + states.nbytes + final.nbytes
     peak = peak_memory(_differentiate, decay_shape)
@@ -108,8 +111,8 @@ def _recurrence(decay_shape: tuple[int, ...]) -> dict:
         "linear_recurrence": str(RECURRENCE),
         "decay": str(decay_shape),
         "decay + states, MiB": needed / MIB,
-        "kept, MiB": sum(kept.values()) / MIB,
-        "kept / needed": sum(kept.values()) / needed,
+        "kept, MiB": sum(saved.values()) / MIB,
+        "kept / needed": sum(saved.values()) / needed,
         "peak, MiB": None if peak is None else peak / MIB,
     }
 

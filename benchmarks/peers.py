@@ -1,8 +1,9 @@
-"""Other libraries beside ours: who is here, whether their results are right, and their times taken in turn with ours.
+"""Comparison with other libraries (peers): finds them, checks their results, times them.
 
-A peer lives in an environment of its own (``make bench-peers``) and runs in a process of that, which makes the same
-inputs from the same seed: ``environments/worker.py``. What its results must be is in ``expected.py``. A peer that is
-missing, fails or disagrees is named in a row with the reason and is not timed.
+A peer is installed in its own environment (``make bench-peers``) and runs in a process of that
+environment, which makes the same inputs from the same seed: ``environments/worker.py``.
+``expected.py`` has the expected results. A peer that is missing, fails or has wrong results is not
+timed; its row has the reason.
 """
 
 import gc
@@ -31,9 +32,10 @@ ROOT = Path(__file__).parent.parent
 WORKER = Path(worker.__file__)
 ENVIRONMENTS = {"peers": ROOT / ".venv-peers/bin/python", "peers-keras": ROOT / ".venv-peers-keras/bin/python"}
 SEED = 0
-# Between turns of two processes: OpenMP's threads keep their processor busy for some milliseconds after their work.
+# Pause between runs of two processes: OpenMP threads occupy their processor for milliseconds after
+# their work.
 _REST_SECONDS = 0.02
-_LIMIT_SECONDS = 300.0  # of one answer
+_LIMIT_SECONDS = 300.0  # per answer
 
 Expect = Callable[[dict, worker.Arrays], dict[str, expected.Result]]
 
@@ -44,7 +46,7 @@ class PeerFailure(RuntimeError):
 
 @dataclass
 class Environment:
-    """A Python interpreter with peers, and its worker process once there is one."""
+    """A Python interpreter with peers, and its worker process once it is started."""
 
     name: str
     python: Path
@@ -96,12 +98,12 @@ class Environment:
     def _last_error(self) -> str:
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no error output")
 
 
 @dataclass
 class Peer:
-    """One way to do a task with another library, or the reason why it cannot be had."""
+    """One implementation of a task by another library, or the reason why it is not available."""
 
     environment: Environment
     name: str
@@ -110,14 +112,14 @@ class Peer:
     problem: str | None = None
 
     def prepare(self, sizes: dict, seed: int) -> worker.Arrays:
-        """Make the inputs and return the results of one run, which is not timed."""
+        """Make the inputs and return the results of one untimed run."""
         with tempfile.TemporaryDirectory() as folder:
             answer = self.environment.ask(do="prepare", candidate=self.name, sizes=sizes, seed=seed, folder=folder)
             return {name: np.load(Path(folder, f"{name}.npy")) for name in answer["results"]}
 
     def run(self) -> Seconds:
         if self.problem is not None:
-            return Seconds(math.inf)  # takes no more turns
+            return Seconds(math.inf)  # is not run again
         time.sleep(_REST_SECONDS)
         try:
             seconds = self.environment.ask(do="run", candidate=self.name)["seconds"]
@@ -137,7 +139,8 @@ class Peer:
 
 @contextmanager
 def gather(task: str, environments: dict[str, Path] = ENVIRONMENTS, script: Path = WORKER) -> Iterator[list[Peer]]:
-    """All peers for a task, in processes that end with the block; those that cannot be had state their problem."""
+    """All peers for a task; their processes end with the block. Peers that are not available have a
+    ``problem``."""
     here = [Environment(name, python, script) for name, python in environments.items()]
     try:
         yield [peer for environment in here for peer in _peers(environment, task)]
@@ -147,7 +150,7 @@ def gather(task: str, environments: dict[str, Path] = ENVIRONMENTS, script: Path
 
 
 def versions(*tasks: str) -> dict[str, str]:
-    """The version of each package that has a peer for these tasks."""
+    """The versions of the packages with a peer for these tasks."""
     found = {}
     for task in tasks:
         with gather(task) as peers:
@@ -167,20 +170,23 @@ def compare(
     warmup: int = 3,
     patience: float = math.inf,
 ) -> list[dict]:
-    """Check the results of every candidate, then time those that are right, in turn.
+    """Check the results of every candidate, then time those with correct results, alternating.
 
     Args:
-        task: as ``worker.inputs`` knows it.
+        task: a task of ``worker.inputs``.
         sizes: of the task.
-        ours: builds a step from sizes and inputs, by name; the first is what "times_ours" refers to.
-        peers: of ``gather``.
-        expect: the results and their bounds; by default those of ``expected.py``.
-        extra: run in the same turns and neither checked nor compared, such as a copy.
-        rounds, warmup, patience: of ``interleave``.
+        ours: functions that build a step from sizes and inputs, by name; "times_ours" is relative
+            to the first.
+        peers: from ``gather``.
+        expect: the expected results and their bounds; by default those of ``expected.py``.
+        extra: functions that run in the same rounds and are neither checked nor compared, such as a
+            copy.
+        rounds, warmup, patience: as for ``interleave``.
 
     Returns:
-        A row a candidate: what it is, its times and, for a peer, how many times as long as ours it takes; or "skipped",
-        the reason.
+        One row per candidate: its name and version, its times and, for a peer, its time as a
+            multiple of
+        ours; or "skipped", the reason.
     """
     arrays = worker.inputs(task, sizes, SEED)
     wanted = (expect or expected.RESULTS[task])(sizes, arrays)
@@ -193,7 +199,8 @@ def compare(
     del wanted
     gc.collect()
     runs = {**(extra or {}), **steps, **{peer.name: peer.run for peer in candidates}}
-    # A training loop finds its own data in the caches: each runs once more before it is timed.
+    # In a training loop the data of the previous step is in the caches, so each runs once before it
+    # is timed.
     times = interleave(runs, rounds=rounds, warmup=warmup, patience=patience, settle=True)
     for peer in candidates:
         peer.release()
@@ -227,7 +234,7 @@ def _peers(environment: Environment, task: str) -> list[Peer]:
 
 
 def _prepared(peer: Peer, sizes: dict, wanted: dict[str, expected.Result]) -> bool:
-    """Whether the peer is ready to be timed; otherwise its problem says why not."""
+    """Whether the peer can be timed; otherwise its ``problem`` is the reason."""
     if peer.problem is None:
         try:
             peer.problem = expected.disagreement(peer.prepare(sizes, SEED), wanted)
@@ -239,7 +246,7 @@ def _prepared(peer: Peer, sizes: dict, wanted: dict[str, expected.Result]) -> bo
 
 
 def _checked_rows(task: str, results: dict[str, Any]) -> worker.Arrays:
-    """The results of a step of ours as a peer's are kept."""
+    """The results of one of our steps, in the format of a peer's results."""
     return {
         name: (result[[0, -1]] if task in worker.BY_ROW else result).detach().cpu().numpy()
         for name, result in results.items()

@@ -1,4 +1,4 @@
-"""Pictures of candidates side by side: bars for sizes that stand alone, curves for a cost that grows."""
+"""Pictures that compare candidates: bars for separate sizes, curves for a size that grows."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -8,7 +8,7 @@ _CURVES = ("#c0392b", "#2e8b57", "#8e5ea2", "#d98c1f", "#6b7280", "#17a2b8", "#a
 
 
 def new_figure(rows: int) -> tuple[Any, list[Any]]:
-    """A figure without a display and its axes, one below the other."""
+    """A figure without a display, and its axes in one column."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,7 +35,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def bars(panels: dict[str, list[dict]], path: Path) -> None:
-    """A panel each title: the median time of every timed row, fastest first, on a logarithmic axis."""
+    """One panel per title: the median time of every row, fastest first, on a logarithmic axis."""
     panels = {title: sorted(_timed(rows), key=lambda row: row["median_ms"]) for title, rows in panels.items()}
     figure, axes = new_figure(len(panels))
     figure.set_size_inches(10, 1 + sum(0.8 + 0.36 * len(rows) for rows in panels.values()))
@@ -61,7 +61,7 @@ def bars(panels: dict[str, list[dict]], path: Path) -> None:
 
 
 def curves(panels: dict[str, list[dict]], x: dict[str, str], path: Path) -> None:
-    """A panel each title: median time over the size named by ``x[title]``, a curve a candidate, logarithmic axes."""
+    """One panel per title: median time over ``x[title]``, one curve per candidate, both logarithmic."""
     names = sorted({row["by"] for rows in panels.values() for row in _timed(rows) if not _is_ours(row)})
     colours = dict(zip(names, _CURVES * (1 + len(names) // len(_CURVES)), strict=False))
     figure, axes = new_figure(len(panels))

@@ -1,8 +1,8 @@
-"""From the files of a data set to a task that is ready to train: the first time, and again from the cache.
+"""Preparing a data set for training: the first start, and a second start from the cache.
 
-Every figure is a new process with the recipe's own defaults, timed from before the data is asked for until the network
-is built; the peak is the resident memory of the whole process. Data sets that are not at hand are left out; nothing is
-downloaded.
+Every timed run is a new process with the defaults of the recipe, measured from the request for the
+data until the network is built. The peak is the resident memory of the process. Data sets that are
+not available are skipped; nothing is downloaded.
 """
 
 import json
@@ -14,7 +14,7 @@ import tempfile
 from measure import Target
 
 FIRST, AGAIN = "first start", "again, from the cache"
-# The recipe, and how many times it is started again.
+# The number of further starts, by recipe.
 RECIPES = {"imdb": 3, "text8": 3, "qqp": 1, "snli": 1}
 _BUILD = """
 import json, resource, sys, time
@@ -50,7 +50,7 @@ def measure() -> list[dict]:
         with tempfile.TemporaryDirectory() as cache:
             starts = [_start(name, cache) for _ in range(1 + repeats)]
         if "missing" in starts[0]:
-            print(f"{name} is left out: {starts[0]['missing']}", file=sys.stderr)
+            print(f"{name} is skipped: {starts[0]['missing']}", file=sys.stderr)
             continue
         again = sorted(starts[1:], key=lambda row: row["seconds"])[repeats // 2]
         rows += [{"recipe": name, "start": start, **row} for start, row in ((FIRST, starts[0]), (AGAIN, again))]
@@ -58,7 +58,7 @@ def measure() -> list[dict]:
 
 
 def _start(name: str, cache: str) -> dict:
-    # A folder that is named is all that is looked at.
+    # If LEGATO_DATA is set, no other folder is searched.
     environment = {"LEGATO_DATA": "../shared/data", **os.environ, "LEGATO_CACHE": cache}
     done = subprocess.run([sys.executable, "-c", _BUILD, name], env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,9 @@
-"""The diagonal recurrence against the memory's bandwidth, and a training step beside what other libraries take for it.
+"""The diagonal recurrence, compared with memory bandwidth and with other libraries.
 
-Kernels run on warm buffers: they write into arrays that exist, as ``torch.add(a, b, out=c)`` does in the same turns. A
-training step is forward and backward for a given gradient of the states, allocation included; every candidate's states
-and gradients are checked first (``peers.py``).
+Kernels are timed on existing arrays: they write into allocated memory, as ``torch.add(a, b,
+out=c)`` does in the same rounds. A training step is forward and backward for a given gradient of
+the states, with allocation. The states and gradients of every candidate are checked first
+(``peers.py``).
 """
 
 from pathlib import Path
@@ -18,8 +19,8 @@ TESTS = ("tests/ops/test_recurrence.py", "tests/ops/test_numba_recurrence.py", "
 SHAPES = [(8, 4096, 256), (8, 2048, 256), (32, 1024, 512), (1, 65536, 64)]
 BESIDE = [(8, 2048, 256), (8, 4096, 256)]
 ONE_CHANNEL = (1, 1_048_576, 1)
-SLOW = ("torch loop",)  # for small sizes only: it takes minutes at these
-STEP_ARRAYS = 8  # moved at least: forward reads two and writes one, backward reads three and writes two
+SLOW = ("torch loop",)  # takes minutes at these sizes
+STEP_ARRAYS = 8  # the least traffic: forward reads two arrays and writes one, backward reads three and writes two
 
 TARGETS = (
     *(
@@ -50,8 +51,8 @@ def measure() -> list[dict]:
     return rows
 
 
-def training_step(B: int, T: int, C: int, others: list[peers.Peer], **turns) -> list[dict]:
-    """Ours beside the others, with the bandwidth that the least traffic of a step comes to."""
+def training_step(B: int, T: int, C: int, others: list[peers.Peer], **options) -> list[dict]:
+    """Our step compared with the others, with the bandwidth for its least memory traffic."""
     a, b = torch.ones(B, T, C), torch.empty(B, T, C)
     rows = peers.compare(
         "recurrence",
@@ -59,7 +60,7 @@ def training_step(B: int, T: int, C: int, others: list[peers.Peer], **turns) -> 
         {"linear_recurrence": step},
         others,
         extra={"copy": lambda: b.copy_(a)},
-        **turns,
+        **options,
     )
     copy = next(row for row in rows if row["by"] == "copy")
     rate = 2 * a.nbytes / copy["median_ms"] / 1e6
@@ -76,7 +77,7 @@ def training_step(B: int, T: int, C: int, others: list[peers.Peer], **turns) -> 
 
 
 def step(sizes: dict, arrays: dict):
-    """Ours, as ``peers.compare`` takes it."""
+    """Our step, as an argument of ``peers.compare``."""
     decay, impulse, grad = (torch.from_numpy(arrays[name]) for name in ("decay", "impulse", "grad"))
     leaves = decay.requires_grad_(), impulse.requires_grad_()
 
@@ -128,7 +129,7 @@ def _kernels(B: int, T: int, C: int) -> list[dict]:
 
 
 def _one_channel() -> list[dict]:
-    """A running sum of the same tensor is the same chain of additions with decay 1, by torch."""
+    """One channel, compared with torch.cumsum: the same chain of additions with decay 1."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kernel, name, _ = choose("linear_recurrence", device)
     decay, impulse = (torch.rand(1, ONE_CHANNEL[1], 1, 1, device=device) for _ in range(2))

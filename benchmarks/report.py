@@ -1,7 +1,7 @@
 """Write the tables and pictures of ``README.md`` from ``results/``: ``python benchmarks/report.py``
 
-Of every device and subject the newest section counts; ``run.py`` says what one holds. Nothing is measured here, and no
-figure is typed: what stands between the markers of README.md is replaced.
+The newest section of every device and subject is used; ``run.py`` describes sections. This command
+measures nothing: it replaces the text between the markers in README.md.
 """
 
 import ast
@@ -22,18 +22,18 @@ def main() -> int:
     sections = newest(RESULTS)
     text = README.read_text()
     text = between(text, "targets", "\n\n".join(targets(sections)))
-    text = between(text, "figures", "\n\n".join(figures(sections)))
+    text = between(text, "metrics", "\n\n".join(metrics(sections)))
     README.write_text(text)
     print(f"{README}: {len(sections)} sections")
     return 0
 
 
 def newest(results: Path) -> dict[tuple[str, str], dict]:
-    """The newest section of every (device, subject), with the picture that belongs to it, if there is one."""
+    """The newest section of every (device, subject), with its picture if there is one."""
     found: dict[tuple[str, str], dict] = {}
     for path in sorted(results.glob("*.json")):
         name = re.fullmatch(r"(cpu|cuda)-(\d{4}-\d\d-\d\d)", path.stem)
-        if name is None:  # a table of the command line, an experiment
+        if name is None:  # the result of throughput.py or of an experiment
             continue
         for subject, section in json.loads(path.read_text())["subjects"].items():
             picture = path.with_name(f"{name[1]}-{subject}-{name[2]}.png")
@@ -43,7 +43,7 @@ def newest(results: Path) -> dict[tuple[str, str], dict]:
 
 
 def targets(sections: dict[tuple[str, str], dict]) -> list[str]:
-    """One table a device: what is asked for, what was measured, with the subject that did."""
+    """One table per device: target, measured value and subject."""
     tables = []
     for device, title in DEVICES.items():
         rows = [
@@ -57,14 +57,14 @@ def targets(sections: dict[tuple[str, str], dict]) -> list[str]:
     return tables
 
 
-def figures(sections: dict[tuple[str, str], dict]) -> list[str]:
-    """For every subject: what it measures, on what, its picture and its tables."""
+def metrics(sections: dict[tuple[str, str], dict]) -> list[str]:
+    """For every subject: its description, its machine, its picture and its tables."""
     parts = []
     for (device, subject), section in sections.items():
         parts += [f"### {DEVICES[device]}: {subject}", _about(device, subject), _machine(section)]
         if section["picture"]:
             parts.append(f"![{subject}](results/{section['picture'].name})")
-        parts.append(f"<details><summary>all figures</summary>\n\n{show.markdown(section['rows'])}\n\n</details>")
+        parts.append(f"<details><summary>all metrics</summary>\n\n{show.markdown(section['rows'])}\n\n</details>")
     return parts
 
 
@@ -81,7 +81,7 @@ def _anchor(device: str, subject: str) -> str:
 
 
 def _about(device: str, subject: str) -> str:
-    """What the measuring code says of itself: a function of gpu.py on a GPU, else the subject's module."""
+    """The docstring of the subject's module, or on a GPU of its function in gpu.py."""
     if device == "cuda":
         parts = _parsed("gpu").body
         here = [part for part in parts if isinstance(part, ast.FunctionDef) and part.name == subject]
@@ -96,7 +96,7 @@ def _parsed(module: str) -> ast.Module:
 
 
 def _machine(section: dict) -> str:
-    """The facts that the figures depend on, in one line."""
+    """The machine, versions and commit of a measurement, in one line."""
     machine = section["machine"]
     facts = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads",

@@ -1,14 +1,16 @@
-"""Measure subjects on this machine: ``python benchmarks/run.py recurrence lti``, or ``all`` but those ``BY_NAME``.
+"""Measure subjects on this machine: ``python benchmarks/run.py recurrence lti``; ``all`` excludes
+``BY_NAME``.
 
-A subject is a module beside this one with
+A subject is a module in this folder with
 
-    TESTS: tuple[str, ...]         tests that must pass before anything is measured, as paths for pytest from the root
-    measure() -> list[dict]        the figures, a row each; median_ms, min_ms and max_ms are shown as one column
-    TARGETS: tuple[Target, ...]    optional: what is asked for, by column and row
-    plot(rows, path) -> None       optional: its picture; else, where there are targets, how far from them it is
-    versions() -> dict[str, str]   optional: of what it is compared with
+    TESTS: tuple[str, ...]         paths for pytest of the tests that must pass before a measurement
+    measure() -> list[dict]        the rows of metrics; median_ms, min_ms and max_ms become one column
+    TARGETS: tuple[Target, ...]    optional: the targets, by column and row
+    plot(rows, path) -> None       optional: draws the picture; the default draws the targets
+    versions() -> dict[str, str]   optional: the versions of the packages that it compares with
 
-Figures are printed and kept, with what they were measured on, in ``results/<device>-<date>.json``, a section a subject.
+The metrics are printed and saved in ``results/<device>-<date>.json``, with a section per subject
+that names the machine.
 """
 
 import importlib
@@ -24,7 +26,8 @@ from measure import copy_bandwidth, judge, machine, save
 
 ROOT = Path(__file__).parent.parent
 ALL = ("recurrence", "lti", "layers", "training", "streaming", "memory", "startup", "scaling")
-# Variants of ours, settings of the user's, data that must be at hand: not in ``all``, which takes 15 minutes.
+# Not in ``all``, which takes 15 minutes: variants of our code, user settings, subjects that need
+# data sets.
 BY_NAME = ("gated", "allocator", "preparing")
 SUBJECTS = ALL + BY_NAME
 
@@ -53,12 +56,12 @@ def main(names: list[str]) -> int:
         section["seconds"] = time.perf_counter() - tested
         path = save(name, section)
         draw(subject, section, path.with_name(path.name.replace("-", f"-{name}-", 1)).with_suffix(".png"))
-        print(f"tests {tested - start:.0f} s, figures {section['seconds']:.0f} s, written to {path}", flush=True)
+        print(f"tests {tested - start:.0f} s, measurement {section['seconds']:.0f} s, written to {path}", flush=True)
     return 0
 
 
 def failing_tests(paths: set[str]) -> str:
-    """What pytest says when one of these tests fails; empty when all pass."""
+    """The output of pytest if one of these tests fails; empty if all pass."""
     if not paths:
         return ""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", "not compiled"]
@@ -67,7 +70,7 @@ def failing_tests(paths: set[str]) -> str:
 
 
 def measure(subject) -> dict:
-    """The section of a subject: rows, targets and the facts that they depend on."""
+    """The section of a subject: rows, targets, and the machine and versions of the measurement."""
     section = {
         "date": datetime.now().isoformat(timespec="seconds"),
         "machine": machine(),
@@ -86,5 +89,5 @@ def draw(subject, section: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU, peers too, whatever the machine: gpu.py is for the rest
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CPU only, peers too, on every machine: gpu.py measures a GPU
     sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
-"""Cost as the work grows: a training step over time, channels, batch and the LMU's order, ours and peers.
+"""Scaling of a training step with time, channels, batch size and order, ours and peers.
 
-One size grows four- or eightfold and the others stay. A candidate whose step would take ``PATIENCE_SECONDS`` at the
-next size, were it eight times as slow there, is not tried at it; what is checked and how turns are taken is as in
-``peers.py``.
+One size grows by factors of four to eight, and the others are constant. A candidate whose step
+would take ``PATIENCE_SECONDS`` at the next size, if it took eight times as long there, is not run
+at that size. Checks and timing are those of ``peers.py``.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from recurrence import step
 TESTS = ("tests/ops/test_recurrence.py", "tests/layers/test_lmu.py", "tests/benchmarks/test_peers.py")
 _SCAN = {"batch": 4, "steps": 1024, "channels": 128}
 _LMU = {"batch": 16, "steps": 512, "theta": 512, "order": 64, "units": 128, "sequences": True}
-# The size that grows, its values, the task and the sizes that stay.
+# The values of the size that grows, the task, and the constant sizes.
 SWEEPS = {
     "steps": ((64, 256, 1024, 4096, 16_384, 65_536), "recurrence", _SCAN),
     "channels": ((4, 32, 256, 2048), "recurrence", _SCAN),
@@ -22,7 +22,8 @@ SWEEPS = {
     "order": ((16, 64, 256, 1024), "lmu", _LMU),
 }
 OURS = {"recurrence": {"linear_recurrence": step}, "lmu": {"LMU": expected.lmu_step}}
-# Its gradients of slices take memory that grows with the square of time: the same layer with Dense after it stands in.
+# The memory of its gradients grows with the square of time; the same layer with Dense after it is
+# used instead.
 LEFT_OUT = ("keras-lmu FFT",)
 PATIENCE_SECONDS = 1.0
 
@@ -45,7 +46,7 @@ def grow(name: str) -> list[dict]:
             found = peers.compare(task, now, OURS[task], others, rounds=3, warmup=1, patience=PATIENCE_SECONDS)
             rows += [{"growing": name, "sizes": _words(now), name: value, **row} for row in found]
             slow = {row["by"] for row in found if row.get("median_ms", 0) > 1e3 * PATIENCE_SECONDS / 8}
-            skipped = {row["by"] for row in found if "skipped" in row}  # named once
+            skipped = {row["by"] for row in found if "skipped" in row}  # reported once
             others = [peer for peer in others if peer.name not in slow | skipped]
     return rows
 

@@ -1,6 +1,6 @@
-"""The recurrence run serially over time: what benchmarks hold the parallel kernels against.
+"""The recurrence computed serially over time, for comparison with the parallel kernels.
 
-Both are contexts, inside which every ``linear_recurrence`` runs so, its derivatives included.
+Both functions are contexts. Inside, every ``linear_recurrence`` and its derivatives are serial.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,9 @@ SWEEP = {"cpu": "our compiled kernel in one thread", "cuda": "our compiled kerne
 
 @contextmanager
 def looped() -> Iterator[None]:
-    """A loop over time of PyTorch operations, one a step: what one writes without a kernel."""
-    # Gated units have no kernel of this backend: their definition runs, which is a linear_recurrence.
+    """A loop over time with one PyTorch operation per step, as written without a kernel."""
+    # This backend has no kernel for gated units: they compute their definition by
+    # linear_recurrence.
     register("loop", SimpleNamespace(forward=_forward))
     with use_backend("loop"):
         yield
@@ -28,15 +29,16 @@ def looped() -> Iterator[None]:
 
 @contextmanager
 def swept(device: torch.device) -> Iterator[None]:
-    """One sweep over time by our own kernel: on the CPU in one thread, on CUDA with one thread a feature.
+    """One pass over time by our own kernel: one thread on the CPU, one per feature on CUDA.
 
-    On CUDA that is the paper's serial kernel. On the CPU our kernel always sweeps over time, features side by side in
-    vectors, and threads share batch and features: what remains to be taken away is the threads.
+    On CUDA that is the serial kernel of the paper. On the CPU our kernel always runs serially over
+    time, with features in vectors and with threads over batch and features, so this uses a single
+    thread.
     """
     if device.type == "cuda":
         from legato.ops.kernels import triton_recurrence
 
-        uncut = triton_recurrence.TUNING._replace(few_programs=0)  # no shape is cut into chunks of time
+        uncut = triton_recurrence.TUNING._replace(few_programs=0)  # no shape is divided into chunks of time
         passes = {name: partial(getattr(triton_recurrence, name), tuning=uncut) for name in ("forward", "backward")}
         register("sweep", SimpleNamespace(**passes))
         with use_backend("sweep"):
@@ -57,7 +59,7 @@ def _forward(
     reset: Bool[Tensor, "B T"] | None,
     reverse: bool,
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
-    """As ``kernels.reference.forward``, at less than half its time: no resets, one dtype, a decay for every step."""
+    """As ``kernels.reference.forward``, over twice as fast: no resets, one dtype, all decays."""
     if reset is not None:
         raise ValueError("expected no reset, got one: the loop of the benchmarks has none")
     h = impulse.new_zeros(impulse.shape[0], *impulse.shape[2:]) if initial_state is None else initial_state

@@ -10,7 +10,7 @@ _MET, _SHORT = "#1f5fbf", "#c0392b"
 
 
 def text(rows: list[dict]) -> str:
-    """The rows as aligned columns; rows with other columns make a table of their own."""
+    """The rows as aligned columns; rows with different columns are separate tables."""
     return "\n\n".join(map(_aligned, tables(rows)))
 
 
@@ -19,7 +19,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def tables(rows: list[dict]) -> list[list[list[str]]]:
-    """Cells of each run of rows that have the same columns, headings first; numbers with three significant digits."""
+    """The cells of each group of rows with equal columns, headings first; three digits."""
     found = []
     for columns, group in groupby([_merged(row) for row in rows], key=lambda row: tuple(row)):
         found.append([list(columns), *([_cell(value) for value in row.values()] for row in group)])
@@ -27,11 +27,11 @@ def tables(rows: list[dict]) -> list[list[list[str]]]:
 
 
 def target_rows(judged: list[dict]) -> list[dict]:
-    """Judged targets in words, for a table."""
+    """The rows of a table of targets."""
     return [
         {
             "target": t["target"],
-            "asked for": f"{'at most' if t['at_most'] else 'at least'} {_cell(t['bound'])} {t['unit']}".strip(),
+            "bound": f"{'at most' if t['at_most'] else 'at least'} {_cell(t['bound'])} {t['unit']}".strip(),
             "measured": "not measured" if t["measured"] is None else f"{_cell(t['measured'])} {t['unit']}".strip(),
             "met": {True: "yes", False: "no", None: ""}[t["met"]],
         }
@@ -40,7 +40,7 @@ def target_rows(judged: list[dict]) -> list[dict]:
 
 
 def draw_targets(judged: list[dict], path: Path) -> None:
-    """A bar a target: how many times better than asked for, 1 where it is just met."""
+    """One bar per target: how many times better than the target, 1 if it is exactly met."""
     known = [t for t in judged if t["measured"]]
     if not known:
         return
@@ -52,7 +52,7 @@ def draw_targets(judged: list[dict], path: Path) -> None:
     axis.bar_label(bars, [row["measured"] for row in target_rows(known)], padding=4)
     axis.set_axisbelow(True)
     axis.axvline(1, color="#30343b", linewidth=1)
-    axis.set(xscale="log", xlabel="times better than asked for")
+    axis.set(xscale="log", xlabel="times better than the target")
     axis.set_xlim(min(0.5, *times) / 2, max(2, *times) * 2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.invert_yaxis()
@@ -60,7 +60,8 @@ def draw_targets(judged: list[dict], path: Path) -> None:
 
 
 def _merged(row: dict) -> dict[str, Any]:
-    """median_ms, min_ms and max_ms as one column, "ms (min to max)"; the number of rounds left out."""
+    """median_ms, min_ms and max_ms as one column, "ms (min to max)", without the number of
+    rounds."""
     merged: dict[str, Any] = {}
     for key, value in row.items():
         kind, _, unit = key.partition("_")

@@ -1,8 +1,8 @@
-"""First use in a fresh process: the imports, the first calls with an empty kernel cache and with a full one.
+"""First use in a new process: imports, and first calls with an empty and with a full kernel cache.
 
-Every figure is a new Python process that times itself, from before the import or the call to after it; the import of
-Numba is part of the first call. A read-only installation is a copy of the package in which nothing can be written, with
-a home in which nothing can be either: files stand where cache folders would.
+Every timed run is a new Python process that measures the time of the import or the call itself. The
+import of Numba is part of the first call. A read-only installation is a copy of the package and a
+home folder in which nothing can be written: there are files in place of the cache folders.
 """
 
 import os
@@ -22,7 +22,7 @@ IMPORTS = ("import torch", "import legato")
 
 _LAYER = "import torch, legato; layer, x = legato.{}, torch.rand(8, 784, 1)"
 _STEP = {"training step": "layer(x)[0].sum().backward()"}
-# What a process does before the clock starts, and what it then times.
+# The untimed code of a process, and the code that it times.
 CALLS = {
     "linear_recurrence": (
         "import torch, legato; a, x = (torch.rand(8, 64, 256, requires_grad=True) for _ in range(2))",
@@ -32,7 +32,7 @@ CALLS = {
     "GILRLSTM": (_LAYER.format("GILRLSTM(1, 256)"), _STEP),
     "LMU of order 256": (_LAYER.format("LMU(1, 212, order=256, theta=784)"), _STEP),
 }
-# Those that are worth the seconds of compiling once more.
+# The calls that are also measured in a read-only installation, each with a compilation of seconds.
 IN_READ_ONLY = ("linear_recurrence", "LMU of order 256")
 
 TESTS = ("tests/ops/test_numba_recurrence.py",)
@@ -45,7 +45,7 @@ TARGETS = (
             ("slowest first call", {}),
         )
     ),
-    Target("share of calls that run in a read-only installation", "runs", 1, where={"kernels": READ_ONLY}),
+    Target("fraction of calls that run in a read-only installation", "runs", 1, where={"kernels": READ_ONLY}),
 )
 
 
@@ -55,8 +55,8 @@ def measure() -> list[dict]:
         read_only = _install_read_only(Path(folder) / "read-only")
         for name, (before, timed) in CALLS.items():
             cache = {"NUMBA_CACHE_DIR": f"{folder}/{name}"}
-            ways = [(COLD, 1, cache), (WARM, ROUNDS, cache), (READ_ONLY, 1, read_only)]
-            for kernels, rounds, environment in ways if name in IN_READ_ONLY else ways[:2]:
+            settings = [(COLD, 1, cache), (WARM, ROUNDS, cache), (READ_ONLY, 1, read_only)]
+            for kernels, rounds, environment in settings if name in IN_READ_ONLY else settings[:2]:
                 seconds = [_seconds(before, timed, **environment) for _ in range(rounds)]
                 rows += [_row(f"{name}, {call}", kernels, [times[call] for times in seconds]) for call in timed]
     return rows
@@ -75,7 +75,7 @@ def _row(name: str, kernels: str, seconds: list[float | None]) -> dict:
 
 
 def _seconds(before: str, timed: dict[str, str], **environment: str) -> dict[str, float | None]:
-    """Seconds of each call in turn, after ``before``, in a fresh process; None where that process fails."""
+    """Seconds of each call after ``before``, in a new process; None if that process fails."""
     clocked = "".join(f"start = clock()\n{call}\nprint(clock() - start)\n" for call in timed.values())
     code = f"from time import perf_counter as clock\n{before}\n{clocked}"
     variables = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
@@ -87,7 +87,7 @@ def _seconds(before: str, timed: dict[str, str], **environment: str) -> dict[str
 
 
 def _install_read_only(folder: Path) -> dict[str, str]:
-    """A copy of the package where nothing can be written, not even by root: the environment that makes use of it."""
+    """Copy the package so that not even root can write to it; returns environment variables."""
     shutil.copytree(Path(legato.__file__).parent, folder / "legato", ignore=shutil.ignore_patterns("__pycache__"))
     for directory in [folder / "legato", *(path for path in (folder / "legato").rglob("*") if path.is_dir())]:
         (directory / "__pycache__").touch()  # a file

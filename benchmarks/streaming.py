@@ -1,7 +1,8 @@
-"""One step of a stream through the public ``step`` under inference_mode: its latency, many streams at once, its memory.
+"""One time step by ``step`` under inference_mode: latency, many streams, memory.
 
-A thousand streams stand beside two bounds: the bytes that must move (state in and out, input, output, weights once) at
-this machine's copy bandwidth, and the step's matrix products at the rate of a large one, both of the same run.
+A batch of a thousand streams is compared with two bounds, both from the same run: the bytes that
+must move (state in and out, input, output, weights once) at the copy bandwidth of this machine, and
+the matrix products of the step at the speed of one large product.
 """
 
 import gc
@@ -17,7 +18,7 @@ from measure import Target, copy_bandwidth, in_own_process, interleave, resident
 
 UNITS = 256
 THREADS = (1, 2)
-STEPS_A_TURN, ROUNDS = 200, 11
+STEPS_PER_RUN, ROUNDS = 200, 11
 STREAMS = 1000
 EARLY, LATE = 1_000, 10_000
 
@@ -41,12 +42,12 @@ TARGETS = (
         for n in THREADS
     ),
     *(
-        Target(f"{STREAMS:,} streams of {name}: share of {bound}", f"% of {bound}", 50, "%", {"network": name})
+        Target(f"{STREAMS:,} streams of {name}: fraction of {bound}", f"% of {bound}", 50, "%", {"network": name})
         for name in (_LMU, _GILR)
         for bound in ("bandwidth bound", "the higher bound")
     ),
-    Target("tensors that 9,000 more steps leave", "tensors more", 0, at_most=True),
-    Target("memory that 9,000 more steps take", "MiB more", 1, "MiB", at_most=True),
+    Target("additional tensors after 9,000 more steps", "tensors more", 0, at_most=True),
+    Target("additional memory after 9,000 more steps", "MiB more", 1, "MiB", at_most=True),
 )
 
 
@@ -63,22 +64,22 @@ def measure() -> list[dict]:
 
 def _one_stream(threads: int) -> list[dict]:
     torch.set_num_threads(threads)
-    turns = {name: _turn(name, 1, STEPS_A_TURN) for name in _NETWORKS}
-    times = interleave(turns, rounds=ROUNDS)
-    return [{"network": name, "threads": threads, **_microseconds(times[name], STEPS_A_TURN)} for name in _NETWORKS]
+    runs = {name: _timed_run(name, 1, STEPS_PER_RUN) for name in _NETWORKS}
+    times = interleave(runs, rounds=ROUNDS)
+    return [{"network": name, "threads": threads, **_microseconds(times[name], STEPS_PER_RUN)} for name in _NETWORKS]
 
 
 def _many_streams() -> list[dict]:
     a, b = (torch.randn(1024, 1024) for _ in range(2))
     product = torch.empty(1024, 1024)
-    turns = {name: _turn(name, STREAMS, 5) for name in _NETWORKS}
-    times = interleave({"": lambda: torch.mm(a, b, out=product), **turns}, rounds=ROUNDS)
-    flops_a_us, bytes_a_us = 2 * 1024**3 / times[""]["median_ms"] / 1e3, copy_bandwidth()["copy"] * 1e3
+    runs = {name: _timed_run(name, STREAMS, 5) for name in _NETWORKS}
+    times = interleave({"": lambda: torch.mm(a, b, out=product), **runs}, rounds=ROUNDS)
+    flops_per_us, bytes_per_us = 2 * 1024**3 / times[""]["median_ms"] / 1e3, copy_bandwidth()["copy"] * 1e3
     rows = []
     for name in _NETWORKS:
         time = _microseconds(times[name], 5)
         moved, flops = _work(name)
-        bandwidth, arithmetic = moved / bytes_a_us, flops / flops_a_us
+        bandwidth, arithmetic = moved / bytes_per_us, flops / flops_per_us
         rows.append({
             "network": name, "streams": STREAMS, **time, "us a stream": time["median_us"] / STREAMS,
             "bandwidth bound, us": bandwidth, "% of bandwidth bound": 100 * bandwidth / time["median_us"],
@@ -88,20 +89,20 @@ def _many_streams() -> list[dict]:
     return rows
 
 
-def _turn(name: str, streams: int, steps: int) -> Callable[[], Any]:
+def _timed_run(name: str, streams: int, steps: int) -> Callable[[], Any]:
     step, state = _stream(name, streams)
 
     @torch.inference_mode()
-    def turn() -> None:
+    def run() -> None:
         nonlocal state
         for _ in range(steps):
             _, state = step(state)
 
-    return turn
+    return run
 
 
 def _stream(name: str, streams: int) -> tuple[Callable[[Any], tuple[torch.Tensor, Any]], Any]:
-    """step(state) -> (output, state) on one fixed input, and the first state."""
+    """step(state) -> (output, state) on one fixed input, and the initial state."""
     network: Any = _NETWORKS[name]().eval()
     if isinstance(network, nn.LSTM):
         x = torch.randn(streams, 1, network.input_size)
@@ -113,7 +114,7 @@ def _stream(name: str, streams: int) -> tuple[Callable[[Any], tuple[torch.Tensor
 
 @torch.inference_mode()
 def _work(name: str) -> tuple[int, int]:
-    """Bytes that one step of all streams cannot do without moving, and the operations of its matrix products."""
+    """The bytes that a step of all streams must move, and the operations of its products."""
     network: Any = _NETWORKS[name]()
     step, state = _stream(name, STREAMS)
     output, state = step(state)
@@ -138,7 +139,7 @@ def _growth(name: str) -> dict:
 
 @torch.inference_mode()
 def _after_steps(name: str) -> list[tuple[int, int | None]]:
-    """Live tensors and the highest resident memory so far, after EARLY and after LATE steps in all."""
+    """The number of tensors and the peak resident memory, after EARLY and after LATE steps."""
     step, state = _stream(name, 1)
     found = []
     for steps in (EARLY, LATE - EARLY):

@@ -1,7 +1,8 @@
 """The throughput tables of Martin & Cundy 2018 on this machine: ``python benchmarks/throughput.py kernel|networks``.
 
-Every metric is a ratio of times taken in turns within one run. ``serial_recurrence.py`` runs the recurrence serially
-over time, ``throughput_report.py`` prints and draws the tables; docs/papers/throughput.md explains them.
+Every metric is a ratio of times from one run, in which the candidates alternate.
+``serial_recurrence.py`` computes the recurrence serially over time, ``throughput_report.py`` prints
+and draws the tables; docs/papers/throughput.md explains them.
 """
 
 import argparse
@@ -47,31 +48,32 @@ NETWORKS = {
     "qrnn-10": Network("QRNN (10)", QRNN, {"kernel_size": 10}, (0.78, 0.99, 1.05, 2.05)),
     "gilr-lstm": Network("GILR-LSTM", GILRLSTM, {}, (0.61, 0.91, 0.98, 1.41)),
 }
-#: Of the networks: channels in, units of a layer, layers, and batch times length.
+#: Of the networks: input channels, units per layer, number of layers, and batch size times length.
 INPUTS, UNITS, LAYERS, BATCH_TIMES_LENGTH = 4, 256, 2, 65_536
 
-# A turn of the kernel is about this many steps, so that it is long against the clock and the call.
-_STEPS_A_TURN = 16_384
-# A network takes no more turns at a length once they have taken this long together, in seconds.
+# The number of time steps in one timed run of the kernel, so that it is long compared with the
+# overhead of a call.
+_STEPS_PER_RUN = 16_384
+# Total seconds after which a network is not run again at a length.
 _PATIENCE = 10.0
-# What a loop over time keeps for each of its steps, beside numbers, in bytes.
+# Bytes of Python and autograd objects that a loop over time stores per step.
 _LOOP_BYTES = 2_000
 
 
 class BenchmarkError(Exception):
-    """An option is wrong or the machine cannot run the measurement; the message says why."""
+    """An option is invalid, or this machine cannot run the measurement."""
 
 
 @dataclass
 class Options:
-    """How and where a table is measured.
+    """The options of both tables.
 
     Args:
-        device: cpu or cuda; None is CUDA where PyTorch sees a device.
-        lengths: steps of time, a row each.
-        rounds: how many turns each candidate takes.
-        threads: of PyTorch and of our kernels on the CPU; None leaves them as they are.
-        out: folder for <device>-<table>-<date>.json and .png.
+        device: cpu or cuda; None is CUDA if PyTorch has a CUDA device.
+        lengths: the sequence lengths in time steps, one row per length.
+        rounds: the number of timed runs of each candidate.
+        threads: the threads of PyTorch and of our kernels on the CPU; None does not change them.
+        out: the folder for <device>-<table>-<date>.json and .png.
     """
 
     device: str | None
@@ -82,10 +84,10 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure one table and return the exit status: 0 measured, 1 not possible here, 2 options not understood."""
+    """Measure one table; exit status 0: measured, 1: not possible here, 2: invalid options."""
     parser = argparse.ArgumentParser(prog="benchmarks/throughput.py", description="The tables of Martin & Cundy 2018.")
     tables = parser.add_subparsers(dest="table", required=True)
-    kernel = tables.add_parser("kernel", help="the recurrence against the same run serially over time: a minute")
+    kernel = tables.add_parser("kernel", help="the recurrence, compared with a serial one over time: a minute")
     kernel.add_argument("--features", type=int, nargs="+", default=[*FEATURES], metavar="N", help="channels")
     _add_options(kernel, rounds=9)
     networks = tables.add_parser("networks", help="training of two layers of 256 units: some minutes")
@@ -106,23 +108,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     add = parser.add_argument
-    add("--lengths", type=int, nargs="+", default=[*LENGTHS], metavar="T", help="time steps, a row for each")
-    add("--device", default=None, help="cpu or cuda; default: cuda where there is a device")
-    add("--rounds", type=int, default=rounds, help="timed runs of each candidate; the median counts")
+    add("--lengths", type=int, nargs="+", default=[*LENGTHS], metavar="T", help="time steps, one row per length")
+    add("--device", default=None, help="cpu or cuda; default: cuda if there is a device")
+    add("--rounds", type=int, default=rounds, help="timed runs of each candidate; the median is reported")
     add("--threads", type=int, default=None, help="threads of PyTorch and of our kernels on the CPU")
     add("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the JSON file and the PNG")
 
 
 def benchmark_kernel(features: list[int], options: Options) -> None:
-    """Our kernel's throughput against the same recurrence run serially over time: minibatch 1, forward, float32.
+    """Throughput of our kernel relative to a serial one: batch size 1, forward, float32.
 
     Raises:
-        BenchmarkError: the device is not there, a number is out of range, or a length would not fit in memory.
+        BenchmarkError: the device is not available, a number is out of range, or a length does not
+            fit in memory.
     """
     device = _device(options)
     _check_numbers("features", features)
     for count in features:
-        # Decay, impulse and states, and the loop's states one by one and together.
+        # Decay, impulse and states, and the states of the loop, separate and stacked.
         _check_memory(f"{count} features", max(options.lengths), 5 * 4 * count + _LOOP_BYTES, device)
     cells = [(length, count) for length in options.lengths for count in features]
     with _threads(options.threads):
@@ -141,14 +144,15 @@ def benchmark_kernel(features: list[int], options: Options) -> None:
         ]
         show([*panels, Panel("linear_recurrence: milliseconds", columns("parallel"), {})])
         draw(panels, path.with_suffix(".png"))
-        _say_where(path)
+        _print_path(path)
 
 
 def benchmark_networks(names: list[str], options: Options) -> None:
-    """Training steps of networks against the same run serially over time, and against torch.nn.LSTM of their size.
+    """Training steps of networks, relative to a serial recurrence and to torch.nn.LSTM.
 
     Raises:
-        BenchmarkError: the device is not there, a name or number is wrong, or a length would not fit in memory.
+        BenchmarkError: the device is not available, a name or number is invalid, or a length does
+            not fit in memory.
     """
     device = _device(options)
     wrong = [name for name in names if name not in NETWORKS]
@@ -170,26 +174,26 @@ def benchmark_networks(names: list[str], options: Options) -> None:
         titles = {name: NETWORKS[name].title for name in names}
         k80 = {titles[name]: _by_length(NETWORKS[name].k80) for name in names}
         columns = partial(_columns, rows, "network", titles)
-        lstms = [way for way in rows[0] if way.startswith("LSTM") and "/" not in way]
+        lstms = [kind for kind in rows[0] if kind.startswith("LSTM") and "/" not in kind]
         panels = [
             Panel(f"training: times as fast as with {what['serial']}", columns("serial/parallel"), k80),
-            *(Panel(f"training: times as fast as torch.nn.{way}", columns(f"{way}/parallel"), {}) for way in lstms),
+            *(Panel(f"training: times as fast as torch.nn.{kind}", columns(f"{kind}/parallel"), {}) for kind in lstms),
         ]
         times = columns("parallel")
-        for way in lstms:
-            times |= _columns(rows, "network", {names[0]: way}, way)
+        for kind in lstms:
+            times |= _columns(rows, "network", {names[0]: kind}, kind)
         show([*panels, Panel("training: milliseconds", times, {})])
         draw(panels, path.with_suffix(".png"))
-        _say_where(path)
+        _print_path(path)
 
 
 def _measure_kernel(length: int, features: int, rounds: int, device: torch.device) -> dict[str, Any]:
     generator = torch.Generator(device).manual_seed(0)
     decay = torch.rand(1, length, features, generator=generator, device=device)
     impulse = torch.randn(1, length, features, generator=generator, device=device)
-    runs = max(1, _STEPS_A_TURN // length)
+    runs = max(1, _STEPS_PER_RUN // length)
 
-    def turn(context: Callable[[], AbstractContextManager]) -> Callable[[], None]:
+    def timed_run(context: Callable[[], AbstractContextManager]) -> Callable[[], None]:
         def run() -> None:
             with context(), torch.inference_mode():
                 for _ in range(runs):
@@ -197,16 +201,20 @@ def _measure_kernel(length: int, features: int, rounds: int, device: torch.devic
 
         return run
 
-    candidates = {"parallel": turn(nullcontext), "sweep": turn(lambda: swept(device)), "loop": turn(looped)}
-    turns = interleave(candidates, rounds=rounds, warmup=1, settle=True)
-    times = {name: _each(time, runs) for name, time in turns.items()}
+    candidates = {
+        "parallel": timed_run(nullcontext),
+        "sweep": timed_run(lambda: swept(device)),
+        "loop": timed_run(looped),
+    }
+    timed_runs = interleave(candidates, rounds=rounds, warmup=1, settle=True)
+    times = {name: _each(time, runs) for name, time in timed_runs.items()}
     return {"length": length, "features": features, **times, **_ratios(times, "parallel")}
 
 
 def _measure_networks(
     length: int, models: dict[str, nn.Module], rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row for each network, all of them and torch.nn.LSTM taking turns."""
+    """One row per network; the runs of all of them and of torch.nn.LSTM alternate."""
     batch = max(1, BATCH_TIMES_LENGTH // length)
     x = torch.randn(batch, length, INPUTS, device=device)
     weight = torch.randn(batch, length, UNITS, device=device)
@@ -221,7 +229,9 @@ def _measure_networks(
     times = interleave(candidates, rounds=rounds, warmup=1, patience=_PATIENCE)
     rows = []
     for name in models:
-        own = {way: times[f"{name} {way}"] for way in ("parallel", "serial")} | {way: times[way] for way in baselines}
+        own = {kind: times[f"{name} {kind}"] for kind in ("parallel", "serial")} | {
+            kind: times[kind] for kind in baselines
+        }
         rows.append({"length": length, "batch": batch, "network": name, **own, **_ratios(own, "parallel")})
     return rows
 
@@ -242,7 +252,7 @@ def _training_step(
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    switch: Any = torch.backends.mkldnn  # whose own context, flags(), warns of what it does not change
+    switch: Any = torch.backends.mkldnn  # its context manager, flags(), warns of settings that it does not change
     before, switch.enabled = switch.enabled, False
     try:
         yield
@@ -251,29 +261,29 @@ def _without_onednn() -> Iterator[None]:
 
 
 def _serially(device: torch.device) -> AbstractContextManager:
-    """The paper's serial network: everything but the recurrences as before. On the CPU our own kernel sweeps over time
-    anyway, so the loop is what is left to compare with."""
+    """The serial network of the paper: only the recurrences change. On the CPU our own kernel runs
+    serially over time already, so the loop is used for comparison."""
     return swept(device) if device.type == "cuda" else looped()
 
 
 def _each(time: dict[str, float], runs: int) -> dict[str, float]:
-    """The time of one run from that of a turn."""
+    """The time of one call from that of a timed run of several calls."""
     return {key: value / runs if key.endswith("_ms") else value for key, value in time.items()}
 
 
 def _ratios(times: dict[str, dict[str, float]], ours: str) -> dict[str, float]:
-    """How many times as fast ours is: other / ours, medians of the same run."""
+    """How many times as fast ours is: other / ours, from medians of the same run."""
     return {
         f"{name}/{ours}": time["median_ms"] / times[ours]["median_ms"] for name, time in times.items() if name != ours
     }
 
 
-def _columns(rows: list[dict[str, Any]], key: str, names: dict[Any, str], figure: str) -> dict[str, dict[int, float]]:
-    """The figure, or the median of the times, by column and length."""
+def _columns(rows: list[dict[str, Any]], key: str, names: dict[Any, str], metric: str) -> dict[str, dict[int, float]]:
+    """The metric, or the median of the times, by column and length."""
     columns: dict[str, dict[int, float]] = {name: {} for name in names.values()}
     for row in rows:
         if row[key] in names:
-            value = row[figure]
+            value = row[metric]
             columns[names[row[key]]][row["length"]] = value["median_ms"] if isinstance(value, dict) else value
     return columns
 
@@ -287,7 +297,7 @@ def _build(network: Network) -> nn.Module:
 
 
 def _device(options: Options) -> torch.device:
-    """The device of the options, once all of them are known to be right."""
+    """The device of the options; checks all options."""
     _check_numbers("lengths", options.lengths)
     _check_numbers("rounds", [options.rounds], 10**6)
     _check_numbers("threads", [1 if options.threads is None else options.threads], 4096)
@@ -296,12 +306,12 @@ def _device(options: Options) -> torch.device:
         raise BenchmarkError(f"expected the device {' or '.join(SWEEP)}, got {name}")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchmarkError("PyTorch sees no CUDA device here: take --device cpu")
+        raise BenchmarkError("expected a CUDA device, got none: use --device cpu")
     _, backend, why = backends.choose("linear_recurrence", device, None, torch.float32)
     if backend == "torch":
         package = {"cpu": "numba", "cuda": "triton"}[device.type]
-        lacking = f"there is no compiled kernel to measure on {device.type} ({why})"
-        raise BenchmarkError(f"{lacking}: pip install {package}")
+        missing = f"there is no compiled kernel to measure on {device.type} ({why})"
+        raise BenchmarkError(f"{missing}: pip install {package}")
     return device
 
 
@@ -313,28 +323,28 @@ def _check_numbers(name: str, values: list[int], most: int = 2**40) -> None:
         raise BenchmarkError(f"expected {name} of at most {most:,}, got {got}")
 
 
-def _check_memory(what: str, steps: int, bytes_a_step: int, device: torch.device) -> None:
+def _check_memory(what: str, steps: int, bytes_per_step: int, device: torch.device) -> None:
     free = free_memory(device)
-    if free is not None and steps * bytes_a_step > free:
+    if free is not None and steps * bytes_per_step > free:
         raise BenchmarkError(
-            f"{what}: {steps:,} steps would take about {steps * bytes_a_step / 2**30:.1f} GiB, {free / 2**30:.1f} are "
-            f"free on {device.type}: up to {free // bytes_a_step:,} steps would fit"
+            f"{what}: {steps:,} steps would take about {steps * bytes_per_step / 2**30:.1f} GiB, {free / 2**30:.1f} "
+            f"are free on {device.type}: use up to {free // bytes_per_step:,} steps"
         )
 
 
 def _training_bytes(model: nn.Module, device: torch.device) -> int:
-    """What a step of time takes in training: three times what the forward pass keeps, for the gradients and products
-    under way."""
-    kept: dict[int, int] = {parameter.data_ptr(): 0 for parameter in model.parameters()}
+    """Bytes per time step in training: three times the tensors that the forward saves, which
+    includes gradients and intermediate products."""
+    saved: dict[int, int] = {parameter.data_ptr(): 0 for parameter in model.parameters()}
     steps = 64
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        saved.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _serially(device):
         output, _ = model(torch.zeros(1, steps, INPUTS, device=device))
-    return 3 * (sum(kept.values()) + output.nbytes) // steps
+    return 3 * (sum(saved.values()) + output.nbytes) // steps
 
 
 @contextmanager
@@ -348,7 +358,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _watched(cells: list[tuple], text: str) -> Iterator[tuple]:
-    """The cells, with a line on the terminal that says which is being measured."""
+    """The cells, with a status line on the terminal that names the current one."""
     with Console(stderr=True).status("") as status:
         for cell in cells:
             status.update(text.format(*cell))
@@ -361,7 +371,7 @@ def _write(folder: Path, device: str, table: str, rows: list[dict], what: dict[s
     return path
 
 
-def _say_where(path: Path) -> None:
+def _print_path(path: Path) -> None:
     Console(highlight=False).print(f"written to {path} and {path.with_suffix('.png').name}", soft_wrap=True)
 
 

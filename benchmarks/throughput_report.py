@@ -1,4 +1,4 @@
-"""Ratios over the length of time, as tables on the terminal and as a picture, with a K80's figures beside ours."""
+"""Ratios by sequence length, compared with those of a K80, as tables and as a picture."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from pictures import new_figure, save
 
 
 class Panel(NamedTuple):
-    """One table, and one part of the picture."""
+    """One table, and one panel of the picture."""
 
     title: str
-    #: Figures by column and length.
+    #: Our values by column and length.
     ours: dict[str, dict[int, float]]
-    #: Those of the paper, for as many of the columns as it has.
+    #: The values of the paper, for the columns that it has.
     k80: dict[str, dict[int, float]]
 
 
 def show(panels: list[Panel]) -> None:
-    """Print a table for each panel: a row for each length, the K80's figure beside each of ours."""
+    """Print one table per panel: one row per length, with the value of the K80 next to ours."""
     console = Console(highlight=False)
     for title, ours, k80 in panels:
         table = Table(box=None, pad_edge=False)
@@ -29,10 +29,10 @@ def show(panels: list[Panel]) -> None:
             table.add_column(name, justify="right")
             if name in k80:
                 table.add_column("K80", justify="right", style="dim")
-        for length in dict.fromkeys(length for figures in ours.values() for length in figures):
+        for length in dict.fromkeys(length for values in ours.values() for length in values):
             cells = [f"{length:,}"]
-            for name, figures in ours.items():
-                cells.append(_digits(figures.get(length)))
+            for name, values in ours.items():
+                cells.append(_digits(values.get(length)))
                 if name in k80:
                     cells.append(_digits(k80[name].get(length)))
             table.add_row(*cells)
@@ -41,21 +41,21 @@ def show(panels: list[Panel]) -> None:
 
 
 def draw(panels: list[Panel], path: Path) -> None:
-    """Draw every panel over the length on logarithmic axes: ours solid, the K80's dashed."""
+    """Draw every panel over the length, with logarithmic axes: solid for ours, dashed for K80."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = new_figure(len(panels))
     for axis, (title, ours, k80) in zip(axes, panels, strict=True):
-        for number, (name, figures) in enumerate(ours.items()):
+        for number, (name, values) in enumerate(ours.items()):
             colour = f"C{number}"
-            axis.plot(list(figures), list(figures.values()), color=colour, marker="o", markersize=4, label=name)
+            axis.plot(list(values), list(values.values()), color=colour, marker="o", markersize=4, label=name)
             known = k80.get(name, {})
             axis.plot(list(known), list(known.values()), color=colour, linestyle="--", linewidth=1, alpha=0.8)
         if k80:
             axis.plot([], [], color="grey", linestyle="--", linewidth=1, label="K80, the paper")
         axis.axhline(1, color="#8a8f98", linewidth=0.8)
         axis.set(xscale="log", yscale="log", ylabel="times as fast")
-        lengths = sorted({length for figures in [*ours.values(), *k80.values()] for length in figures})
+        lengths = sorted({length for values in [*ours.values(), *k80.values()] for length in values})
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,8 +1,9 @@
-"""One training step (forward, loss, backward, Adam) of the parallel LMU and of the sequential one, taking turns.
+"""One training step (forward, loss, backward, Adam): parallel LMU and sequential LMU.
 
-psMNIST: the sizes of the two papers, batch 100, 784 steps, the last output classified. Mackey-Glass: one network (140
-units over a memory of order 40, then 80, then 1) with either layer, series of 5,000 steps, an error at every step; the
-sequential layer gains more from a batch than the parallel one, which is at work already, so two batches are given.
+psMNIST: the sizes of the two papers, batch size 100, 784 steps, classification by the last output.
+Mackey-Glass: one network (140 units over a memory of order 40, then 80, then 1) with either layer,
+series of 5,000 steps, an error at every step. The sequential layer gains more from a batch than the
+parallel one, which is efficient without a batch, so two batch sizes are measured.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from legato.layers import LMU, RecurrentLMU
 from measure import Target, interleave
 
 ROUNDS = 5
-PARALLEL_STEPS = 10  # in each of its turns, which are short
-# What the papers report of a GPU, from memory.
+PARALLEL_STEPS = 10  # per timed run, because one step is short
+# The ratios of the papers on a GPU (unverified).
 PAPERS = (("psMNIST", 100, 220), ("Mackey-Glass", 1, 64))
 
 TESTS = ("tests/layers/test_lmu.py", "tests/layers/test_recurrent_lmu.py", "tests/layers/test_legendre_memory.py")
@@ -44,11 +45,11 @@ def compare(task: str, batch: int, steps: int, make: Callable) -> list[dict]:
     parallel, parallel_size = make(True, batch, steps)
     sequential, sequential_size = make(False, batch, steps)
 
-    def parallel_turn():
+    def parallel_run():
         for _ in range(PARALLEL_STEPS):
             parallel()
 
-    times = interleave({"parallel": parallel_turn, "sequential": sequential}, rounds=ROUNDS, warmup=1)
+    times = interleave({"parallel": parallel_run, "sequential": sequential}, rounds=ROUNDS, warmup=1)
     milliseconds = {
         "parallel": {k: times["parallel"][k] / PARALLEL_STEPS for k in ("median_ms", "min_ms", "max_ms")},
         "sequential": {k: times["sequential"][k] for k in ("median_ms", "min_ms", "max_ms")},

@@ -1,11 +1,14 @@
-"""The process in which a peer runs: what it makes of a task's inputs, and a loop that answers ``peers.py``.
+"""The process in which a peer runs: the implementations of the tasks, and a loop that answers
+``peers.py``.
 
     .venv-peers/bin/python benchmarks/environments/worker.py
 
-reads one JSON request a line and answers each with one line: which candidates are here, prepare one (and keep its
-results for checking), run it once and say the seconds, release it. A candidate is a function of (sizes, inputs) that
-returns a step; a step computes every result anew and returns them by name when the device has finished. legato is not
-importable here: standard library and numpy at the top, a framework where it is used.
+reads one JSON request per line and answers each with one line. The requests are: list the
+candidates, prepare one (and save its results for checking), run it once and report the seconds,
+release it. A candidate is a function of (sizes, inputs) that returns a step. A step computes all
+results and returns them by name when the device has finished. legato is not installed in this
+process: only the standard library and numpy are imported at the top, and frameworks where they are
+used.
 """
 
 import json
@@ -22,21 +25,21 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 Step = Callable[[], dict[str, Any]]
-# Batch rows are independent in these tasks: the first and the last stand for all when results are checked.
+# Batch rows are independent in these tasks, so only the first and the last are checked.
 BY_ROW = {"recurrence"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    environment: str  # the name of its requirements, a file beside this one
+    environment: str  # the name of its requirements file in this folder
     task: str
-    package: str  # as the package index calls it
-    how: str  # what of it is run, and how
+    package: str  # its name in the package index
+    how: str  # the function that is used, and its options
     build: Callable[[dict, Arrays], Step]
 
 
 def inputs(task: str, sizes: dict, seed: int) -> Arrays:
-    """The same float32 numbers in every environment."""
+    """The inputs of a task: the same float32 numbers in every environment."""
     rng = np.random.default_rng(seed)
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
@@ -46,15 +49,16 @@ def inputs(task: str, sizes: dict, seed: int) -> Arrays:
         return values
 
     if task == "recurrence":
-        # All numbers are positive, so that any order of sums and products keeps a bound relative to each result; no
-        # product of decays falls under the smallest normal number, where arithmetic would be slow.
+        # All numbers are positive, so that every order of sums and products has a bound relative to
+        # each result. No product of decays is subnormal, for which arithmetic would be slow.
         shape = (sizes["batch"], sizes["steps"], sizes["channels"])
         least = 1 - min(0.02, 64 / sizes["steps"])
         return {"decay": uniform(least, 1, *shape), "impulse": uniform(0.1, 1, *shape), "grad": uniform(0.1, 1, *shape)}
     if task == "lmu":
         order, units = sizes["order"], sizes["units"]
         scale = (3 / (order + units)) ** 0.5
-        # Biases of 4 and -4 keep each unit on one side of the kink of relu, so that a rounding cannot turn it off.
+        # With biases of 4 and -4 each unit is on one side of the kink of relu, so that rounding
+        # cannot change the side.
         bias = np.where(np.arange(units) % 2 == 0, np.float32(4), np.float32(-4)).astype(np.float32)
         outputs = (sizes["steps"], units) if sizes["sequences"] else (units,)
         return {
@@ -95,7 +99,8 @@ def torch_loop(sizes: dict, arrays: Arrays) -> Step:
 def mambapy_scan(sizes: dict, arrays: Arrays) -> Step:
     from mambapy.pscan import pscan  # pyright: ignore[reportMissingImports]
 
-    # (B, L, D, N) with D = 1 keeps neighbouring channels neighbours; with N = 1 it is slower.
+    # (B, L, D, N) with D = 1, where adjacent channels are adjacent in memory; with N = 1 it is
+    # slower.
     return _torch_step(arrays, lambda a, x: pscan(a.unsqueeze(2), x.unsqueeze(2)).squeeze(2))
 
 
@@ -176,7 +181,7 @@ def _jax_step(arrays: Arrays, scan: Callable) -> Step:
 
 def keras_lmu_fft(sizes: dict, arrays: Arrays) -> Step:
     if sizes["sequences"]:
-        # Keras makes a slice of the memory a step, and each has a gradient as large as the whole memory.
+        # Keras makes one slice of the memory per step, each with a gradient as large as the memory.
         _need_memory(4 * sizes["batch"] * sizes["steps"] ** 2 * (sizes["order"] + 1))
 
     def make(dense, common):
@@ -220,10 +225,11 @@ def _keras_step(sizes: dict, arrays: Arrays, make: Callable) -> Step:
     from keras_lmu.layers import LMUCell  # pyright: ignore[reportMissingImports]
 
     def zoh(A, B) -> tuple:
-        """A and B of a step. Its own exponential runs in float32 and moves outputs by 1e-3: too far to check."""
+        """A and B of a step; keras-lmu's own are in float32 and change outputs by 1e-3."""
         from scipy.linalg import expm
 
-        # Times theta the entries are whole numbers, so the rounding of what comes in is undone.
+        # Times theta the entries are integers, so rounding them removes the rounding error of the
+        # arguments.
         order, upper = sizes["order"], np.rint(np.concatenate([A, B]).astype(np.float64) * sizes["theta"])
         step = expm(np.pad(upper / sizes["theta"], ((0, 0), (0, 1))))
         return tf.constant(step[:order, :order], tf.float32), tf.constant(step[order:, :order], tf.float32)
@@ -250,7 +256,7 @@ def _keras_step(sizes: dict, arrays: Arrays, make: Callable) -> Step:
 
     def step() -> dict[str, Any]:
         output, gradients = forward_and_backward()
-        np.asarray(gradients[-1])  # waits until it is there
+        np.asarray(gradients[-1])  # waits for the result
         return {"output": output} | {f"grad_{name}": g for name, g in zip(weights, gradients, strict=True)}
 
     return step
@@ -267,10 +273,10 @@ CANDIDATES = {
     "jax lax.scan": Candidate(*_SCAN, "jax", "jit of vjp", jax_scan),
     "mamba.py pscan": Candidate(*_SCAN, "mambapy", "as (B, T, 1, C); a backward of its own", mambapy_scan),
     "accelerated-scan reference": Candidate(
-        *_SCAN, "accelerated-scan", "inputs lie ready as (B, C, T); autograd", accelerated_scan_reference
+        *_SCAN, "accelerated-scan", "inputs prepared as (B, C, T); autograd", accelerated_scan_reference
     ),
     "minGRU log-space scan": Candidate(
-        *_SCAN, "minGRU-pytorch", "inputs lie ready as logarithms; autograd", log_space_scan
+        *_SCAN, "minGRU-pytorch", "inputs prepared as logarithms; autograd", log_space_scan
     ),
     "keras-lmu FFT": Candidate(
         *_LMU, "keras-lmu", "LMUFeedforward(hidden_cell=Dense); tf.function, zoh in float64", keras_lmu_fft
@@ -285,7 +291,7 @@ CANDIDATES = {
 
 
 def _need_memory(size: int) -> None:
-    """Refuse what would not fit: the system would end this process, or another."""
+    """Raise if the memory is not available: the system would end this process or another."""
     facts = Path("/proc/meminfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
@@ -297,7 +303,7 @@ def _need_memory(size: int) -> None:
 
 
 def serve(candidates: dict[str, Candidate]) -> None:
-    """Answer the requests on standard input until it ends. What libraries print goes to standard error."""
+    """Answer the requests on standard input. The output of libraries goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     steps: dict[str, Step] = {}
@@ -332,9 +338,9 @@ def _answer(request: dict, candidates: dict[str, Candidate], steps: dict[str, St
         case "run":
             step = steps.get(request["candidate"])
             if step is None:
-                raise RuntimeError("it is not prepared: its process ended and began anew")
+                raise RuntimeError("the candidate is not prepared: its process was restarted")
             start = time.perf_counter()
-            step()  # its results are dropped: giving memory back counts too
+            step()  # the results are dropped: freeing memory is part of the time
             return {"seconds": time.perf_counter() - start}
         case "release":
             steps.pop(request["candidate"], None)
@@ -351,7 +357,8 @@ def _version(package: str) -> str | None:
 
 
 def _use_threads(count: int) -> None:
-    """As many processors as the parent has threads: every framework's pool follows that, XLA's has no other setting."""
+    """Use as many processors as the parent has threads: all frameworks follow that, and XLA has no
+    other setting."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 

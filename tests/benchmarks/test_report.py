@@ -28,7 +28,7 @@ def test_the_tables_are_made_from_the_results(tmp_path):
     (table,) = report.targets(sections)
     assert "| [`streaming`](#cpu-streaming) | a step | at most 80 us | 64 us | yes |" in table
     assert "| a peer | at least 5 times | not measured |  |" in table
-    text = "\n".join(report.figures(sections))
+    text = "\n".join(report.metrics(sections))
     for part in ("### CPU: streaming", "commit c", "jax 0.9", "copy 10 GB/s", "| ours | 64 (60 to 70) |"):
         assert part in text
     assert "numba" not in text.split("Measured on")[1]
@@ -50,5 +50,5 @@ def test_only_what_stands_between_the_markers_is_replaced():
     new = report.between(text, "targets", "new \\1")
     assert new == "before\n<!-- targets -->\n\nnew \\1\n\n<!-- end of targets -->\nafter\n"
     assert report.between(new, "targets", "new \\1") == new
-    with pytest.raises(ValueError, match="<!-- figures -->"):
-        report.between(text, "figures", "")
+    with pytest.raises(ValueError, match="<!-- metrics -->"):
+        report.between(text, "metrics", "")

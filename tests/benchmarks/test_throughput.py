@@ -110,7 +110,7 @@ def test_a_sweep_on_cuda_is_one_pass_where_time_is_otherwise_cut():
 
 
 def test_the_table_of_the_kernel_stands_beside_the_papers(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "_STEPS_A_TURN", 32)
+    monkeypatch.setattr(throughput, "_STEPS_PER_RUN", 32)
     words = "--lengths 16 3 --features 4 7 --rounds 1 --device cpu --threads 1 --out".split()  # noqa: SIM905
     threads = torch.get_num_threads()
     status, out, _ = run(capsys, "kernel", *words, tmp_path)
@@ -161,7 +161,7 @@ def test_wrong_options_are_explained(capsys, words, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_named(capsys):
-    assert "PyTorch sees no CUDA device here: take --device cpu" in run(capsys, "kernel", "--device", "cuda")[2]
+    assert "expected a CUDA device, got none: use --device cpu" in run(capsys, "kernel", "--device", "cuda")[2]
 
 
 def test_kernels_that_cannot_be_used_are_not_measured(capsys, monkeypatch):

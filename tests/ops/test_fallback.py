@@ -138,7 +138,7 @@ def test_a_mock_without_a_spec(not_loaded, monkeypatch):
 
 def test_numba_disable_jit_is_obeyed(not_loaded, monkeypatch):
     monkeypatch.setattr(config, "DISABLE_JIT", 1)
-    assert_falls_back(monkeypatch, "NUMBA_DISABLE_JIT is set, so that Numba compiles nothing")
+    assert_falls_back(monkeypatch, "NUMBA_DISABLE_JIT is set, so Numba compiles nothing")
 
 
 def does_not_compile(*_):

@@ -140,7 +140,7 @@ def test_sequences_of_several_parts_agree(filled, two_threads, monkeypatch, B, T
     """The products of a part are limited: here to 100 steps or so, or to a few batch rows."""
     from legato.ops.kernels import numba_gated
 
-    monkeypatch.setattr(numba_gated, "_PART_NUMBERS", 300 * 70)
+    monkeypatch.setattr(numba_gated, "_CHUNK_NUMBERS", 300 * 70)
     agree(example(PAST, B, T, C, widths=(40,)), activation=torch.tanh)
     agree(example(PLAIN, B, T, C), candidate_tanh=True, delayed=True)
 

@@ -124,7 +124,7 @@ def test_a_folder_in_place_of_a_file(suffix, folder, monkeypatch):
     for _ in range(2):
         results, hits, (message,) = compile_anew(monkeypatch)
         assert (results, hits) == ([6], 0)
-        assert "Set NUMBA_CACHE_DIR to a folder that can be written" in message
+        assert "Set NUMBA_CACHE_DIR to a writable folder" in message
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO])
@@ -135,7 +135,7 @@ def test_a_disk_that_takes_no_file(code, folder, monkeypatch):
     monkeypatch.setattr(numba_cache._Files, "_open_for_write", write)
     results, hits, (message,) = compile_anew(monkeypatch, 3, 0.5)
     assert (results, hits) == ([6, 1.0], 0)
-    assert f"cannot be kept in {folder}" in message
+    assert f"cannot be saved in {folder}" in message
     assert os.strerror(code) in message
 
 
@@ -160,7 +160,7 @@ def test_no_locator_of_the_users_choice(folder, monkeypatch):
     monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", "NoSuchClass")
     results, hits, (message,) = compile_anew(monkeypatch)
     assert (results, hits) == ([6], 0)
-    assert "no folder to keep compiled kernels in (RuntimeError: Unknown cache locator" in message
+    assert "no folder for compiled kernels is writable (RuntimeError: Unknown cache locator" in message
 
 
 # --- new processes ---

@@ -29,9 +29,9 @@ def many_pieces(three_threads, monkeypatch):
     from legato.ops.kernels import numba_recurrence, numba_threads
 
     monkeypatch.setattr(numba_threads, "_SERIAL_BELOW", 0)
-    monkeypatch.setattr(numba_recurrence, "_PIECE_BYTES", 1 << 11)
+    monkeypatch.setattr(numba_recurrence, "_CHUNK_BYTES", 1 << 11)
     monkeypatch.setattr(numba_recurrence, "cores", lambda: 3)
-    return lambda decay, impulse: numba_recurrence._plan(impulse[:, :, None], decay[:, :, None]).pieces
+    return lambda decay, impulse: numba_recurrence._plan(impulse[:, :, None], decay[:, :, None]).chunks
 
 
 def large(T=4000, C=9, B=2):

@@ -540,9 +540,9 @@ def test_the_chunk_divides_the_length_where_it_can():
         (
             {"method": "fft", "reset": torch.ones(3, 10, dtype=torch.bool)},
             ValueError,
-            'use "chunked", "toeplitz" or "sequential"',
+            'use method "chunked", "toeplitz" or "sequential"',
         ),
-        ({"method": "chunked", "last_only": True}, ValueError, "last_only gives the last state alone"),
+        ({"method": "chunked", "last_only": True}, ValueError, "expected method=None with last_only=True"),
     ],
 )
 @pytest.mark.usefixtures("shape_checker_off")
@@ -633,7 +633,7 @@ def test_explain_names_the_method_and_the_reason():
     lti(torch.randn(1, 20, 1), A, B)
     assert "lti: chunked (the fastest measured for sequences)" in legato.explain()
     lti(torch.randn(1, 20, 1), A, B, last_only=True)
-    assert "lti: last (only the last state is asked for)" in legato.explain()
+    assert "lti: last (last_only=True)" in legato.explain()
 
 
 @pytest.mark.parametrize("options", [{"method": m} for m in METHODS] + [{"last_only": True}], ids=str)

@@ -1,12 +1,13 @@
-"""The table of kernels and the choice among them: by argument, by ``use_backend``, or by the device of the tensors.
+"""The table of kernels and the choice of one: by argument, by ``use_backend``, or by device.
 
-Each kernel of the recurrence has ``forward``; one that has a faster adjoint than the recurrence run backwards also has
-``backward``, and one that is compiled has ``prepare``, which compiles what they launch. Numba and Triton may be broken,
-switched off or without a compiler: a kernel that fails while it is loaded or compiled is not used again in this
-process. Plain PyTorch then computes the same, and one warning says why.
+Every kernel module of the recurrence has ``forward``. It has ``backward`` if its adjoint is faster
+than the recurrence in reverse time, and ``prepare`` if it is compiled; ``prepare`` compiles what
+the other two launch. Numba and Triton may be broken, disabled or without a compiler. A kernel that
+fails while it is loaded or compiled is not used again in this process: plain PyTorch computes the
+same result, and one warning gives the reason.
 
-An op calls ``resolve`` in its public function, outside of its registered op, and passes the result to the registered
-op, which calls ``choose``. torch.compile therefore guards the backend as a constant of the graph.
+The public function of an op calls ``resolve`` and passes the result to the registered op, which
+calls ``choose``. torch.compile therefore guards the backend as a constant of the graph.
 """
 
 import difflib
@@ -25,19 +26,21 @@ import torch
 
 
 class Entry(NamedTuple):
-    """A kernel, and what it needs."""
+    """A kernel and its requirements."""
 
     #: A module of ``legato.ops.kernels``, or an object with the functions of such a module.
     kernel: Any
-    #: The type of device that its tensors must be on; None: any.
+    #: The device type that its tensors must have; None: any.
     device_type: str | None = None
-    #: The package that it needs beside torch.
+    #: The package that it needs in addition to torch.
     package: str | None = None
 
 
-# What users may name. An op without a kernel of that name computes its definition, by ``linear_recurrence``.
+# The public names. An op without a kernel of that name computes its definition by
+# ``linear_recurrence``.
 BACKENDS = ("reference", "torch", "numba", "triton")
-# By op and backend. Without a named backend the first entry of the op for the device whose package works is chosen.
+# By op and backend. If no backend is named, the first entry for the device whose package works is
+# chosen.
 TABLE = {
     "linear_recurrence": {
         "triton": Entry("triton_recurrence", "cuda", "triton"),
@@ -60,23 +63,26 @@ _context = _Context()
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Every op inside, in this thread, uses the backend ``name`` unless its own ``backend`` argument names another.
+    """Use the backend ``name`` for ops in this thread unless their ``backend`` argument is set.
 
-    A backward pass uses the backend of its forward pass, whether it runs inside or outside of the context. A forward
-    pass that is computed again in the backward pass, as by ``torch.utils.checkpoint`` or ``in_segments``, chooses
-    again at that time: run such a backward pass inside of the context too.
+    A backward pass uses the backend of its forward pass, inside and outside of the context. A
+    forward pass that is recomputed in the backward pass, as by ``torch.utils.checkpoint`` or
+    ``in_segments``, chooses its backend again: run such a backward pass inside the context too.
 
-    A gated layer whose whole unit has no kernel in that backend computes its definition: separate torch operations and
-    ``linear_recurrence``. ``lti``, ``matrix_recurrence`` and the single steps of a stream are plain torch in every
-    backend. Code that was compiled with torch.compile is compiled once for each backend that it runs under.
+    A gated layer computes its definition, which is separate torch operations and
+    ``linear_recurrence``, if that backend has no kernel for gated layers. ``lti``,
+    ``matrix_recurrence`` and single steps of a stream are plain torch in every backend. Code under
+    torch.compile is compiled once for each backend that it runs with.
 
     Args:
         name: "reference", "torch", "numba" (CPU) or "triton" (CUDA), as the ``backend`` of ``linear_recurrence``; None
             restores the choice by device inside another ``use_backend``.
 
     Raises:
-        ValueError: no backend has that name. An op raises it where the backend does not run on the op's device.
-        RuntimeError: the backend needs a package that is not installed. An op raises it where the package fails.
+        ValueError: no backend has that name. An op inside raises it if the backend does not run on
+            the device of the op.
+        RuntimeError: the backend needs a package that is not installed. An op inside raises it if
+            the package does not work.
 
     Example:
         >>> import torch, legato
@@ -97,7 +103,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def explain() -> str:
-    """The backend or method that each op used at its latest call in this process, one line per op, and why.
+    """The backend or method of the latest call of each op in this process, and the reason.
 
     Example:
         >>> import torch, legato
@@ -117,9 +123,9 @@ def record(op: str, choice: str, why: str) -> None:
 
 
 def register(name: str, kernel: Any) -> None:
-    """Enter a kernel of ``linear_recurrence`` under a name of its own, for a benchmark: ``use_backend(name)`` runs it.
+    """Add a kernel of ``linear_recurrence`` for a benchmark: ``use_backend(name)`` then uses it.
 
-    ``kernel`` has the functions of a module in ``legato.ops.kernels``, on any device.
+    ``kernel`` has the functions of a module in ``legato.ops.kernels`` and runs on any device.
     """
     TABLE["linear_recurrence"][name] = Entry(kernel)
     _candidates.cache_clear()
@@ -128,13 +134,13 @@ def register(name: str, kernel: Any) -> None:
 
 
 def resolve(backend: str | None, device: torch.device) -> str | None:
-    """The backend named by an argument, else by ``use_backend``; None leaves the choice to the device.
+    """The backend named by an argument, or else by ``use_backend``; None means a choice by device.
 
-    Raises what ``choose`` documents, without compiling anything.
+    Raises the errors of ``choose``, but compiles nothing.
     """
     name = _context.backend if backend is None else backend
-    # In a compiled graph ``choose`` checks, when the graph runs: Dynamo would replace the error, and it does not trace
-    # what is cached.
+    # Compiled code is checked by ``choose`` when it runs: here Dynamo would replace the error, and
+    # it cannot trace cached functions.
     if name is not None and not torch.compiler.is_compiling():
         _check_name(name)
         _check_device(name, device)
@@ -148,11 +154,13 @@ def choose(
 
     Args:
         name: the backend that ``resolve`` returned; None chooses by device.
-        dtype: of the tensors. What ``forward`` (``adjoint``: ``backward``) launches for it is compiled now, and where
-            that fails another kernel is chosen. None: modules are loaded and not compiled.
+        dtype: of the tensors. The code that ``forward`` (``adjoint``: ``backward``) launches for
+            this dtype is compiled now; if that fails, another kernel is chosen. None: modules are
+            loaded and nothing is compiled.
 
     Returns:
-        The kernel module, its backend and why; (None, "definition", why) where the op has no kernel here.
+        The kernel module, its backend and the reason; (None, "definition", reason) if the op has no
+        kernel for this device.
 
     Raises:
         ValueError: no backend has that name, or it cannot run on that device.
@@ -221,28 +229,28 @@ def _check_device(name: str, device: torch.device) -> None:
 @cache
 def _installed(package: str | None) -> bool:
     if package is None or sys.modules.get(package) is not None:
-        return True  # find_spec refuses a loaded module without a spec, such as a mock
+        return True  # find_spec raises for a loaded module without a spec, such as a mock
     return importlib.util.find_spec(package) is not None
 
 
 # --- failures of the packages ---
 
-# Why kernels whose package is installed cannot be used, by op and backend; never retried.
+# Why a kernel cannot be used although its package is installed, by op and backend. Never retried.
 _failures: dict[tuple[str, str], str] = {}
-# The packages that a warning has named.
+# The packages for which a warning was issued.
 _warned: dict[str, object] = {}
 
 
 def _usable(op: str, backend: str, dtype: torch.dtype | None, adjoint: bool) -> Any:
-    """The kernel, with what it launches compiled, or None where it has failed."""
+    """The compiled kernel, or None if it failed to load or compile."""
     return None if (op, backend) in _failures else _prepared(op, backend, dtype, adjoint)
 
 
 @cache
 def _prepared(op: str, backend: str, dtype: torch.dtype | None, adjoint: bool) -> Any:
-    """The one place where kernels are loaded and compiled, and where failures of that are caught.
+    """Load and compile a kernel, and record a failure; no other function does either.
 
-    A failure counts for the whole kernel: its forward and backward, in every dtype.
+    A failure disables the kernel module: its forward and backward, in every dtype.
     """
     carry_dtype = None if dtype is None else torch.promote_types(dtype, torch.float32)
     try:
@@ -251,7 +259,7 @@ def _prepared(op: str, backend: str, dtype: torch.dtype | None, adjoint: bool) -
             kernel.prepare(carry_dtype, adjoint)
     except Exception as error:
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        # Only the text: the error's traceback would keep the tensors of the calls alive.
+        # Store only the text: the traceback would hold references to the tensors of the call.
         _failures.setdefault((op, backend), f"{type(error).__name__}: {text}"[:300])
         return None
     return kernel

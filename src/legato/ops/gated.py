@@ -1,11 +1,12 @@
-"""The diagonal recurrence behind sigmoid gates, as gated layers use it.
+"""The diagonal recurrence with sigmoid gates, as used by gated layers.
 
     h_t = f_t * h_{t-1} + w_t * g(candidate_t),  f_t = sigmoid(forget_t),  w_t = 1 - f_t, or sigmoid(write_t)
 
-The definition is ``linear_recurrence`` of decay f_t and impulse w_t g(candidate_t); see ``recurrence.py``.
-``gated_unit`` adds the matrix product before it and the output gate after it: all that a gated layer computes. On a
-CPU, in float32, ``kernels/numba_gated.py`` computes that one part of the sequence at a time, so that intermediate
-results are still in the cache when they are needed; everywhere else the definition runs.
+The definition is ``linear_recurrence`` with decay f_t and impulse w_t g(candidate_t); see
+``recurrence.py``. ``gated_unit`` also computes the matrix product before the recurrence and the
+output gate after it, which is everything that a gated layer computes. On a CPU in float32,
+``kernels/numba_gated.py`` computes it one chunk of the sequence at a time, so that intermediate
+results are still in the cache when they are used. In all other cases the definition is computed.
 """
 
 from collections.abc import Callable
@@ -37,23 +38,24 @@ def gated_recurrence(
 ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
     """h_t = f_t h_{t-1} + w_t g(candidate_t), f_t = sigmoid(forget_t), w_t = sigmoid(write_t) or, without it, 1 - f_t.
 
-    Gates are computed in float32 or wider whatever the inputs: in 16 bits a decay above 0.998 rounds to one, and a
-    memory of 1,000 steps needs 0.999. 1 - f_t is computed as sigmoid(-forget_t), which is accurate near f_t = 1.
+    Gates are computed in float32 or wider for all input dtypes: in 16 bits a decay above 0.998
+    rounds to one, but a memory of 1,000 steps needs a decay of 0.999. 1 - f_t is computed as
+    sigmoid(-forget_t), which is accurate near f_t = 1.
 
     Args:
         forget: the forget gate before its sigmoid, (batch, time, channels).
-        candidate: what is written, before g, likewise.
-        write: the input gate before its sigmoid; None ties it to the forget gate.
+        candidate: the candidate before g, (batch, time, channels).
+        write: the input gate before its sigmoid, (batch, time, channels); None uses 1 - f_t.
         initial_state: the state before the first step, (batch, channels); zeros by default.
-        candidate_tanh: g is tanh; else g is the identity.
-        reset: True where the state is dropped before that step, (batch, time).
+        candidate_tanh: whether g is tanh; otherwise g is the identity.
+        reset: True at a step before which the state is reset to zero, (batch, time).
         backend: as for ``linear_recurrence``.
 
     Returns:
         The states, and the state after the last step, both in float32 or wider.
 
     Raises:
-        TypeError, ValueError: as ``linear_recurrence``; no gate may be complex.
+        TypeError, ValueError: as ``linear_recurrence``. TypeError also if a gate is complex.
 
     Example:
         >>> states, last = gated_recurrence(torch.zeros(1, 3, 1), torch.ones(1, 3, 1))
@@ -80,7 +82,7 @@ def gated_step(
     *,
     candidate_tanh: bool = False,
 ) -> Float[Tensor, "B C"]:
-    """One step of ``gated_recurrence`` in plain torch: the state after it, in float32 or wider."""
+    """One step of ``gated_recurrence`` in plain torch: the next state, in float32 or wider."""
     with without_autocast(candidate):
         decay, impulse = _decay_and_impulse(forget, candidate, write, candidate_tanh)
         return torch.addcmul(impulse, decay, state)
@@ -111,22 +113,24 @@ def gated_unit(
     h_t = o_t activation(c_t) + (1 - o_t) skip_t.
 
     Args:
-        inputs: x_i, each (batch, time, its own channels).
-        weights: W_i, each (K, the channels of x_i).
+        inputs: x_i, each (batch, time, channels of x_i).
+        weights: W_i, each (K, channels of x_i).
         bias: b, (K,).
-        spec: what the K / C blocks of z are, g and skip_t.
+        spec: the names of the K / C blocks of z, and the choice of g and skip_t.
         initial_state: c_0, (batch, C); zeros by default.
-        products: the part of z that is known already, (batch, time, K).
-        activation: of c_t before the output gate; None is the identity. The kernel computes None and ``torch.tanh``.
-        reset: True where the state is dropped before that step, (batch, time).
-        backend: as for ``linear_recurrence``. A backend without a kernel of the unit computes the definition.
+        products: a term of z that is already computed, (batch, time, K).
+        activation: applied to c_t before the output gate; None is the identity. The kernel computes
+            None and ``torch.tanh``.
+        reset: True at a step before which the state is reset to zero, (batch, time).
+        backend: as for ``linear_recurrence``. The definition is computed for a backend without a
+            kernel of this op.
 
     Returns:
         h_t, c_t and the last c, all in float32 or wider.
 
     Raises:
-        TypeError, ValueError: as ``linear_recurrence``; no dtype may be complex, and an activation needs an "output"
-            block.
+        TypeError, ValueError: as ``linear_recurrence``. TypeError also if a dtype is complex;
+            ValueError also if an activation is given without an "output" block.
     """
     if activation is not None and "output" not in spec.blocks:
         raise ValueError("activation needs an 'output' block: add the block or drop the activation")
@@ -140,7 +144,7 @@ def gated_unit(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         options = spec, output_tanh, backend, _saves_products(inputs), len(inputs)
         found = _GatedUnit.apply(*options, *others, *inputs, *weights)
-    else:  # without gradients torch.compile passes the arguments of the Function's forward shifted by one
+    else:  # without gradients torch.compile shifts the arguments of the Function's forward by one
         options = *_fields(spec), output_tanh, backend, False
         found = torch.ops.legato.gated_unit(list(inputs), list(weights), *others, *options)
     _, output, states, final = found
@@ -158,7 +162,8 @@ def gated_unit_step(
 ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
     """One step of ``gated_unit`` in plain torch, without the time axis: h_t and c_t.
 
-    A kernel's launch costs more than the few operations on one step. ``spec.delayed`` has no effect on a step.
+    Launching a kernel costs more than the few operations of one step. ``spec.delayed`` has no
+    effect on a single step.
     """
     block = _blocks(_products(inputs, weights, bias, None), spec)
     state = gated_step(
@@ -168,7 +173,7 @@ def gated_unit_step(
 
 
 def _check(inputs, weights, spec, bias, initial_state, products, reset) -> None:
-    """The kernel takes addresses: a tensor that is too small would be read beyond its end."""
+    """Check all shapes: the kernel would read beyond the end of a smaller tensor."""
     given = {"bias": bias, "products": products, "initial_state": initial_state}
     for i, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
         given |= {f"inputs[{i}]": x, f"weights[{i}]": weight}
@@ -190,7 +195,8 @@ def _check(inputs, weights, spec, bias, initial_state, products, reset) -> None:
     check_reset(reset, "inputs[0]" if inputs else "products", like)
 
 
-# With so few input channels in all the backward computes the products again: that is less work than to save them.
+# Up to this many input channels in total, the backward recomputes the products, which costs less
+# than saving them.
 _FEW_CHANNELS = 32
 
 
@@ -199,26 +205,26 @@ def _saves_products(inputs: tuple[Tensor, ...]) -> bool:
 
 
 def _fusible(tensors: tuple[Tensor | None, ...], activation: Callable | None, backend: str | None) -> bool:
-    """Whether the kernel computes this; kinds of derivative that it does not know go to the definition."""
+    """Whether the kernel can compute this, with the derivatives that may be taken."""
     given = [x for x in tensors if x is not None]
-    why = _unknown_to_kernel(given, activation, backend)
+    why = _unsupported(given, activation, backend)
     if torch.compiler.is_compiling():
         return why is None
     if why is None:
-        why = _unknown_to_kernel_eagerly(given, backend)
+        why = _unsupported_eagerly(given, backend)
     if why is not None:
         backends.record("gated_unit", "definition", why)
     return why is None
 
 
-def _unknown_to_kernel(given: list[Tensor], activation: Callable | None, backend: str | None) -> str | None:
-    """Why the kernel does not compute this, from what compiled code knows too; None: it does."""
+def _unsupported(given: list[Tensor], activation: Callable | None, backend: str | None) -> str | None:
+    """Why the kernel cannot compute this, or None; also evaluated in compiled code."""
     if given[0].device.type != "cpu":
         return f"no kernel for {given[0].device.type}"
     if backend not in (None, "numba"):
         return f"no kernel in backend {backend!r}"
     if activation not in (None, torch.tanh):
-        return "an activation that the kernel does not know"
+        return "the kernel does not compute this activation"
     if any(x.dtype != torch.float32 for x in given):
         return "the kernel is for float32"
     if any(x.numel() == 0 for x in given):
@@ -228,14 +234,14 @@ def _unknown_to_kernel(given: list[Tensor], activation: Callable | None, backend
     return "torch.func" if torch._C._are_functorch_transforms_active() else None
 
 
-def _unknown_to_kernel_eagerly(given: list[Tensor], backend: str | None) -> str | None:
+def _unsupported_eagerly(given: list[Tensor], backend: str | None) -> str | None:
     kernel, _, why = backends.choose("gated_unit", given[0].device, backend, torch.float32)
     if kernel is None:
         return why
     if forward_ad._current_level >= 0:
         return "a forward-mode derivative"
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in given):
-        return "tensors of another kind"
+        return "a tensor subclass"
     return None
 
 
@@ -277,14 +283,14 @@ def _gated_output(states: Tensor, block: dict[str, Tensor], inputs, spec: GateSp
 def one_step_later(
     states: Float[Tensor, "B T C"], initial: Float[Tensor, "B C"] | None, reset: Bool[Tensor, "B T"] | None
 ) -> Float[Tensor, "B T C"]:
-    """s_{t-1} in the place of s_t; ``initial`` (None: zeros) before the first, zero where the state is dropped."""
+    """s_{t-1} at step t: ``initial`` (None: zeros) at the first step, zero where it is reset."""
     first = torch.zeros_like(states[:, :1]) if initial is None else initial[:, None].to(states.dtype)
     before = torch.cat([first, states[:, :-1]], dim=1) if states.shape[1] else states
     return before if reset is None else before.masked_fill(reset[..., None], 0)
 
 
 class _GatedUnit(Function):
-    """The kernel and its adjoint, which computes the gates again from the products; saves those, and the states."""
+    """The kernel and its adjoint. Saves products and states; the adjoint recomputes the gates."""
 
     @staticmethod
     def forward(spec, output_tanh, backend, save_products, count, bias, products, initial_state, reset, *matrices):
@@ -311,8 +317,8 @@ class _GatedUnit(Function):
         inputs, weights = matrices[: ctx.count], matrices[ctx.count :]
         tensors = inputs, weights, bias, products, initial_state, reset
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or any(map(_mapped, grads))):
-            # With create_graph the gradient is itself differentiated, with is_grads_batched it is mapped: that of the
-            # definition can be.
+            # create_graph differentiates the gradient and is_grads_batched maps it: only the
+            # gradient of the definition supports both.
             options = ctx.spec, _activation(ctx.output_tanh), ctx.backend
             return (None,) * 5 + _gradients_of_definition(grads, *tensors, *options)
         wanted = ctx.needs_input_grad[9:]
@@ -334,7 +340,7 @@ def _mapped(grad: Tensor | None) -> bool:
 def _gradients_of_definition(grads, inputs, weights, bias, products, initial_state, reset, spec, activation, backend):
     """The gradients of bias, products, initial state, resets, inputs and weights, as a graph."""
     with torch.enable_grad():
-        # Aliases, so that a tensor given in two places gets the gradient of each.
+        # Aliases, so that a tensor that is passed as two arguments gets one gradient for each.
         given = [x if x is None else x.view_as(x) for x in (bias, products, initial_state, *inputs, *weights)]
         bias, products, initial_state, *matrices = given
         inputs, weights = matrices[: len(inputs)], matrices[len(inputs) :]
@@ -346,8 +352,8 @@ def _gradients_of_definition(grads, inputs, weights, bias, products, initial_sta
     return *result[:3], None, *result[3:]
 
 
-# --- the registered ops: what torch.compile and export see ---
-# They take simple types only, so the fields of the spec are arguments of their own, named in the schema.
+# --- the registered ops, which torch.compile and torch.export record ---
+# They take simple types only, so each field of the spec is a separate argument.
 
 _library = torch.library.Library("legato", "FRAGMENT")
 _arguments = (
@@ -370,7 +376,7 @@ _spec = cache(GateSpec)
 
 
 def _activation(output_tanh: bool) -> Callable[[Tensor], Tensor] | None:
-    """The activations that the registered ops know."""
+    """The activations that the registered ops support."""
     return torch.tanh if output_tanh else None
 
 
@@ -378,7 +384,7 @@ def _run(
     inputs, weights, bias, products, initial_state, reset,
     blocks, candidate_tanh, delayed, skips_input, output_tanh, backend, save_products,
 ):  # fmt: skip
-    """The products if they are to be saved, h_t where there is an output gate, c_t and the last c; else size 0."""
+    """Products (size 0 if not saved), h_t (size 0 without output gate), c_t and the last c."""
     spec = _spec(tuple(blocks), candidate_tanh, delayed, skips_input)
     like = (*inputs, products)[0]
     kernel, name, why = backends.choose("gated_unit", like.device, backend, like.dtype)
@@ -389,7 +395,7 @@ def _run(
         output, *rest = _definition_of_products(z, inputs, initial_state, reset, *options)
         found = z if save_products else z.new_empty(0), output if "output" in blocks else z.new_empty(0), *rest
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in found)
-    products, initial_state = _plain(products), _plain(initial_state)
+    products, initial_state = _resolved(products), _resolved(initial_state)
     tensors = inputs, weights, bias, products, initial_state, reset
     saved, output, *rest = kernel.forward(*tensors, spec, output_tanh, save_products)
     return *(like.new_empty(0) if x is None else x for x in (saved, output)), *rest
@@ -400,7 +406,7 @@ def _run_backward(
     inputs, weights, bias, products, initial_state, reset,
     blocks, candidate_tanh, delayed, skips_input, output_tanh, backend,
 ):  # fmt: skip
-    """The gradients of inputs, weights, bias, products and initial state (of size 0: not wanted or not given)."""
+    """Gradients of inputs, weights, bias, products and initial state; size 0 if not needed."""
     spec = _spec(tuple(blocks), candidate_tanh, delayed, skips_input)
     kernel, name, why = backends.choose("gated_unit", states.device, backend, states.dtype, True)
     backends.record("gated_unit", name, why)
@@ -412,11 +418,11 @@ def _run_backward(
         options = spec, _activation(output_tanh), backend
         bias, products, initial_state, _, *matrices = _gradients_of_definition(grads, *tensors, *options)
     else:
-        products, initial_state = _plain(products), _plain(initial_state)
+        products, initial_state = _resolved(products), _resolved(initial_state)
         saved = saved_products if saved_products.numel() else None
         tensors = inputs, weights, bias, products, initial_state, reset
         inputs, weights, bias, products, initial_state = kernel.backward(
-            *map(_plain, grads), saved, states, wanted, *tensors, spec, output_tanh
+            *map(_resolved, grads), saved, states, wanted, *tensors, spec, output_tanh
         )
         matrices = [*inputs, *weights]
     given = (*matrices, bias, products, initial_state)
@@ -427,7 +433,7 @@ def _leaf(x: Any) -> Any:
     return x if x is None else x.detach().requires_grad_()
 
 
-def _plain(x: Tensor | None) -> Tensor | None:
+def _resolved(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.resolve_neg()
 
 

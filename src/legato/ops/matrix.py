@@ -1,4 +1,4 @@
-"""The recurrence with square matrices, constant or one a step, in plain torch.
+"""The recurrence with square matrices, constant or one per time step, in plain torch.
 
     h_t = A_t h_{t-1} + x_t
 
@@ -14,7 +14,8 @@ from legato._dtypes import without_autocast
 from legato._shapes import Bool, Inexact, Tensor
 from legato._values import examinable, in_range
 
-# Steps in a chunk. About 2 * 16 * log16(T) matrix products follow one another, and T / 16 of them run side by side.
+# Steps per chunk. About 2 * 16 * log16(T) batched matrix products are computed in sequence; each
+# batch has up to T / 16 products.
 _CHUNK = 16
 
 
@@ -26,26 +27,31 @@ def matrix_recurrence(
     reset: Bool[Tensor, "B T"] | None = None,
     reverse: bool = False,
 ) -> tuple[Inexact[Tensor, "B T *channels N"], Inexact[Tensor, "B *channels N"]]:
-    """h_t = A_t h_{t-1} + x_t for t = 1 .. T, all chunks of time side by side.
+    """h_t = A_t h_{t-1} + x_t for t = 1 .. T, with all chunks of time in parallel.
 
     Differentiable in transition, impulse and initial_state, to any order, in reverse and forward mode; works under
-    vmap, torch.compile(fullgraph=True) and autocast. Cost a step: N^2 for a constant A, N^3 for one a step.
+    vmap, torch.compile(fullgraph=True) and autocast. Cost per step: N^2 for a constant A, N^3 for
+    one A per step.
 
     Args:
-        transition: A, (N, N), or A_t, (batch, time, N, N). Stable where its products stay bounded: not checked.
-        impulse: x, (batch, time, *channels, N): each channel is a state vector of its own under the same A.
+        transition: A, (N, N), or A_t, (batch, time, N, N). Stable where its products stay bounded;
+            this is not checked.
+        impulse: x, (batch, time, *channels, N): each channel has its own state vector, under the
+            same A.
         initial_state: h before the first step, (batch, *channels, N); zeros by default.
-        reset: True where the state is dropped before that step: h_t = x_t.
-        reverse: Run from the last step to the first: h_t = A_t h_{t+1} + x_t. ``initial_state`` then enters at the last
-            step, and ``reset`` drops the state that arrives from step t + 1.
+        reset: True at a step before which the state is reset to zero: h_t = x_t.
+        reverse: Compute from the last step to the first: h_t = A_t h_{t+1} + x_t. ``initial_state``
+            is then the state before step T, and ``reset`` resets the state that comes from step t +
+            1.
 
     Returns:
-        The states h_t in the common dtype of transition and impulse, and the state after the last step that was run, in
-        the dtype of the carry: that dtype, but at least 32 bits wide.
+        The states h_t in the common dtype of transition and impulse, and the state after the last
+        step that was computed, in the dtype of the carry: the common dtype, but at least 32 bits
+            wide.
 
     Raises:
         TypeError: an argument is not a tensor, or not of a floating, complex or (reset) boolean dtype.
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not match.
 
     Example:
         >>> import torch, legato
@@ -54,7 +60,8 @@ def matrix_recurrence(
         >>> last.tolist()
         [[1.0, -1.0]]
 
-    Source: Martin & Cundy (2018), section 2.2: reduce chunks, scan their summaries, finish inside the chunks.
+    Source: Martin & Cundy (2018), section 2.2: reduce the chunks, scan the reduced states, then
+    compute each chunk.
     """
     _check(transition, impulse, initial_state, reset)
     dtype = torch.promote_types(transition.dtype, impulse.dtype)
@@ -96,45 +103,49 @@ def _scan(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:
     """All states, from A (N, N) or (B, T, N, N), x (B, T, M, N), h (B, M, N) and reset (B, T)."""
     T, M, N = x.shape[1:]
     if T <= _CHUNK:
-        # Compiled code takes a whole chunk, so that it is the same for every short length.
+        # Compiled code pads to a full chunk, so that one graph serves every short length.
         missing = _CHUNK - T if torch.compiler.is_compiling() else 0
         A = _pad(A, missing) if A.ndim == 4 else A
         return _steps(A, _pad(x, missing), h, None if reset is None else _pad(reset, missing))[:, :T]
-    whole = A, x, h, reset
+    arguments = A, x, h, reset
     x, reset = _chunks(x), None if reset is None else _chunks(reset)  # (B, K, L, M, N), (B, K, L)
     zeros = torch.zeros_like(x[:, :, 0])
     if A.ndim == 4:
-        # The transposed products A_1^T, A_1^T A_2^T, ... obey the same recurrence: N more rows, from the identity.
+        # The transposed products A_1^T, A_1^T A_2^T, ... follow the same recurrence: N more rows
+        # that start from the identity.
         identity = torch.eye(N, dtype=x.dtype, device=x.device).expand(*x.shape[:2], N, N)
         start = torch.cat([zeros, identity], 2)  # (B, K, M + N, N)
         local, products = _steps(_chunks(A), F.pad(x, (0, 0, 0, N)), start, reset).split([M, N], -2)
         across = products[:, :-1, -1].mT
-        # A product that overflows stays so to the end of its chunk, unless a reset hides it there.
-        decisive = products[:, :, -1] if reset is None else products
+        # A product that overflows is still out of range at the end of its chunk, unless a reset
+        # follows it.
+        checked = products[:, :, -1] if reset is None else products
     else:
         local, products = _steps(A, x, zeros, reset), _powers(A.mT)  # (B, K, L, M, N), (L, N, N)
         across = products[-1].mT
-        decisive = products
-    if examinable(decisive) and not in_range(decisive):
-        return _steps(*whole)
-    # The last chunk hands its state to nobody, and the others are full: padding never meets a state.
-    dropped = None if reset is None else reset[:, :-1].any(-1)
-    entering = torch.cat([h.unsqueeze(1), _scan(across, local[:, :-1, -1], h, dropped)], 1)  # (B, K, M, N)
-    seen = None if reset is None else (reset.cumsum(-1) > 0)[..., None, None]  # (B, K, L, 1, 1)
-    # Dropped before the product, or a NaN that a reset stops would come back through the product's gradient.
+        checked = products
+    if examinable(checked) and not in_range(checked):
+        return _steps(*arguments)
+    # Only the last chunk is padded, and no chunk reads its final state, so padding never affects a
+    # state.
+    has_reset = None if reset is None else reset[:, :-1].any(-1)
+    entering = torch.cat([h.unsqueeze(1), _scan(across, local[:, :-1, -1], h, has_reset)], 1)  # (B, K, M, N)
+    after_reset = None if reset is None else (reset.cumsum(-1) > 0)[..., None, None]  # (B, K, L, 1, 1)
+    # The state is masked before the product. Otherwise a NaN that a reset removes would return
+    # through the gradient of the product.
     if A.ndim == 4:
         entering = entering.unsqueeze(2)
-        arriving = (entering if seen is None else entering.masked_fill(seen, 0)) @ products
+        arriving = (entering if after_reset is None else entering.masked_fill(after_reset, 0)) @ products
     else:
-        # A state that is dropped later in the chunk meets A in the loop too.
-        entering = entering if seen is None else entering.masked_fill(seen[:, :, 0], 0)
+        # A state that is reset later in the chunk is multiplied by A in the sequential loop too.
+        entering = entering if after_reset is None else entering.masked_fill(after_reset[:, :, 0], 0)
         arriving = torch.einsum("bkmi,lij->bklmj", entering, products)
-        arriving = arriving if seen is None else arriving.masked_fill(seen, 0)
+        arriving = arriving if after_reset is None else arriving.masked_fill(after_reset, 0)
     return (local + arriving).flatten(1, 2)[:, :T]
 
 
 def _steps(A: Tensor, x: Tensor, h: Tensor, reset: Tensor | None) -> Tensor:
-    """The definition, one step after another, along the third axis of x from the end."""
+    """The definition: a loop over time steps, along the third axis of x from the end."""
     states = []
     for t, x_t in enumerate(x.unbind(-3)):
         if reset is not None:

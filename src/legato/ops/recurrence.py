@@ -2,9 +2,10 @@
 
     h_t = decay_t * h_{t-1} + impulse_t
 
-Read from the top: ``linear_recurrence`` checks its arguments and brings them to one canonical form, ``_Recurrence`` is
-its derivative, the registered op ``torch.ops.legato.recurrence`` is what torch.compile and export see, and
-``ops/kernels`` computes it. The mathematics is in docs/maths/recurrence.md.
+In the order of this file: ``linear_recurrence`` checks its arguments and reshapes them to the axes
+that all kernels take; ``_Recurrence`` defines the derivatives; the registered op
+``torch.ops.legato.recurrence``, which torch.compile and torch.export record, calls a kernel of
+``ops/kernels``. docs/maths/recurrence.md has the derivations.
 """
 
 import torch
@@ -25,31 +26,36 @@ def linear_recurrence(
     reverse: bool = False,
     backend: str | None = None,
 ) -> tuple[Inexact[Tensor, "B T *channels"], Inexact[Tensor, "B *channels"]]:
-    """h_t = decay_t * h_{t-1} + impulse_t for t = 1 .. T, all steps in parallel where the device can.
+    """h_t = decay_t * h_{t-1} + impulse_t for t = 1 .. T, in parallel over time if possible.
 
     Differentiable in decay, impulse and initial_state, to any order, in reverse and forward mode; works under vmap,
     torch.compile(fullgraph=True), torch.export and autocast.
 
     Args:
-        decay: What remains of the state after one step. Any shape that broadcasts to the impulse's: (C,) is constant in
-            time, (B, T, 1) is shared by the channels. A broadcast decay is never expanded in memory. Stable where
-            abs(decay) <= 1, which is not checked.
-        impulse: What is added at each step, (batch, time, *channels); any strides. Real or complex.
+        decay: The factor on the previous state. Any shape that broadcasts to the impulse's: (C,) is
+            constant in time, (B, T, 1) is the same for all channels. A broadcast decay is never
+            expanded in memory. The recurrence is stable where abs(decay) <= 1; this is not checked.
+        impulse: The term added to the state at each step, (batch, time, *channels); any strides.
+            Real or complex.
         initial_state: The state before the first step, (batch, *channels); zeros by default.
-        reset: True where the state is dropped before that step: h_t = impulse_t.
-        reverse: Run from the last step to the first: h_t = decay_t * h_{t+1} + impulse_t. ``initial_state`` then enters
-            at the last step, and ``reset`` drops the state that arrives from step t + 1.
-        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); it runs or raises. None takes that of
-            ``legato.use_backend`` or else chooses by device; ``legato.explain()`` says what was chosen.
+        reset: True at a step before which the state is reset to zero: h_t = impulse_t.
+        reverse: Compute from the last step to the first: h_t = decay_t * h_{t+1} + impulse_t.
+            ``initial_state`` is then the state before step T, and ``reset`` resets the state that
+            comes from step t + 1.
+        backend: "reference", "torch", "numba" (CPU) or "triton" (CUDA); an error is raised if that
+            backend cannot run. None uses the backend of ``legato.use_backend``, or else chooses by
+            device; ``legato.explain()`` reports the choice.
 
     Returns:
-        The states h_t, in the common dtype of decay and impulse, and the state after the last step that was run, in the
-        dtype of the carry: that dtype, but at least 32 bits wide, so that a stream of 16-bit chunks loses nothing.
+        The states h_t, in the common dtype of decay and impulse, and the state after the last step
+        that was computed, in the dtype of the carry. That is the common dtype, but at least 32 bits
+        wide, so that a stream of 16-bit chunks is rounded no more often than one parallel pass.
 
     Raises:
         TypeError: an argument is not a tensor, or not of a floating, complex or (reset) boolean dtype.
-        ValueError: shapes or devices do not fit together, or no backend has that name or runs on that device.
-        RuntimeError: the named backend needs a package that is not installed, or that fails.
+        ValueError: shapes or devices do not match, no backend has that name, or the backend does
+            not run on that device.
+        RuntimeError: the named backend needs a package that is not installed or does not work.
 
     Example:
         >>> import torch, legato
@@ -57,7 +63,7 @@ def linear_recurrence(
         >>> states.flatten().tolist()
         [1.0, 1.5, 1.75]
 
-    Source: Martin & Cundy (2018), section 2; the adjoint is the same recurrence run backwards.
+    Source: Martin & Cundy (2018), section 2; the adjoint is the same recurrence in reverse time.
     """
     _check(decay, impulse, initial_state, reset)
     backend = backends.resolve(backend, impulse.device)
@@ -67,7 +73,7 @@ def linear_recurrence(
     decay, impulse = _canonical(decay.to(dtype), impulse.to(dtype))
     if initial_state is not None:
         initial_state = initial_state.to(carry_dtype).reshape(impulse.shape[0], *impulse.shape[2:])
-    # Dynamo refuses Functions with a forward-mode rule, so compiled code takes the one without.
+    # Dynamo rejects Functions with a forward-mode rule, so compiled code uses the one without it.
     function = _Recurrence if torch.compiler.is_compiling() else _ForwardModeRecurrence
     states, final_state = function.apply(decay, impulse, initial_state, reset, reverse, backend)
     return states.reshape(*states.shape[:2], *channels), final_state.reshape(states.shape[0], *channels)
@@ -92,10 +98,11 @@ def _check(decay: Tensor, impulse: Tensor, initial_state: Tensor | None, reset: 
 
 
 def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
-    """Impulse as (B, T, H, D) and decay as (Bd, Td, Hd, Dd), each size of which is 1 or the full one.
+    """Impulse as (B, T, H, D), decay as (Bd, Td, Hd, Dd) whose sizes are 1 or the full size.
 
-    Neighbouring channel axes that the decay treats alike are joined. Two groups remain for all but exotic broadcasts,
-    such as a decay (H, 1, K); only there is the decay expanded, and over channels alone.
+    Adjacent channel axes are merged where the decay broadcasts over all of them or over none. Two
+    groups remain, except for unusual broadcasts such as a decay (H, 1, K): only then is the decay
+    expanded, and over the channel axes only.
     """
     decay = decay.reshape((1,) * (impulse.ndim - decay.ndim) + tuple(decay.shape))
     groups: list[list[int]] = []  # [size, the decay's size], outermost first
@@ -107,14 +114,14 @@ def _canonical(decay: Tensor, impulse: Tensor) -> tuple[Tensor, Tensor]:
             groups.append([size, own])
     if len(groups) > 2:
         decay = decay.expand(*decay.shape[:2], *impulse.shape[2:])
-        whole = decay.shape[2:].numel()
-        groups = [[whole, whole]]
+        size = decay.shape[2:].numel()
+        groups = [[size, size]]
     (H, Hd), (D, Dd) = [[1, 1]] * (2 - len(groups)) + groups
     return decay.reshape(*decay.shape[:2], Hd, Dd), impulse.reshape(*impulse.shape[:2], H, D)
 
 
 class _Recurrence(Function):
-    """The recurrence with its adjoint; keeps decay, states and initial_state and nothing else."""
+    """The recurrence with its adjoint; saves decay, states, initial_state and reset only."""
 
     @staticmethod
     def forward(decay, impulse, initial_state, reset, reverse, backend):
@@ -129,7 +136,8 @@ class _Recurrence(Function):
     def backward(ctx, grad_states, grad_final):
         decay, states, initial_state, reset = ctx.saved_tensors
         arguments = (grad_states, grad_final, decay, states, initial_state, reset, ctx.reverse, ctx.backend)
-        # With create_graph the adjoint is itself differentiated, so it is written as a recurrence; else one kernel.
+        # With create_graph the adjoint must be differentiable, so it is computed as a recurrence.
+        # Otherwise one kernel computes it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _adjoint(_ForwardModeRecurrence.apply, *arguments)
         else:
@@ -138,7 +146,7 @@ class _Recurrence(Function):
 
 
 class _ForwardModeRecurrence(_Recurrence):
-    """The same with the rule of forward-mode derivatives, and with vmap."""
+    """``_Recurrence`` with a forward-mode rule and a vmap rule."""
 
     generate_vmap_rule = True
 
@@ -159,7 +167,7 @@ class _ForwardModeRecurrence(_Recurrence):
 
 
 def _states_before(states: Tensor, initial_state: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
-    """h_{t-1} as step t used it: the initial state comes first, and zero where the state was dropped."""
+    """h_{t-1} for every step t: the initial state at the first step, zero at a reset."""
     first = torch.zeros_like(states[:, :1]) if initial_state is None else initial_state.to(states.dtype).unsqueeze(1)
     if states.shape[1] == 0:
         return states
@@ -168,16 +176,16 @@ def _states_before(states: Tensor, initial_state: Tensor | None, reset: Tensor |
 
 
 def _adjoint(recurrence, grad_states, grad_final, decay, states, initial_state, reset, reverse, backend):
-    """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}, by a recurrence that runs the other way.
+    """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}, a recurrence in the other direction.
 
     Returns the gradients of decay, impulse and initial_state: conj(h_{t-1}) g_t, g_t and conj(decay_1) g_1.
     """
     if states.shape[1] == 0:
         return torch.zeros_like(decay), torch.zeros_like(states), grad_final.clone()
-    first, last = (-1, 0) if reverse else (0, -1)  # in the order in which the steps were run
+    first, last = (-1, 0) if reverse else (0, -1)  # in the order in which the steps were computed
 
     def next_step(x: Tensor) -> Tensor:
-        """x_{t+1} in the place of x_t, and zero at the last step."""
+        """x shifted by one step: x_{t+1} at step t, and zero at the last step."""
         none = torch.zeros_like(x[:, :1])
         return torch.cat([none, x[:, :-1]] if reverse else [x[:, 1:], none], 1)
 
@@ -194,7 +202,7 @@ def _adjoint(recurrence, grad_states, grad_final, decay, states, initial_state, 
     return grad_decay, g, grad_initial
 
 
-# --- the registered ops: what torch.compile, export and vmap see ---
+# --- the registered ops, which torch.compile, torch.export and vmap record ---
 
 _library = torch.library.Library("legato", "DEF")
 _library.define(
@@ -243,7 +251,7 @@ def _fake_run_backward(grad_states, grad_final, decay, states, initial_state, re
 
 
 def _vmap_run(info, in_dims, decay, impulse, initial_state, reset, reverse, backend):
-    """A mapped axis joins the batch; a decay that is not mapped and shared by the batch stays one row."""
+    """Merge a mapped axis into the batch; a decay neither mapped nor batched stays one row."""
     V, B = info.batch_size, _size(impulse, in_dims[1], 0)
     decay = _fold(decay, in_dims[0], V, None if in_dims[0] is None and decay.shape[0] == 1 else B)
     impulse, initial_state, reset = (
@@ -254,7 +262,7 @@ def _vmap_run(info, in_dims, decay, impulse, initial_state, reset, reverse, back
 
 
 def _vmap_run_backward(info, in_dims, *arguments):
-    """As above, but a shared decay gets one gradient a mapped row: it is given a row each and summed over the batch."""
+    """As above; a decay without batch axis is expanded, and its gradient summed over the batch."""
     V, B = info.batch_size, _size(arguments[3], in_dims[3], 0)
     rows = _size(arguments[2], in_dims[2], 0)
     tensors = [_fold(x, dim, V, B) for x, dim in zip(arguments[:6], in_dims[:6], strict=True)]
@@ -270,7 +278,7 @@ def _size(x: Tensor, mapped: int | None, axis: int) -> int:
 
 
 def _fold(x: Tensor | None, mapped: int | None, V: int, B: int | None) -> Tensor | None:
-    """(B or 1, ...) with a mapped axis of size V, or none, to (V * B, ...); B None leaves x as it is."""
+    """(B or 1, ...) with a mapped axis of size V, or none, to (V * B, ...); B None returns x."""
     if x is None or B is None:
         return x
     x = x.unsqueeze(0) if mapped is None else x.movedim(mapped, 0)

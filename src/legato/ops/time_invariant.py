@@ -1,12 +1,13 @@
-"""m_t = A m_{t-1} + B u_t with A and B that never change, one copy per channel: one function per way to compute it.
+"""m_t = A m_{t-1} + B u_t with constant A and B, for every channel of u: one function per method.
 
-    memory, final_state = lti(u, A, B, state)                        # everything at once
-    system = prepare(A, B, steps, dtype=u.dtype)                     # what depends on A and B only: keep it
-    memory, final_state = apply(u, system, state, reset=reset)       # what depends on u
+    memory, final_state = lti(u, A, B, state)                        # one call
+    system = prepare(A, B, steps, dtype=u.dtype)                     # depends on A and B only: cache it
+    memory, final_state = apply(u, system, state, reset=reset)       # depends on u
 
-A layer whose A and B are frozen calls ``prepare`` once and keeps the result; one with a trainable theta calls it in
-each pass, and the gradients of A and B flow through it. ``legato.legendre`` makes A and B of the delay network;
-``docs/maths/chunked.md`` derives the chunked form.
+A layer with frozen A and B calls ``prepare`` once and caches the result. A layer with a trainable
+theta calls it in each forward pass, and the gradients of A and B flow through it.
+``legato.legendre`` makes A and B of the delay network; ``docs/maths/chunked.md`` derives the
+chunked method.
 """
 
 import difflib
@@ -25,7 +26,7 @@ METHODS = ("sequential", "toeplitz", "fft", "chunked")
 
 
 class PreparedSystem(NamedTuple):
-    """What ``apply`` needs of A and B, made by ``prepare``: ``inputs`` multiplies inputs, ``powers`` multiply states.
+    """The tensors that ``prepare`` makes of A and B: factors of the inputs and of the states.
 
     =============  ========================================  =======================================
     method         inputs                                    powers, of A transposed
@@ -37,8 +38,9 @@ class PreparedSystem(NamedTuple):
     "last"         as for "toeplitz"          (steps, N)     A, A^2, A^4, ...           (levels, N, N)
     =============  ========================================  =======================================
 
-    Each has a leading C axis when A and B have one. With ``last_only``, ``apply`` returns the last state alone: "last"
-    always does, "chunked" and "sequential" do where they replace it because its powers overflow.
+    Each has a leading C axis if A and B have one. With ``last_only``, ``apply`` returns the last
+    state only. That is always so for "last", and for "chunked" and "sequential" where they replace
+    it because its powers overflow.
     """
 
     method: str
@@ -62,33 +64,39 @@ def lti(
     """m_t = A m_{t-1} + B u_t for every channel of u; differentiable in u, A, B and initial_state.
 
     Args:
-        u: inputs (B, T, C), real or complex; float16 and bfloat16 are carried in float32, and computed in it too, but
-            for the one large product of "chunked" on CUDA: it takes 16-bit factors and adds them up in float32, or as
-            PyTorch's ``allow_bf16_reduced_precision_reduction`` and its float16 twin, on by default, let cuBLAS do.
-        A: (N, N), or (C, N, N) for one system per channel. Its powers are formed in float64: give it in float64.
+        u: inputs (B, T, C), real or complex. For float16 and bfloat16 the carry and the computation
+            are in float32, except for the one large product of "chunked" on CUDA. Its factors have
+            16 bits and its sums are in float32, unless PyTorch's
+            ``allow_bf16_reduced_precision_reduction`` or its float16 equivalent, both on by
+            default, let cuBLAS reduce them.
+        A: (N, N), or (C, N, N) for one system per channel. Its powers are computed in float64: pass
+            it in float64.
         B: (N,), or (C, N).
         initial_state: m before the first step, (B, C, N); zeros when None.
         method: "sequential" (equation 19), "toeplitz" (24), "fft" (26), "chunked"; None chooses by ``choose_method``.
-        last_only: only m after the last step (25), as one matrix product; ``method`` must be None then.
-        reset: bool (B, T), True where the state is dropped before that step. Not with "fft".
+        last_only: compute only m after the last step (25), as one matrix product; ``method`` must
+            then be None.
+        reset: bool (B, T), True at a step before which the state is reset to zero. Not with "fft".
 
     Returns:
-        memory: (B, T, C, N) in u's dtype, or (B, C, N) when last_only. It is a view of an array (C, B, T, N); of one
-            (B, T, N, C) from "chunked" on a CPU where 16 channels or more share a frozen A, N > 1, without resets.
+        memory: (B, T, C, N) in the dtype of u, or (B, C, N) if last_only. It is a view of an array
+            (C, B, T, N). From "chunked" on a CPU it is a view of an array (B, T, N, C) if 16
+            channels or more use one frozen A, N > 1 and there are no resets.
         final_state: (B, C, N), m after the last step in the dtype of the carry.
 
     Raises:
         TypeError: an argument is not a tensor, or not of a floating, complex (u and initial_state) or boolean (reset)
             dtype.
-        ValueError: shapes or devices that do not fit, an unknown method, a method together with last_only, "fft" with
-            resets.
+        ValueError: shapes or devices do not match, the method is unknown, a method is given
+            together with last_only, or "fft" with resets.
 
     Example:
         >>> A, B = legato.delay_network(order=8, theta=100)
         >>> memory, state = lti(torch.randn(4, 300, 2), A, B)
         >>> more, state = lti(torch.randn(4, 50, 2), A, B, state)
 
-    Source: Chilkuri & Eliasmith 2021, equations (19) to (26); the chunked form is derived in docs/maths/chunked.md.
+    Source: Chilkuri & Eliasmith 2021, equations (19) to (26); docs/maths/chunked.md derives the
+    chunked method.
     """
     _check_input(u)
     system = prepare(A, B, u.shape[1], method=method, last_only=last_only, dtype=u.dtype)
@@ -104,16 +112,19 @@ def prepare(
     last_only: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> PreparedSystem:
-    """The powers of A and the impulse response A^k B that ``apply`` needs, formed in float64 by doubling.
+    """The powers of A and the impulse response A^k B that ``apply`` uses, in float64 by doubling.
 
-    Keep the result while A and B stay as they are, and make it anew when the module moves to another device or dtype.
-    "sequential" and "chunked" serve inputs of any length, and "chunked" is quickest up to ``steps`` and on lengths that
-    its chunk divides; the others serve inputs of up to ``steps``, so ask again when ``system.steps < u.shape[1]``.
+    The result is valid while A and B do not change; prepare a new one after a move to another
+    device or dtype. A system of "sequential" or "chunked" can be applied to inputs of any length;
+    "chunked" is fastest up to ``steps`` and for lengths that are a multiple of its chunk. Systems
+    of the other methods can be applied to at most ``steps`` steps: prepare a new one if
+    ``system.steps < u.shape[1]``.
 
     Args:
         A, B, method, last_only: as for ``lti``.
-        steps: the length of the inputs to come.
-        dtype: of the inputs to come; a system for 16-bit inputs is in float32, one for complex inputs is real.
+        steps: the expected length of the inputs.
+        dtype: the dtype of the inputs. A system for 16-bit inputs is in float32; a system for
+            complex inputs is real.
 
     Returns:
         The prepared system, differentiable in A and B.
@@ -128,8 +139,7 @@ def prepare(
     _check_matrices(A, B)
     if method is not None and last_only:
         raise ValueError(
-            f"last_only gives the last state alone, method={method!r} the full sequence: leave method out, or use "
-            "last_only=False"
+            f"expected method=None with last_only=True, got {method!r}: drop the method, or use last_only=False"
         )
     if method is not None and method not in METHODS:
         nearest = difflib.get_close_matches(str(method), METHODS, n=1, cutoff=0)
@@ -138,7 +148,7 @@ def prepare(
         )
     why = "named by the caller"
     if last_only:
-        method, why = "last", "only the last state is asked for"
+        method, why = "last", "last_only=True"
     elif method is None:
         method = choose_method(steps)
         why = "one step" if method == "sequential" else "the fastest measured for sequences"
@@ -160,24 +170,25 @@ def apply(
     *,
     reset: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Inexact[Tensor, "B *time C N"], Inexact[Tensor, "B C N"]]:
-    """``lti`` with its ``A``, ``B``, ``method`` and ``last_only`` in ``system``: same arguments, results and errors."""
+    """``lti`` for a prepared ``system``, with the same arguments, results and errors otherwise."""
     _check_input(u)
     _check_fit(u, system, initial_state, reset)
     if not torch.compiler.is_compiling():
         backends.record("lti", system.method, system.why)
     if u.is_complex():
-        return _apply_to_parts(u, system, initial_state, reset)
+        return _apply_complex(u, system, initial_state, reset)
     with without_autocast(u):
         carry = system.powers.dtype
-        # One row a channel: (C, B, T). With channels first, each method is a plain matrix product.
+        # (C, B, T): with channels first, each method is a plain matrix product.
         narrow = system.method == "chunked" and reset is None and _multiplied_in_16_bits(u)
         rows = (u if narrow else u.to(carry)).permute(2, 0, 1)
         state = None if initial_state is None else initial_state.to(carry).transpose(0, 1)
         if state is not None and reset is not None and reset.shape[1] > 0:
-            # Before any product: its gradient by A would be 0 times a state that is not finite.
+            # Reset before any product: otherwise its gradient by A is 0 times a state that is not
+            # finite.
             state = torch.where(reset[:, :1], 0, state)
         if u.numel() == 0:
-            memory, final_state = _nothing(rows, system, state)
+            memory, final_state = _empty_result(rows, system, state)
         elif _channels_last(u, system, reset):
             memory, final_state = _chunked_channels_last(rows.permute(1, 2, 0), system, state)
             return memory.to(u.dtype).mT, final_state.transpose(0, 1)
@@ -190,14 +201,15 @@ def apply(
 
 
 def choose_method(steps: int) -> str:
-    """The fastest method of the sizes measured by benchmarks/lti.py; see docs/maths/chunked.md."""
+    """The fastest method in the benchmark ``lti``; see docs/maths/chunked.md."""
     return "sequential" if steps <= 1 else "chunked"
 
 
 def chunk_length(steps: int) -> int:
-    """L of the chunked method: the length near the measured best that divides the steps, or else the best itself."""
+    """L of the chunked method: near 32 and a divisor of ``steps``, else a power of 2 up to 32."""
     best = 32
-    # Padding to whole chunks costs a copy of the gradient. A compiled graph must not depend on what divides its length.
+    # Padding to full chunks costs a copy of the gradient. A compiled graph must not depend on the
+    # divisors of its length.
     if not torch.compiler.is_compiling():
         for length in sorted(range(best // 2, 2 * best + 1), key=lambda length: abs(length - best)):
             if steps % length == 0:
@@ -214,16 +226,18 @@ def _system_of(method: str, A: Tensor, B: Tensor, steps: int, carry: torch.dtype
 
 
 def _usable(system: PreparedSystem, A: Tensor, B: Tensor) -> bool:
-    """Whether products with the system are finite where those of the loop are, as far as values may be examined."""
+    """Whether products with the system are finite if the loop is; True if it cannot be tested."""
     if system.method == "sequential" or not examinable(system.inputs):
         return True
-    # The inputs of "chunked" hold A^L too, and its further powers are formed as far as they do not overflow.
+    # The inputs of "chunked" contain A^L, and its higher powers are computed only until one
+    # overflows.
     fits = in_range(system.inputs) and (system.method == "chunked" or in_range(system.powers))
-    # Where A or B is not finite, the loop is not either.
+    # Where A or B is not finite, the loop is not finite either.
     return fits or not (all_finite(A) and all_finite(B))
 
 
-# What each method needs of A and B. They get A transposed, (..., N, N), and B, (..., N), in float64.
+# Preparation, one function per method, from the transpose of A, (..., N, N), and B, (..., N), in
+# float64.
 
 
 def _prepare_sequential(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -231,7 +245,8 @@ def _prepare_sequential(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) ->
 
 
 def _prepare_response(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tuple[Tensor, Tensor]:
-    """H reversed in time, (..., steps, N), by doubling [H, A^k H]; and A^(2^j) up to the power that is ``steps``."""
+    """H reversed in time, (..., steps, N), by doubling [H, A^k H]; and A^(2^j) for 2^j up to
+    ``steps``."""
     H, powers = B.unsqueeze(-2), [A]
     while H.shape[-2] < steps:
         H = torch.cat([H, H[..., : steps - H.shape[-2], :] @ powers[-1]], dim=-2)
@@ -253,7 +268,8 @@ def _prepare_chunked(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tu
     carries = [powers[..., -1, :, :]]
     while length * 2 ** len(carries) < steps:
         carries.append(carries[-1] @ carries[-1])
-    # Dropped before they enter the graph: the gradient of a product that overflowed is NaN even where none arrives.
+    # An overflowed power is removed before it enters the graph: its gradient is NaN even where the
+    # incoming gradient is zero.
     while len(carries) > 1 and examinable(A) and not in_range(torch.stack(carries).to(carry)):
         carries.pop()
     return _chunk_weights(powers, B), torch.stack(carries, dim=-3)
@@ -262,8 +278,9 @@ def _prepare_chunked(A: Tensor, B: Tensor, steps: int, carry: torch.dtype) -> tu
 def _chunk_weights(powers: Tensor, B: Tensor) -> Tensor:
     """W (..., L + N, L N), such that [u of a chunk, m before it] @ W is m at each of the chunk's L steps.
 
-    Row j < L holds A^(l-j) B at step l >= j and zeros before; the other N rows hold A^(l+1), transposed. The last N
-    columns are thus the end of the chunk: A^(L-1) B ... B over A^L.
+    Row j < L contains A^(l-j) B at steps l >= j and zeros at earlier steps. The other N rows
+    contain A^(l+1), transposed. The last N columns therefore give the state at the end of the
+    chunk: A^(L-1) B ... B over A^L.
     """
     length, order = powers.shape[-3], powers.shape[-1]
     b = B.unsqueeze(-2)
@@ -287,7 +304,7 @@ _PREPARE = {
 
 
 def _sequential(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(19): m_t = A m_{t-1} + B u_t, a step at a time."""
+    """(19): m_t = A m_{t-1} + B u_t, one time step after another."""
     A, B = system.powers[..., 0, :, :], system.inputs
     m = u.new_zeros(*u.shape[:2], A.shape[-1]) if state is None else state
     memory = []
@@ -300,7 +317,7 @@ def _sequential(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: 
 
 
 def _toeplitz(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(24): m_{1:T} = H U, with every window of u written out: (C, B, T, T)."""
+    """(24): m_{1:T} = H U, where U contains every window of u: (C, B, T, T)."""
     steps = u.shape[-1]
     windows = _windows(u)
     count = None
@@ -315,11 +332,11 @@ def _toeplitz(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Te
 
 
 def _fft(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(26): m_{1:T} = irfft(rfft(H) rfft(u)), padded with zeros to twice the length so that nothing wraps around."""
+    """(26): m_{1:T} = irfft(rfft(H) rfft(u)), zero-padded to twice the length."""
     memory = _convolved(u, system)
     bad = _not_finite(u, memory[:, :, -1])
     if bad is not None:
-        memory = _spoiled(_convolved(_zeroed(u, bad), system), bad)
+        memory = _with_nan(_convolved(_zeroed(u, bad), system), bad)
     if state is not None:
         memory = memory + _free_response(state, system, u.shape[-1], None)
     return memory, memory[:, :, -1].clone()
@@ -327,28 +344,30 @@ def _fft(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor 
 
 def _convolved(u: Tensor, system: PreparedSystem) -> Tensor:
     padded = 2 * max(system.steps, 1)
-    # Time is kept innermost, where the transforms are fastest, and only seen as (C, B, T, N).
+    # Time is innermost, where the transforms are fastest; the result is a view as (C, B, T, N).
     spectrum = torch.fft.rfft(u, n=padded).unsqueeze(-2) * system.inputs.unsqueeze(-3)
     return torch.fft.irfft(spectrum, n=padded)[..., : u.shape[-1]].mT
 
 
 def _multiplied_in_16_bits(u: Tensor) -> bool:
-    """Whether the large product of "chunked" takes 16-bit factors: tensor cores do, a CPU may be slower with them."""
+    """Whether the large product of "chunked" has 16-bit factors: on a GPU only, a CPU may be slower
+    with them."""
     return u.is_cuda and u.dtype in (torch.float16, torch.bfloat16)
 
 
 def _chunked(
     u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """[u of the chunk, m before it] @ W for all chunks at once, after the m before each chunk is known.
+    """[u of the chunk, m before it] @ W for all chunks in one product.
 
-    That product has the dtype of u; what is carried from chunk to chunk, and the final state, that of the system.
+    That product is in the dtype of u. The states carried from chunk to chunk and the final state
+    are in the dtype of the system.
     """
     channels, batch, steps = u.shape
     W, order, carry = system.inputs, system.powers.shape[-1], system.powers.dtype
     length = W.shape[-2] - order
     if steps <= length and reset is None:
-        # A short input, such as a piece of a stream, takes the part of W that it needs.
+        # A short input, such as one chunk of a stream, uses the first rows and columns of W.
         W, u = W[..., : steps * order], u.to(carry)
         final_state = _times(u, W[..., :steps, -order:])
         if state is not None:
@@ -357,7 +376,7 @@ def _chunked(
         memory = _times(_zeroed(u, bad), W[..., :steps, :])
         if state is not None:
             memory = memory + _times(state, W[..., length:, :])
-        return _spoiled(memory.unflatten(-1, (steps, order)), bad), final_state
+        return _with_nan(memory.unflatten(-1, (steps, order)), bad), final_state
     chunks = -(-steps // length)
     missing = chunks * length - steps
     u = F.pad(u, (0, missing)).reshape(channels, batch, chunks, length)
@@ -366,7 +385,8 @@ def _chunked(
         memory = _chunked_with_reset(u, system, state, reset)[:, :, :steps]
         return memory, memory[:, :, -1].clone()
     before = _before_chunks(_times(u.to(carry), W[..., :length, -order:]), system, state)
-    # Not taken from the memory, because the gradient of memory[:, :, -1] is zeros of the size of the memory.
+    # Computed separately, because the gradient of memory[:, :, -1] would be an array of zeros of
+    # the size of the memory.
     end = (length - missing) * order
     last = torch.cat([u[:, :, -1].to(carry), before[:, :, -1]], dim=-1)
     final_state = _times(last, W[..., end - order : end])
@@ -375,18 +395,20 @@ def _chunked(
     bad = _not_finite(u, final_state)
     rows = torch.cat([_zeroed(u, bad), before.to(u.dtype)], dim=-1)
     memory = _times(rows, W.to(u.dtype)).reshape(channels, batch, chunks, length, order)
-    return _spoiled(memory, bad).flatten(2, 3)[:, :, :steps], final_state
+    return _with_nan(memory, bad).flatten(2, 3)[:, :, :steps], final_state
 
 
 def _channels_last(u: Tensor, system: PreparedSystem, reset: Tensor | None) -> bool:
-    """Whether "chunked" leaves the channels where they are: W stands on the left then, once a chunk of each row.
+    """Whether "chunked" multiplies by W from the left, with the channels last, once per row and
+    chunk.
 
-    Many channels in one system make that a matrix product too, and neither u nor the memory, N times as large, is
-    turned round. A W with gradients would be copied for every chunk.
+    With many channels in one system that is also an efficient matrix product, and neither u nor the
+    memory, which is N times as large, is transposed. A W with gradients would be copied for every
+    chunk.
     """
-    shared = system.method == "chunked" and system.powers.ndim == 3 and not system.inputs.requires_grad
+    one_system = system.method == "chunked" and system.powers.ndim == 3 and not system.inputs.requires_grad
     many = u.shape[2] >= 16 and system.powers.shape[-1] > 1
-    return u.device.type == "cpu" and shared and many and reset is None and not system.last_only
+    return u.device.type == "cpu" and one_system and many and reset is None and not system.last_only
 
 
 def _chunked_channels_last(u: Tensor, system: PreparedSystem, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -411,14 +433,14 @@ def _chunked_channels_last(u: Tensor, system: PreparedSystem, state: Tensor | No
     bad = _not_finite(u, final_state)
     rows = torch.cat([_zeroed(u, bad), before], dim=2)
     memory = W.expand(batch * chunks, -1, -1).bmm(rows.flatten(0, 1))
-    memory = _spoiled(memory.view(batch, chunks, length, order, channels), bad, time=2, order=3)
+    memory = _with_nan(memory.view(batch, chunks, length, order, channels), bad, time=2, order=3)
     return memory.flatten(1, 2)[:, :steps], final_state
 
 
 def _chunked_with_reset(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor) -> Tensor:
-    """The same, but with the chunks side by side a step at a time, so that not even a NaN gets past a reset.
+    """The same with resets: all chunks in parallel, one time step after another.
 
-    A product with W would multiply what a reset cuts off by zero, and 0 times NaN is NaN.
+    A product with W would multiply the states before a reset by zero, and 0 times NaN is NaN.
     """
     W, order = system.inputs, system.powers.shape[-1]
     channels, batch, chunks, length = u.shape
@@ -430,8 +452,11 @@ def _chunked_with_reset(u: Tensor, system: PreparedSystem, state: Tensor | None,
     return memory.reshape(channels, batch, chunks * length, order)
 
 
-def _before_chunks(ends: Tensor, system: PreparedSystem, state: Tensor | None, kept: Tensor | None = None) -> Tensor:
-    """m before each chunk, (C, B, chunks, N), from what each chunk alone leaves at its end."""
+def _before_chunks(ends: Tensor, system: PreparedSystem, state: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """m before each chunk, (C, B, chunks, N), from the end of each chunk with m = 0 before it.
+
+    ``mask`` is False for a chunk across which no state is carried: one with a reset, or padding.
+    """
     if state is None:
         state = torch.zeros_like(ends[:, :, 0])
     chunks = ends.shape[2]
@@ -445,18 +470,18 @@ def _before_chunks(ends: Tensor, system: PreparedSystem, state: Tensor | None, k
             square = powers[-1] @ powers[-1]
             overflows = examinable(square) and not in_range(square)
             powers += [] if overflows else [square]
-    if overflows and kept is None:
-        # The state is dropped in the padding, which it might overflow in.
-        kept = torch.ones((), dtype=torch.bool, device=ends.device).expand(ends.shape[1], chunks, 1)
+    if overflows and mask is None:
+        # The state is set to zero in the padding, where it might overflow.
+        mask = torch.ones((), dtype=torch.bool, device=ends.device).expand(ends.shape[1], chunks, 1)
     pad = (0, 0, 0, padded - chunks)
-    kept = None if kept is None else F.pad(kept, pad)
-    return _scan(F.pad(ends, pad), kept, state, powers)[:, :, :chunks]
+    mask = None if mask is None else F.pad(mask, pad)
+    return _scan(F.pad(ends, pad), mask, state, powers)[:, :, :chunks]
 
 
-def _scan(ends: Tensor, kept: Tensor | None, state: Tensor, powers: list[Tensor]) -> Tensor:
-    """s_k of s_{k+1} = A s_k + ends_k, (C, B, K, N) for K a power of 2: by pairs, so 2 K products in 2 log2 K steps.
+def _scan(ends: Tensor, mask: Tensor | None, state: Tensor, powers: list[Tensor]) -> Tensor:
+    """s_{k+1} = A s_k + ends_k, (C, B, K, N), K a power of 2: 2 K products in 2 log2 K steps.
 
-    Without enough powers, because they overflow, the last one is applied K times in turn.
+    If higher powers overflow and are missing, the last one is applied K times in sequence.
     """
     if ends.shape[2] == 1:
         return state.unsqueeze(2)
@@ -464,18 +489,18 @@ def _scan(ends: Tensor, kept: Tensor | None, state: Tensor, powers: list[Tensor]
     if not further:
         states = [state]
         for k in range(ends.shape[2] - 1):
-            states.append(_carried(states[-1], A, kept, k) + ends[:, :, k])
+            states.append(_carried(states[-1], A, mask, k) + ends[:, :, k])
         return torch.stack(states, dim=2)
     first, second = ends[:, :, 0::2], ends[:, :, 1::2]
-    kept_pair = None if kept is None else kept[:, 0::2] & kept[:, 1::2]
-    even = _scan(_carried(first, A, kept, slice(1, None, 2)) + second, kept_pair, state, further)
-    odd = _carried(even, A, kept, slice(0, None, 2)) + first
+    mask_pair = None if mask is None else mask[:, 0::2] & mask[:, 1::2]
+    even = _scan(_carried(first, A, mask, slice(1, None, 2)) + second, mask_pair, state, further)
+    odd = _carried(even, A, mask, slice(0, None, 2)) + first
     return torch.stack([even, odd], dim=3).flatten(2, 3)
 
 
-def _carried(states: Tensor, A: Tensor, kept: Tensor | None, chunks: int | slice) -> Tensor:
-    """States across chunks, zero where a reset drops them: before the product, whose gradient may not meet a NaN."""
-    return _times(states if kept is None else torch.where(kept[:, chunks], states, 0), A)
+def _carried(states: Tensor, A: Tensor, mask: Tensor | None, chunks: int | slice) -> Tensor:
+    """States times A. A reset zeroes them before the product, so its gradient has no NaN."""
+    return _times(states if mask is None else torch.where(mask[:, chunks], states, 0), A)
 
 
 def _last(u: Tensor, system: PreparedSystem, state: Tensor | None, reset: Tensor | None) -> tuple[None, Tensor]:
@@ -501,10 +526,10 @@ _APPLY = {"sequential": _sequential, "toeplitz": _toeplitz, "fft": _fft, "chunke
 
 
 def _not_finite(u: Tensor, final_state: Tensor) -> Tensor | None:
-    """Where u is not finite, or None if it is finite everywhere or its values may not be examined.
+    """A mask of the values of u that are not finite; None if all are, or if values are not read.
 
-    The final state is small and tells it: after a step that is not finite, no state is. Where u is mapped, it is
-    taken for not finite.
+    It is enough to test the final state, which is small: once an input is not finite, no later
+    state is finite. The mask is always computed if u is mapped by ``torch.vmap``.
     """
     if examinable(final_state):
         if all_finite(final_state):
@@ -515,7 +540,7 @@ def _not_finite(u: Tensor, final_state: Tensor) -> Tensor | None:
 
 
 def _zeroed(u: Tensor, bad: Tensor | None) -> Tensor:
-    """u with zeros where it is not finite, whose gradient is that of u everywhere, as in the loop."""
+    """u with zeros where ``bad``. The gradient is passed to every element of u, as in the loop."""
     if bad is None:
         return u
     u = u.clone()
@@ -523,8 +548,8 @@ def _zeroed(u: Tensor, bad: Tensor | None) -> Tensor:
     return u
 
 
-def _spoiled(memory: Tensor, bad: Tensor | None, time: int = -1, order: int = -1) -> Tensor:
-    """memory, but NaN from the first bad step on: NaN is added, because the gradient is not to be cut there."""
+def _with_nan(memory: Tensor, bad: Tensor | None, time: int = -1, order: int = -1) -> Tensor:
+    """memory with NaN added from the first bad step on; adding it lets gradients through."""
     if bad is None:
         return memory
     after = (bad.cumsum(time) > 0).unsqueeze(order)
@@ -532,7 +557,7 @@ def _spoiled(memory: Tensor, bad: Tensor | None, time: int = -1, order: int = -1
 
 
 def _free_response(state: Tensor, system: PreparedSystem, steps: int, resets_so_far: Tensor | None) -> Tensor:
-    """A^t m_0 for t = 1..T without input, (C, B, T, N), by doubling [F, A^k F]."""
+    """A^t m_0 for t = 1..T, without input, (C, B, T, N), by doubling [F, A^k F]."""
     powers = system.powers.unbind(-3)
     response = _times(state, powers[0]).unsqueeze(2)
     for power in powers:
@@ -543,29 +568,31 @@ def _free_response(state: Tensor, system: PreparedSystem, steps: int, resets_so_
 
 
 def _windows(x: Tensor) -> Tensor:
-    """x (..., T) -> (..., T, T): row t is the last T steps up to t, with zeros before the first."""
+    """x (..., T) -> (..., T, T): row t has the T steps up to t, with zeros before the first
+    step."""
     steps = x.shape[-1]
     return F.pad(x, (steps - 1, 0)).unfold(-1, steps, 1)
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (C, ..., K) @ matrix (K, M) or (C, K, M), as one product or one a channel."""
+    """rows (C, ..., K) @ matrix (K, M) or (C, K, M), as one product or one per channel."""
     if matrix.ndim == 2:
         return rows @ matrix
     return (rows.flatten(1, -2) @ matrix).unflatten(1, rows.shape[1:-1])
 
 
-def _nothing(u: Tensor, system: PreparedSystem, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """No step, sequence or channel: an empty memory and the state as it was."""
+def _empty_result(u: Tensor, system: PreparedSystem, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The result for zero steps, sequences or channels: an empty memory and the unchanged state."""
     order = system.powers.shape[-1]
     empty = u.unsqueeze(-1).expand(*u.shape, order).clone()
     return empty, empty.sum(2) if state is None else state.clone()
 
 
-def _apply_to_parts(
+def _apply_complex(
     u: Tensor, system: PreparedSystem, initial_state: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A and B are real: the real and the imaginary part are two batches."""
+    """Complex u: A and B are real, so the real and the imaginary parts are computed as two
+    batches."""
     if initial_state is not None:
         imaginary = initial_state.imag if initial_state.is_complex() else torch.zeros_like(initial_state)
         initial_state = torch.cat([initial_state.real, imaginary])
@@ -574,7 +601,7 @@ def _apply_to_parts(
     return torch.complex(*memory.chunk(2)), torch.complex(*final_state.chunk(2))
 
 
-# Checks, at the public edge.
+# Checks of the public arguments.
 
 
 def _check_input(u: Any) -> None:
@@ -587,7 +614,8 @@ def _check_matrices(A: Any, B: Any) -> None:
     check_numbers(real=True, A=A, B=B)
     if A.ndim not in (2, 3) or A.shape[-1] != A.shape[-2] or B.shape != A.shape[:-1]:
         raise ValueError(
-            f"A must be (N, N) and B (N,), or (C, N, N) and (C, N), got {tuple(A.shape)} and {tuple(B.shape)}"
+            f"A must be (N, N) and B (N,), or (C, N, N) and (C, N), got {tuple(A.shape)} and {tuple(B.shape)}:"
+            " N, and C if there is one, must be the same in both"
         )
     check_device("A", A, "B", B)
 
@@ -599,7 +627,7 @@ def _check_fit(u: Tensor, system: PreparedSystem, initial_state: Any, reset: Any
     check_initial_state(initial_state, "(B, C, N)", (batch, channels, system.powers.shape[-1]), u=u)
     check_reset(reset, "u", u)
     if reset is not None and system.method == "fft":
-        raise ValueError('method "fft" cannot reset: use "chunked", "toeplitz" or "sequential", or method=None')
+        raise ValueError('"fft" does not support reset: use method "chunked", "toeplitz" or "sequential", or None')
 
 
 def _check_system(u: Tensor, system: PreparedSystem) -> None:
@@ -613,6 +641,6 @@ def _check_system(u: Tensor, system: PreparedSystem) -> None:
         raise ValueError(f"u must have one channel for each of the {powers.shape[0]} systems in A, got {channels}")
     if method not in ("sequential", "chunked") and steps > system.steps:
         raise ValueError(
-            f"a system of method {method!r} was prepared for up to {system.steps} steps, got {steps}: prepare it for "
-            "more"
+            f"a system of method {method!r} was prepared for up to {system.steps} steps, got {steps}: prepare it "
+            "for more steps"
         )

@@ -1,1 +1,1 @@
-"""The kernels; ``legato.ops.backends`` holds their table."""
+"""The kernels; ``legato.ops.backends`` has their table."""

@@ -1,8 +1,8 @@
-"""Kernels that Numba compiles when they are first called, and the files on disk that keep the code.
+"""Numba kernels, compiled when they are first called, and the cache of their code on disk.
 
-Numba's own cache raises an error in every process from the moment on that a file is damaged, the
-disk is full or the folder is gone, and it runs code in which a bit has flipped. Here every file is
-checked when it is read, and a cache that fails costs the time to compile and no more.
+Numba's own cache raises an error in every process once a file is damaged, the disk is full or the
+folder is deleted, and it runs code in which a bit has flipped. Here every file has a checksum,
+which is verified when the file is read. A cache that fails costs only the time to compile again.
 """
 
 import pickle
@@ -22,19 +22,19 @@ from numba.core.ccallback import CFunc
 def compiled(kernel: Callable, *, fastmath: Any = False) -> Any:
     """``kernel``, compiled when first called and cached on disk; other kernels may call it."""
     if config.DISABLE_JIT:  # pyright: ignore[reportAttributeAccessIssue]
-        raise RuntimeError("NUMBA_DISABLE_JIT is set, so that Numba compiles nothing: unset it")
+        raise RuntimeError("NUMBA_DISABLE_JIT is set, so Numba compiles nothing: unset it")
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(kernel)
     dispatcher._cache = _cache_of(kernel)
     return dispatcher
 
 
 def contracted(kernel: Callable) -> Any:
-    """The same, where a * b + c may be rounded once."""
+    """As ``compiled``, but a * b + c may be rounded once (fused multiply-add)."""
     return compiled(kernel, fastmath={"contract"})
 
 
 def c_function(run: Callable) -> Any:
-    """``run(words)`` compiled to a C function, now; ``.address`` is what ``launch`` calls."""
+    """``run(words)``, compiled to a C function immediately; ``launch`` calls its ``.address``."""
     signature = (types.CPointer(types.int64),), types.void
     function: Any = CFunc(run, signature, locals={}, options={"error_model": "numpy"})
     function._cache = _cache_of(run)
@@ -43,16 +43,16 @@ def c_function(run: Callable) -> Any:
 
 
 def _cache_of(function: Callable) -> Any:
-    """The cache of the code of ``function``; one of nothing if no folder can be written."""
+    """The cache for the code of ``function``; a null cache if no folder is writable."""
     try:
         return _Cache(function)
     except Exception as error:
-        _warn_of_no_cache("no folder to keep compiled kernels in", error)
+        _warn_of_no_cache("no folder for compiled kernels is writable", error)
         return NullCache()
 
 
 class _Cache(FunctionCache):
-    """Numba's cache of one function, except that after a failure the function is compiled again."""
+    """Numba's cache of one function; if the cache fails, the function is compiled again."""
 
     def __init__(self, function: Callable) -> None:
         super().__init__(function)
@@ -70,26 +70,27 @@ class _Cache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except Exception as error:
-            _warn_of_no_cache(f"compiled kernels cannot be kept in {self.cache_path}", error)
+            _warn_of_no_cache(f"compiled kernels cannot be saved in {self.cache_path}", error)
 
 
 class _Files(IndexDataCacheFile):
-    """The index and the data files of one function, each file with its checksum in front.
+    """The index and the data files of one function; each file starts with its checksum.
 
-    Each data file holds its key: of two processes that save at once, one may write the file that
-    the other has just entered under another key, and code for one dtype would run on another dtype.
+    Each data file contains its key. If two processes save at the same time, one may overwrite a
+    file that the other has listed under another key; without the key, code for one dtype would run
+    on another dtype.
     """
 
     def save(self, key: Any, data: Any) -> None:
         super().save(key, (key, data))
 
     def load(self, key: Any) -> Any:
-        belongs_to, data = super().load(key) or (None, None)
-        return data if belongs_to == key else None
+        saved_key, data = super().load(key) or (None, None)
+        return data if saved_key == key else None
 
     def _load_index(self) -> dict:
-        follows_from, overloads = self._read(self._index_path) or (None, {})
-        return overloads if follows_from == (self._version, self._source_stamp) else {}
+        saved_from, overloads = self._read(self._index_path) or (None, {})
+        return overloads if saved_from == (self._version, self._source_stamp) else {}
 
     def _save_index(self, overloads: dict) -> None:
         self._write(self._index_path, ((self._version, self._source_stamp), overloads))
@@ -109,8 +110,8 @@ class _Files(IndexDataCacheFile):
         checksum, content = data[:32], data[32:]
         if sha256(content).digest() != checksum:
             _warn_once(
-                f"{path} is damaged: the kernel is compiled again, for some seconds, and the file "
-                "replaced. If this comes back, set NUMBA_CACHE_DIR to a folder on another disk"
+                f"{path} is damaged: the kernel is compiled again, which takes seconds, and the file is "
+                "replaced. If this happens again, set NUMBA_CACHE_DIR to a folder on another disk"
             )
             return None
         return pickle.loads(content)
@@ -123,19 +124,19 @@ class _Files(IndexDataCacheFile):
 
 @cache
 def _sources() -> bytes:
-    """A checksum of all sources, since kernels of one module compile in functions of another."""
+    """A checksum of all sources, because a kernel may inline functions of another module."""
     paths = sorted(Path(__file__).parent.glob("*.py"))
     return sha256(b"".join(path.read_bytes() for path in paths)).digest()
 
 
 def _warn_of_no_cache(what: str, error: Exception) -> None:
     _warn_once(
-        f"{what} ({type(error).__name__}: {error}): every process compiles them again, for some "
-        "seconds. Set NUMBA_CACHE_DIR to a folder that can be written"
+        f"{what} ({type(error).__name__}: {error}): every process compiles them again, which takes "
+        "seconds. Set NUMBA_CACHE_DIR to a writable folder"
     )
 
 
-# Every kernel has its files, so one cause would otherwise give dozens of warnings.
+# Warn once: every kernel has its own files, so one cause would give dozens of warnings.
 _warned = False
 
 

@@ -2,9 +2,9 @@
 
     c_t = f_t c_{t-1} + w_t g(candidate_t),  h_t = o_t s(c_t) + (1 - o_t) skip_t
 
-Forward reads each product once and writes c and h; backward computes the gates again from the products and writes their
-gradients into one array of the products' shape. All in float32. The launch is that of ``numba_threads.py``; the
-arguments are those of ``ops/gated.py``.
+The forward reads each product once and writes c and h. The backward recomputes the gates from the
+products and writes the gradients of the products into one array. Everything is in float32.
+``numba_threads.py`` launches the kernels; the arguments are those of ``ops/gated.py``.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def forward(
     output_tanh: bool,
     save_products: bool,
 ) -> tuple[Float[Tensor, "B T K"] | None, Float[Tensor, "B T C"] | None, Float[Tensor, "B T C"], Float[Tensor, "B C"]]:
-    """The products if they are to be saved, h_t where there is an output gate, c_t (or c_{t-1}) and the last c."""
+    """Products (None if not saved), h_t (None without output gate), c_t or c_{t-1}, the last c."""
     like: Any = (*inputs, addend)[0]
     (B, T), K = like.shape[:2], addend.shape[-1] if addend is not None else len(weights[0])
     C = K // len(spec.blocks)
@@ -53,10 +53,10 @@ def forward(
     carry = like.new_zeros(B, C) if initial_state is None else initial_state.contiguous().clone()
     skip = inputs[0] if spec.skips_input else None
     kernel = _forward()
-    for part in _parts(B, T, K):
-        products = _products(inputs, weights, bias, addend, part, saved)
-        arrays = _blocks(products, spec) | _cut(part, skip=skip, states=states, gated_output=output, reset=reset)
-        arrays = _addressable(arrays | {"carry": carry[part[0]]})
+    for chunk in _chunks(B, T, K):
+        products = _products(inputs, weights, bias, addend, chunk, saved)
+        arrays = _blocks(products, spec) | _select(chunk, skip=skip, states=states, gated_output=output, reset=reset)
+        arrays = _addressable(arrays | {"carry": carry[chunk[0]]})
         launch(kernel, *_call(arrays, spec, output_tanh))
     return saved, output, states, carry
 
@@ -77,7 +77,7 @@ def backward(
     spec: GateSpec,
     output_tanh: bool,
 ) -> tuple[list[Tensor | None], list[Tensor], Tensor | None, Tensor | None, Float[Tensor, "B C"]]:
-    """The gradients of inputs (those that are ``wanted``), weights, bias, addend and initial state."""
+    """The gradients of the ``wanted`` inputs, and of weights, bias, addend and initial state."""
     B, T, C = states.shape
     K = C * len(spec.blocks)
     grad_inputs = [empty(x, *x.shape) if want else None for x, want in zip(inputs, wanted, strict=True)]
@@ -90,26 +90,26 @@ def backward(
     if "output" in spec.blocks and grad_output is None:
         grad_output = states.new_zeros(()).expand(B, T, C)
     kernel = _backward()
-    for part in reversed(_parts(B, T, K)):
-        rows, steps = part
-        products = saved_products[part] if saved_products is not None else None
+    for chunk in reversed(_chunks(B, T, K)):
+        rows, steps = chunk
+        products = saved_products[chunk] if saved_products is not None else None
         if products is None:
-            products = _products(inputs, weights, bias, addend, part, None)
-        grad_products = torch.empty_like(products) if grad_addend is None else grad_addend[part]
+            products = _products(inputs, weights, bias, addend, chunk, None)
+        grad_products = torch.empty_like(products) if grad_addend is None else grad_addend[chunk]
         arrays = _blocks(products, spec) | {f"grad_{k}": x for k, x in _blocks(grad_products, spec).items()}
-        arrays |= _cut(part, skip=skip, states=states, grad_states=grad_states)
-        arrays |= _cut(part, grad_gated_output=grad_output, grad_skip=grad_skip, reset=reset)
+        arrays |= _select(chunk, skip=skip, states=states, grad_states=grad_states)
+        arrays |= _select(chunk, grad_gated_output=grad_output, grad_skip=grad_skip, reset=reset)
         if spec.skips_input and grad_skip is None:
-            arrays["grad_skip"] = torch.empty_like(states[part])  # the kernel writes it; nothing reads it
+            arrays["grad_skip"] = torch.empty_like(states[chunk])  # the kernel writes it, and nothing reads it
         arrays |= {"carry": carry[rows], "initial": states[rows, steps.start - 1] if steps.start else first[rows]}
         arrays = _addressable(arrays)
         launch(kernel, *_call(arrays, spec, output_tanh))
         flat = grad_products.flatten(0, 1)  # (rows * steps, K)
         for i, (x, w, grad) in enumerate(zip(inputs, weights, grad_inputs, strict=True)):
-            grad_weights[i].addmm_(flat.mT, x[part].flatten(0, 1))
+            grad_weights[i].addmm_(flat.mT, x[chunk].flatten(0, 1))
             if grad is not None:
                 beta = 1 if spec.skips_input and i == 0 else 0
-                grad[part].view(len(flat), -1).addmm_(flat, w, beta=beta)
+                grad[chunk].view(len(flat), -1).addmm_(flat, w, beta=beta)
         if grad_bias is not None:
             grad_bias += flat.sum(0)
     return grad_inputs, grad_weights, grad_bias, grad_addend, carry
@@ -120,9 +120,9 @@ def prepare(dtype: torch.dtype, adjoint: bool) -> None:
     (_backward if adjoint else _forward)()
 
 
-def _parts(B: int, T: int, K: int) -> list[tuple[slice, slice]]:
-    """Batch rows and steps, in order of time, whose products stay in the cache from one pass over them to the next."""
-    steps = max(1, _PART_NUMBERS // K)
+def _chunks(B: int, T: int, K: int) -> list[tuple[slice, slice]]:
+    """Slices of batch rows and steps, in order of time, whose products fit the cache."""
+    steps = max(1, _CHUNK_NUMBERS // K)
     rows = max(1, steps // max(T, 1))
     return [
         (slice(b, min(b + rows, B)), slice(t, min(t + steps, T)))
@@ -131,39 +131,41 @@ def _parts(B: int, T: int, K: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _products(inputs, weights, bias, addend, part, saved):
-    """addend + bias + the sum of weight x, of one part: in its place in ``saved``, or in memory of its own."""
+def _products(inputs, weights, bias, addend, chunk, saved):
+    """addend + bias + sum of weight x for one chunk, as a view of ``saved`` or in new memory."""
     if not inputs:
-        return addend[part]
-    rows, steps = (s.stop - s.start for s in part)
-    out = inputs[0].new_empty(rows, steps, len(weights[0])) if saved is None else saved[part]
+        return addend[chunk]
+    rows, steps = (s.stop - s.start for s in chunk)
+    out = inputs[0].new_empty(rows, steps, len(weights[0])) if saved is None else saved[chunk]
     flat = out.view(-1, out.shape[-1])
     if addend is not None:
-        out.copy_(addend[part] if bias is None else addend[part] + bias)
+        out.copy_(addend[chunk] if bias is None else addend[chunk] + bias)
     elif bias is not None:
         flat.copy_(bias)
     for i, (x, w) in enumerate(zip(inputs, weights, strict=True)):
-        flat.addmm_(x[part].flatten(0, 1), w.mT, beta=1 if i or addend is not None or bias is not None else 0)
+        flat.addmm_(x[chunk].flatten(0, 1), w.mT, beta=1 if i or addend is not None or bias is not None else 0)
     return out
 
 
 def _blocks(products: Tensor, spec: GateSpec) -> dict[str, Tensor | None]:
-    """The blocks by name; "output" is the gate, "gated_output" what it lets out."""
+    """The blocks of the products by name; "output" is the output gate before its sigmoid."""
     return dict(zip(spec.blocks, products.chunk(len(spec.blocks), dim=-1), strict=True))
 
 
-def _cut(part: tuple[slice, slice], **arrays: Tensor | None) -> dict[str, Tensor | None]:
-    """Their part of all that are there."""
-    return {name: x[part] for name, x in arrays.items() if x is not None}
+def _select(chunk: tuple[slice, slice], **arrays: Tensor | None) -> dict[str, Tensor | None]:
+    """The chunk of each array that is not None."""
+    return {name: x[chunk] for name, x in arrays.items() if x is not None}
 
 
-# The products of a part: 8 MiB. With a quarter of it launches cost time, eight times as much has left the caches
-# (two layers of SRU at (1, 65536): 0.58 s a training step, with 1 MiB 0.71 and with 64 MiB 0.90).
-_PART_NUMBERS = 1 << 21
-# Channels a task: a dozen rows of them fit the L1 cache.
+# The products of a chunk: 8 MiB. Smaller chunks cost more launches, larger ones do not fit the
+# caches (two layers of SRU at (1, 65536): 0.58 s per training step, with 1 MiB 0.71 s and with 64
+# MiB 0.90 s).
+_CHUNK_NUMBERS = 1 << 21
+# Channels per task: a dozen rows of them fit the L1 cache.
 _WIDEST = 512
 
-# The table of arrays in the words of a launch: address, bytes per row, bytes per step. An address of 0: not there.
+# The table of arrays in the words of a launch: address, bytes per row, bytes per step. An address
+# of 0: no array.
 _NAMES = ("forget", "write", "candidate", "output", "skip", "states", "gated_output", "carry")
 _NAMES += (*(f"grad_{name}" for name in _NAMES[:-1]), "initial")
 _FORGET, _WRITE, _CANDIDATE, _OUTPUT, _SKIP, _STATES, _GATED_OUTPUT, _CARRY = range(8)
@@ -174,7 +176,7 @@ _T, _C, _CANDIDATE_TANH, _OUTPUT_TANH, _DELAYED, _RESET = range(HEADER, HEADER +
 _TABLE = HEADER + 6
 
 
-# --- exp, sigmoid and tanh in float32, as arithmetic that the compiler turns into vector instructions ---
+# --- exp, sigmoid and tanh in float32, as arithmetic that the compiler can vectorise ---
 
 
 @intrinsic
@@ -194,16 +196,16 @@ def _float_of(_, bits):
 
 
 def _contracted(kernel: Callable) -> Any:
-    """Compiled, with a product and the sum that follows it as one instruction."""
+    """Compile with fused multiply-add instructions."""
     return compiled(kernel, fastmath={"contract"})
 
 
-# Adding this rounds to an integer, which then stands in the last bits.
+# Adding this rounds to an integer, which is then in the lowest bits.
 _ROUNDER = np.float32(1.5 * 2**23)
 _LOG2_E = np.float32(1.44269504)
-# ln 2 in two parts, the first of few bits: k times it is exact.
+# ln 2 as a sum of two numbers. The first has few bits, so that k times it is exact.
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194442e-4)
-# Below this exp underflows; it is taken as 0.
+# Below this exp underflows; 0 is used.
 _LOWEST = np.float32(-87.3)
 # (exp(r) - 1 - r) / r^2 on abs(r) <= ln(2) / 2, interpolated at Chebyshev points: the error of exp is 1e-9.
 _P0, _P1, _P2 = np.float32(0.5), np.float32(0.16666667), np.float32(0.041666467)
@@ -213,8 +215,8 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 
 @_contracted
 def _parts_of_exp(x):
-    """s and p of exp(x) = s + s p with s a power of two; x <= 0."""
-    x = _LOWEST if x < _LOWEST else x  # NaN passes
+    """s and p such that exp(x) = s + s p, where s is a power of two; x <= 0."""
+    x = _LOWEST if x < _LOWEST else x  # NaN stays NaN
     shifted = x * _LOG2_E + _ROUNDER
     k = shifted - _ROUNDER
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
@@ -225,7 +227,7 @@ def _parts_of_exp(x):
 
 @_contracted
 def _sigmoids(x):
-    """sigmoid(x) and sigmoid(-x), each to a few units in the last place of its own."""
+    """sigmoid(x) and sigmoid(-x), each accurate to a few units in its own last place."""
     a = -abs(x)
     s, p = _parts_of_exp(a)
     e = _ZERO if a < _LOWEST else s + s * p
@@ -286,14 +288,14 @@ def _row(words, which, b, t, d0, n):
 
 
 @compiled
-def _there(words, which):
+def _is_given(words, which):
     return words[_TABLE + 3 * which] != 0
 
 
 @compiled
 def _prefetch_rows(words, first, last, b, t, d0, n):
     for which in range(first, last):
-        if _there(words, which):
+        if _is_given(words, which):
             prefetch(_row(words, which, b, t, d0, n), 0)
 
 
@@ -308,7 +310,7 @@ def _reset_at(words, b, t):
 def _forward_task(words, b, d0, n):
     T, delayed = words[_T], words[_DELAYED] != 0
     candidate_tanh, output_tanh = words[_CANDIDATE_TANH] != 0, words[_OUTPUT_TANH] != 0
-    tied, has_output, has_skip = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
+    tied, has_output, has_skip = not _is_given(words, _WRITE), _is_given(words, _OUTPUT), _is_given(words, _SKIP)
     scratch = np.empty((6, n), np.float32)
     h, f, w, unused, v, y = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5]
     carry = _row(words, _CARRY, b, 0, d0, n)
@@ -372,19 +374,19 @@ def _times_tanh_slope_row(g, y):
 
 
 @compiled
-def _tied_row(g, f, w, v, before, grad_forget, grad_written):
+def _tied_row(g, f, w, v, previous, grad_forget, grad_written):
     for i in range(g.size):
         here = g[i]
-        grad_forget[i] = here * (before[i] - v[i]) * f[i] * w[i]
+        grad_forget[i] = here * (previous[i] - v[i]) * f[i] * w[i]
         grad_written[i] = here * w[i]
         g[i] = here * f[i]
 
 
 @compiled
-def _forget_row(g, f, closed, before, grad_forget):
+def _forget_row(g, f, closed, previous, grad_forget):
     for i in range(g.size):
         here = g[i]
-        grad_forget[i] = here * before[i] * f[i] * closed[i]
+        grad_forget[i] = here * previous[i] * f[i] * closed[i]
 
 
 @compiled
@@ -399,7 +401,7 @@ def _written_row(g, w, closed, v, grad_write, grad_written):
 def _backward_task(words, b, d0, n):
     T, delayed = words[_T], words[_DELAYED] != 0
     candidate_tanh, output_tanh = words[_CANDIDATE_TANH] != 0, words[_OUTPUT_TANH] != 0
-    tied, has_output, has_skip = not _there(words, _WRITE), _there(words, _OUTPUT), _there(words, _SKIP)
+    tied, has_output, has_skip = not _is_given(words, _WRITE), _is_given(words, _OUTPUT), _is_given(words, _SKIP)
     scratch = np.zeros((6, n), np.float32)
     g, f, closed, v, y, zeros = (
         scratch[0], scratch[1], scratch[2], scratch[3], scratch[4], scratch[5],
@@ -414,14 +416,14 @@ def _backward_task(words, b, d0, n):
             _prefetch_rows(words, _GRAD_FORGET, _INITIAL, b, t - distance, d0, n)
         dropped = _reset_at(words, b, t)
         if dropped:
-            before = zeros
+            previous = zeros
         elif delayed:
-            before = _row(words, _STATES, b, t, d0, n)
+            previous = _row(words, _STATES, b, t, d0, n)
         elif t > 0:
-            before = _row(words, _STATES, b, t - 1, d0, n)
+            previous = _row(words, _STATES, b, t - 1, d0, n)
         else:
-            before = _row(words, _INITIAL, b, 0, d0, n)
-        # What arrives at c_t: from the output, and from those who read the states.
+            previous = _row(words, _INITIAL, b, 0, d0, n)
+        # The gradient of c_t: from the output and from the states.
         if has_output:
             grad = _row(words, _GRAD_GATED_OUTPUT, b, t, d0, n)
             state = _row(words, _STATES, b, t, d0, n)
@@ -440,9 +442,9 @@ def _backward_task(words, b, d0, n):
             if output_tanh:
                 _times_tanh_slope_row(g, y)
                 _add_row(g, v)
-        if _there(words, _GRAD_STATES) and not delayed:
+        if _is_given(words, _GRAD_STATES) and not delayed:
             _add_row(g, _row(words, _GRAD_STATES, b, t, d0, n))
-        # What it hands to the gates and to the step before.
+        # The gradients of the gates and of the previous state.
         written = _row(words, _CANDIDATE, b, t, d0, n)
         if candidate_tanh:
             _tanh_row(written, v)
@@ -450,18 +452,18 @@ def _backward_task(words, b, d0, n):
         grad_forget, grad_candidate = _row(words, _GRAD_FORGET, b, t, d0, n), _row(words, _GRAD_CANDIDATE, b, t, d0, n)
         if tied:
             _gate_row(_row(words, _FORGET, b, t, d0, n), f, closed)
-            _tied_row(g, f, closed, written, before, grad_forget, grad_candidate)
+            _tied_row(g, f, closed, written, previous, grad_forget, grad_candidate)
         else:
             _gate_row(_row(words, _WRITE, b, t, d0, n), f, closed)
             _written_row(g, f, closed, written, _row(words, _GRAD_WRITE, b, t, d0, n), grad_candidate)
             _gate_row(_row(words, _FORGET, b, t, d0, n), f, closed)
-            _forget_row(g, f, closed, before, grad_forget)
+            _forget_row(g, f, closed, previous, grad_forget)
             _times_row(g, f)
         if candidate_tanh:
             _times_tanh_slope_row(grad_candidate, v)
         if dropped:
             g[:] = 0
-        elif delayed and _there(words, _GRAD_STATES):
+        elif delayed and _is_given(words, _GRAD_STATES):
             _add_row(g, _row(words, _GRAD_STATES, b, t, d0, n))
     carry[:] = g
 
@@ -500,9 +502,10 @@ def _backward() -> Any:
 
 
 def _addressable(arrays: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The arrays that are there, with channels side by side; time and batch may have any stride, those of resets none.
+    """The arrays that are not None, with contiguous channels; resets are fully contiguous.
 
-    The caller holds them until the kernel has run, which takes addresses.
+    Time and batch may have any stride. The kernel takes addresses, so the caller must hold
+    references to the arrays until it has run.
     """
     given = {name: x for name, x in arrays.items() if x is not None}
     return {name: x if x.stride(-1) == 1 and name != "reset" else x.contiguous() for name, x in given.items()}

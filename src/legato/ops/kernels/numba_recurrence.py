@@ -1,10 +1,11 @@
-"""The diagonal recurrence on a CPU, compiled by Numba: each number is read and written once, at the memory's speed.
+"""The diagonal recurrence on a CPU, compiled by Numba: each number is read and written once.
 
-The channels lie innermost. One task walks through time for one batch row and one block of channels, with the carry in
-a small array that stays in the L1 cache. Where these tasks are fewer than the threads, and each channel has its own
-decay, time is cut into pieces that fit the L2 cache, and a task is one piece, walked twice: once for what it makes of
-any state, h -> product * h + end, then, when its predecessor has passed the state on, for its results. Memory is still
-read once. How tasks reach threads is in ``numba_threads.py``.
+The channels are the innermost axis. One task runs over time for one batch row and one block of
+channels, with the carry in a small array that stays in the L1 cache. If there are fewer such tasks
+than threads, and each channel has its own decay, time is divided into chunks that fit the L2 cache.
+A task is then one chunk, computed in two passes: the first summarises the chunk as the map
+h -> product * h + end; the second starts when the final state of the previous chunk is available
+and computes the states. Memory is still read once. ``numba_threads.py`` assigns tasks to threads.
 """
 
 from collections.abc import Callable
@@ -27,23 +28,26 @@ from legato.ops.kernels.numba_threads import (
     empty,
     launch,
     next_task,
-    pass_on,
     pointer,
     prefetch,
+    signal,
     threads_for,
     wait_for,
 )
 
-# A row of a task: its arrays (five in the backward) must fit the L1 data cache, 32 KiB on small machines.
+# One row of one array of a task: five of them, in the backward, must fit the L1 data cache (32 KiB
+# on small machines).
 _BLOCK_BYTES = 4096
-# The impulses of a piece of time: with as many decays and states they fit an L2 cache of 1 MiB.
-_PIECE_BYTES = 1 << 18
-# Where a step has several heads, they take turns over so many bytes of impulses, which stay in the L1 cache.
-_TURN_BYTES = 1 << 13
-# A product of decays is kept as p * 2 ** (60 * power): it neither vanishes nor overflows where the states do not,
-# nor does it become a subnormal number, with which arithmetic takes 50 times as long.
+# The impulses of a chunk of time: together with its decays and states they fit an L2 cache of 1
+# MiB.
+_CHUNK_BYTES = 1 << 18
+# With several heads, the kernel alternates between heads after so many bytes of impulses, which fit
+# the L1 cache.
+_HEAD_BYTES = 1 << 13
+# A product of decays is stored as p * 2 ** (60 * power): it does not underflow or overflow where
+# the states do not, and does not become subnormal, for which arithmetic takes 50 times as long.
 _UNIT = 2.0**60
-# More powers than these lead out of the range of any dtype.
+# More powers than this exceed the range of every dtype.
 _MOST_POWERS = 40
 
 
@@ -77,11 +81,11 @@ def backward(
     decay_shape, decay_dtype = decay.shape, decay.dtype
     decay, states, grad_states = decay.to(carry_dtype), states.to(carry_dtype), grad_states.to(carry_dtype)
     grad_impulse = empty(states, *states.shape)
-    # One gradient a batch row and head, in the decay's own shape over time and channels; the rest is summed below. A
-    # decay that is constant in time has one a piece of time.
+    # One gradient per batch row and head, over the decay's own time steps and channels; the rest is
+    # summed below. If the decay is constant in time, one per chunk of time.
     B, _, H, _ = states.shape
     plan = _plan(states, decay)
-    rows = decay_shape[1] if decay_shape[1] != 1 else plan.pieces
+    rows = decay_shape[1] if decay_shape[1] != 1 else plan.chunks
     grad_decay = empty(states, B, rows, H, decay_shape[3])
     if states.numel() == 0:
         grad_decay.zero_()
@@ -98,27 +102,32 @@ def prepare(dtype: torch.dtype, adjoint: bool) -> None:
 
 
 def _carry(state: Tensor | None, like: Tensor) -> Tensor:
-    """A fresh (B, H, D) array that the kernel may write, holding ``state`` or zeros."""
+    """A new (B, H, D) array with ``state`` or zeros, which the kernel may overwrite."""
     B, _, H, D = like.shape
     return like.new_zeros((B, H, D)) if state is None else state.clone(memory_format=torch.contiguous_format)
 
 
-# --- the kernels: plain loops, compiled when first called and kept in Numba's cache on disk ---
-# A walk takes many steps of one head, in a function of its own, and its loops over channels have few arrays and no
-# choices inside: so LLVM makes vector code of them. Otherwise a step costs three times as much.
+# --- the kernels: plain loops, compiled when first called and cached on disk ---
+# Many steps of one head are one function, whose loops over channels have few arrays and no
+# branches, so that LLVM vectorises them. Otherwise a step costs three times as much.
 
 
-def _walk_of(prefetches: bool) -> Any:
+def _scan_of(prefetches: bool) -> Any:
     @contracted
-    def walk(b, head, d0, d1, t, way, steps, decay, reset, impulse, states, h):
-        """h = a_t h + x_t, kept in ``states``, in ``steps`` steps from t on; ``way`` is 1 or -1."""
-        b_decay, moves, h_decay = _broadcast(decay, b, head)
-        ahead = _ahead(h, impulse, way)
-        t, way, moves = _unsigned(t, way, moves)
+    def scan(b, head, d0, d1, t, dt, steps, decay, reset, impulse, states, h):
+        """h = a_t h + x_t, written to ``states``, for ``steps`` steps from t on; ``dt`` is 1 or
+        -1."""
+        b_decay, varies, h_decay = _broadcast(decay, b, head)
+        ahead = _ahead(h, impulse, dt)
+        t, dt, varies = _unsigned(t, dt, varies)
         for _ in range(steps):
             if reset.size > 0 and reset[b, t]:
                 h[:] = 0
-            a, x, out = decay[b_decay, t * moves, h_decay, d0:d1], impulse[b, t, head, d0:d1], states[b, t, head, d0:d1]
+            a, x, out = (
+                decay[b_decay, t * varies, h_decay, d0:d1],
+                impulse[b, t, head, d0:d1],
+                states[b, t, head, d0:d1],
+            )
             if prefetches:
                 prefetch(a, ahead * decay.strides[1])
                 prefetch(x, ahead * impulse.strides[1])
@@ -127,75 +136,75 @@ def _walk_of(prefetches: bool) -> Any:
                 state = a[i] * h[i] + x[i]
                 h[i] = state
                 out[i] = state
-            t += way
+            t += dt
 
-    return walk
+    return scan
 
 
-_walk, _narrow_walk = _walk_of(True), _walk_of(False)
+_scan, _narrow_scan = _scan_of(True), _scan_of(False)
 
 
 @contracted
-def _walk_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, states, h):
-    """The same for one channel, whose state stays in a register: a step takes as long as one multiply-add."""
-    b_decay, moves, h_decay = _broadcast(decay, b, head)
-    t, way, moves = _unsigned(t, way, moves)
+def _scan_one_channel(b, head, d0, t, dt, steps, decay, reset, impulse, states, h):
+    """As ``_scan`` for one channel, with the state in a register: one multiply-add per step."""
+    b_decay, varies, h_decay = _broadcast(decay, b, head)
+    t, dt, varies = _unsigned(t, dt, varies)
     state = h[0]
     for _ in range(steps):
         if reset.size > 0 and reset[b, t]:
             h[0] = 0
             state = h[0]
-        state = decay[b_decay, t * moves, h_decay, d0] * state + impulse[b, t, head, d0]
+        state = decay[b_decay, t * varies, h_decay, d0] * state + impulse[b, t, head, d0]
         states[b, t, head, d0] = state
-        t += way
+        t += dt
     h[0] = state
 
 
 @contracted
-def _walk_one_decay(b, head, d0, d1, t, way, steps, decay, reset, impulse, states, h):
-    """The same where all channels of a head share one decay."""
-    b_decay, moves, h_decay = _broadcast(decay, b, head)
-    ahead = _ahead(h, impulse, way)
-    t, way, moves = _unsigned(t, way, moves)
+def _scan_one_decay(b, head, d0, d1, t, dt, steps, decay, reset, impulse, states, h):
+    """As ``_scan`` where all channels of a head have the same decay."""
+    b_decay, varies, h_decay = _broadcast(decay, b, head)
+    ahead = _ahead(h, impulse, dt)
+    t, dt, varies = _unsigned(t, dt, varies)
     for _ in range(steps):
         if reset.size > 0 and reset[b, t]:
             h[:] = 0
-        a, x, out = decay[b_decay, t * moves, h_decay, 0], impulse[b, t, head, d0:d1], states[b, t, head, d0:d1]
+        a, x, out = decay[b_decay, t * varies, h_decay, 0], impulse[b, t, head, d0:d1], states[b, t, head, d0:d1]
         prefetch(x, ahead * impulse.strides[1])
         prefetch(out, ahead * states.strides[1])
         for i in range(h.size):
             state = a * h[i] + x[i]
             h[i] = state
             out[i] = state
-        t += way
+        t += dt
 
 
 @compiled
-def _forward_steps(b, d0, d1, first, way, steps, decay, reset, impulse, states, h):
-    block, one_decay = _steps_a_turn(steps, h), decay.shape[3] < impulse.shape[3]
+def _forward_steps(b, d0, d1, first, dt, steps, decay, reset, impulse, states, h):
+    block, one_decay = _steps_per_head(steps, h), decay.shape[3] < impulse.shape[3]
     for done in range(0, steps, block):
-        t, turn = first + way * done, min(block, steps - done)
+        t, count = first + dt * done, min(block, steps - done)
         for head in range(len(h)):
             if one_decay:
-                _walk_one_decay(b, head, d0, d1, t, way, turn, decay, reset, impulse, states, h[head])
+                _scan_one_decay(b, head, d0, d1, t, dt, count, decay, reset, impulse, states, h[head])
             elif h.shape[1] == 1:
-                _walk_one_channel(b, head, d0, t, way, turn, decay, reset, impulse, states, h[head])
+                _scan_one_channel(b, head, d0, t, dt, count, decay, reset, impulse, states, h[head])
             elif _is_narrow(h):
-                _narrow_walk(b, head, d0, d1, t, way, turn, decay, reset, impulse, states, h[head])
+                _narrow_scan(b, head, d0, d1, t, dt, count, decay, reset, impulse, states, h[head])
             else:
-                _walk(b, head, d0, d1, t, way, turn, decay, reset, impulse, states, h[head])
+                _scan(b, head, d0, d1, t, dt, count, decay, reset, impulse, states, h[head])
 
 
-def _walk_back_of(prefetches: bool) -> Any:
+def _scan_back_of(prefetches: bool) -> Any:
     @contracted
-    def walk(b, head, d0, d1, t, way, steps, end, decay, reset, states, grads, h0, grad_decay, grad_impulse, g):
-        """g_t = grad_t + g, and g = conj(a_t) g_t is what step t - way leaves; ``end`` is the walk's very last step."""
-        b_decay, moves, h_decay = _broadcast(decay, b, head)
-        ahead = _ahead(g, states, way)
-        t, way, moves = _unsigned(t, way, moves)
+    def scan(b, head, d0, d1, t, dt, steps, end, decay, reset, states, grads, h0, grad_decay, grad_impulse, g):
+        """g_t = grad_t + g, then g = conj(a_t) g_t is the next carry; ``end`` is the last step."""
+        b_decay, varies, h_decay = _broadcast(decay, b, head)
+        ahead = _ahead(g, states, dt)
+        t, dt, varies = _unsigned(t, dt, varies)
         for _ in range(steps):
-            h_before = h0[b, head, d0:d1] if t == np.uintp(end) else states[b, t + way, head, d0:d1]
-            a, grad = decay[b_decay, t * moves, h_decay, d0:d1], grads[b, t, head, d0:d1]
+            h_before = h0[b, head, d0:d1] if t == np.uintp(end) else states[b, t + dt, head, d0:d1]
+            a, grad = decay[b_decay, t * varies, h_decay, d0:d1], grads[b, t, head, d0:d1]
             grad_a, grad_x = grad_decay[b, t, head, d0:d1], grad_impulse[b, t, head, d0:d1]
             if prefetches:
                 prefetch(a, ahead * decay.strides[1])
@@ -212,25 +221,25 @@ def _walk_back_of(prefetches: bool) -> Any:
             if reset.size > 0 and reset[b, t]:
                 grad_a[:] = 0
                 g[:] = 0
-            t += way
+            t += dt
 
-    return walk
+    return scan
 
 
-_walk_back, _narrow_walk_back = _walk_back_of(True), _walk_back_of(False)
+_scan_back, _narrow_scan_back = _scan_back_of(True), _scan_back_of(False)
 
 
 @contracted
-def _walk_back_shared(
-    b, head, d0, d1, t, way, steps, end, decay, reset, states, grads, h0, grad_decay, grad_impulse, g, total
+def _scan_back_broadcast(
+    b, head, d0, d1, t, dt, steps, end, decay, reset, states, grads, h0, grad_decay, grad_impulse, g, total
 ):
-    """The same for a decay that channels or steps share: ``total`` is its gradient, in 64 bits for long sums."""
-    b_decay, moves, h_decay = _broadcast(decay, b, head)
-    t, way, moves = _unsigned(t, way, moves)
+    """As ``_scan_back`` for a broadcast decay: ``total`` is its gradient, in 64 bits."""
+    b_decay, varies, h_decay = _broadcast(decay, b, head)
+    t, dt, varies = _unsigned(t, dt, varies)
     one_decay = decay.shape[3] < states.shape[3]
     for _ in range(steps):
-        h_before = h0[b, head, d0:d1] if t == np.uintp(end) else states[b, t + way, head, d0:d1]
-        a, grad, grad_x = decay[b_decay, t * moves, h_decay], grads[b, t, head, d0:d1], grad_impulse[b, t, head, d0:d1]
+        h_before = h0[b, head, d0:d1] if t == np.uintp(end) else states[b, t + dt, head, d0:d1]
+        a, grad, grad_x = decay[b_decay, t * varies, h_decay], grads[b, t, head, d0:d1], grad_impulse[b, t, head, d0:d1]
         for i in range(g.size):
             here = g[i] + grad[i]
             g[i] = here
@@ -248,64 +257,64 @@ def _walk_back_shared(
                 each = a[d0:d1]
                 for i in range(g.size):
                     g[i] = np.conj(each[i]) * g[i]
-        if moves:  # this step's own sum over its channels
+        if varies:  # the gradient of this step's decay is a sum over channels
             grad_decay[b, t, head, 0] = total.sum()
             total[:] = 0
-        t += way
+        t += dt
 
 
 @compiled
 def _backward_steps(
-    b, d0, d1, first, way, steps, end, piece, decay, reset, states, grads, h0, grad_decay, grad_impulse, g
+    b, d0, d1, first, dt, steps, end, chunk, decay, reset, states, grads, h0, grad_decay, grad_impulse, g
 ):
-    block = _steps_a_turn(steps, g)
+    block = _steps_per_head(steps, g)
     total = np.zeros(g.shape, dtype=(g[0] * np.float64(1)).dtype)
-    one_decay, moves = decay.shape[3] < states.shape[3], decay.shape[1] != 1
+    one_decay, varies = decay.shape[3] < states.shape[3], decay.shape[1] != 1
     for done in range(0, steps, block):
-        t, turn = first + way * done, min(block, steps - done)
+        t, count = first + dt * done, min(block, steps - done)
         for head in range(len(g)):
-            if moves and not one_decay and _is_narrow(g):
-                _narrow_walk_back(
-                    b, head, d0, d1, t, way, turn, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
+            if varies and not one_decay and _is_narrow(g):
+                _narrow_scan_back(
+                    b, head, d0, d1, t, dt, count, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
                     g[head],
                 )  # fmt: skip
-            elif moves and not one_decay:
-                _walk_back(
-                    b, head, d0, d1, t, way, turn, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
+            elif varies and not one_decay:
+                _scan_back(
+                    b, head, d0, d1, t, dt, count, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
                     g[head],
                 )  # fmt: skip
             else:
-                _walk_back_shared(
-                    b, head, d0, d1, t, way, turn, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
+                _scan_back_broadcast(
+                    b, head, d0, d1, t, dt, count, end, decay, reset, states, grads, h0, grad_decay, grad_impulse,
                     g[head], total[head],
                 )  # fmt: skip
-    if not moves:
+    if not varies:
         for head in range(len(g)):
             if one_decay:
-                grad_decay[b, piece, head, 0] = total[head].sum()
+                grad_decay[b, chunk, head, 0] = total[head].sum()
             else:
                 for i in range(d1 - d0):
-                    grad_decay[b, piece, head, d0 + i] = total[head, i]
+                    grad_decay[b, chunk, head, d0 + i] = total[head, i]
 
 
 @contracted
-def _effect(b, head, d0, d1, t, way, steps, decay, reset, impulse, adjoint, product, power, end):
-    """What these steps make of any state h: ``product`` * 2 ** (60 * ``power``) * h + ``end``.
+def _summary(b, head, d0, d1, t, dt, steps, decay, reset, impulse, adjoint, product, power, end):
+    """Summarise these steps as the map h -> ``product`` * 2 ** (60 * ``power``) * h + ``end``.
 
-    The adjoint adds before it multiplies. Returns whether a reset drops h: then it does not enter, even if it is not a
-    number.
+    The adjoint adds before it multiplies. Returns whether there is a reset: then the result does
+    not depend on h, even if h is NaN.
     """
-    b_decay, moves, h_decay = _broadcast(decay, b, head)
-    t, way, moves = _unsigned(t, way, moves)
-    forgets = False
+    b_decay, varies, h_decay = _broadcast(decay, b, head)
+    t, dt, varies = _unsigned(t, dt, varies)
+    resets = False
     product[:] = 1
     power[:] = 0
     end[:] = 0
     for step in range(steps):
-        a, x = decay[b_decay, t * moves, h_decay, d0:d1], impulse[b, t, head, d0:d1]
+        a, x = decay[b_decay, t * varies, h_decay, d0:d1], impulse[b, t, head, d0:d1]
         dropped = reset.size > 0 and reset[b, t]
         if dropped:
-            forgets = True
+            resets = True
             end[:] = 0
         if not adjoint:
             for i in range(end.size):
@@ -319,23 +328,23 @@ def _effect(b, head, d0, d1, t, way, steps, decay, reset, impulse, adjoint, prod
             for i in range(end.size):
                 product[i], powers = _rescaled(product[i])
                 power[i] += powers
-        t += way
-    return forgets
+        t += dt
+    return resets
 
 
 @contracted
-def _effect_on_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, adjoint, product, power, end):
-    """The same for one channel, in registers."""
-    b_decay, moves, h_decay = _broadcast(decay, b, head)
-    t, way, moves = _unsigned(t, way, moves)
-    forgets, powers = False, 0
+def _summary_one_channel(b, head, d0, t, dt, steps, decay, reset, impulse, adjoint, product, power, end):
+    """As ``_summary`` for one channel, in registers."""
+    b_decay, varies, h_decay = _broadcast(decay, b, head)
+    t, dt, varies = _unsigned(t, dt, varies)
+    resets, powers = False, 0
     product[0], end[0] = 1, 0
     p, state = product[0], end[0]
     for step in range(steps):
-        a, x = decay[b_decay, t * moves, h_decay, d0], impulse[b, t, head, d0]
+        a, x = decay[b_decay, t * varies, h_decay, d0], impulse[b, t, head, d0]
         dropped = reset.size > 0 and reset[b, t]
         if dropped:
-            forgets, state = True, end[0]
+            resets, state = True, end[0]
         if not adjoint:
             state = a * state + x
             p *= a
@@ -345,56 +354,57 @@ def _effect_on_one_channel(b, head, d0, t, way, steps, decay, reset, impulse, ad
         if step % 32 == 0:
             p, more = _rescaled(p)
             powers += more
-        t += way
+        t += dt
     product[0], power[0], end[0] = p, powers, state
-    return forgets
+    return resets
 
 
 @compiled
 def _rescaled(product):
-    """The product within 2 ** -60 and 2 ** 60, and the powers of 2 ** 60 that this took from it."""
+    """The product scaled into 2 ** -60 .. 2 ** 60, and the power of 2 ** 60 that was removed."""
     size = abs(product.real) + abs(product.imag)
     if 0 < size < 1 / _UNIT:
         return product * _UNIT, -1
     if _UNIT < size < np.inf:
         return product / _UNIT, 1
-    return product * 1.0, 0  # Numba's type of it is then that of the others: float64, complex128
+    return product * 1.0, 0  # * 1.0 gives all results the same Numba type: float64 or complex128
 
 
 @compiled
 def _broadcast(decay, b, head):
-    """The decay's row for a batch row and head, and by how much its index over time moves in one step."""
+    """The decay's indices for a batch row and head, and whether it varies in time: 0 or 1."""
     return b * (decay.shape[0] != 1), 1 * (decay.shape[1] != 1), head * (decay.shape[2] != 1)
 
 
 @compiled
-def _unsigned(t, way, moves):
-    """Indices that cannot count from an array's end, which no step need then check. Adding a way of -1 wraps round."""
-    return np.uintp(t), np.uintp(way), np.uintp(moves)
+def _unsigned(t, dt, varies):
+    """Unsigned, so that Numba does not test for negative indices. Adding a dt of -1 wraps."""
+    return np.uintp(t), np.uintp(dt), np.uintp(varies)
 
 
 @compiled
 def _is_narrow(h):
-    """Rows so short that asking for them early costs more than it gains."""
+    """Whether rows are so short that prefetching them costs more than it gains."""
     return h.shape[1] * h.itemsize < 128
 
 
 @compiled
-def _ahead(h, rows, way):
-    """How many steps ahead to ask for rows."""
-    return way * -(-PREFETCH_BYTES // (h.size * h.itemsize * rows.shape[2]))
+def _ahead(h, rows, dt):
+    """The number of steps by which rows are prefetched ahead."""
+    return dt * -(-PREFETCH_BYTES // (h.size * h.itemsize * rows.shape[2]))
 
 
 @compiled
-def _steps_a_turn(steps, h):
-    """Heads take turns over so many steps that their rows stay in the cache meanwhile."""
-    return max(1, steps if len(h) == 1 else _TURN_BYTES // (h.size * h.itemsize))
+def _steps_per_head(steps, h):
+    """The number of steps of one head before the next head: its rows stay in the cache."""
+    return max(1, steps if len(h) == 1 else _HEAD_BYTES // (h.size * h.itemsize))
 
 
 # --- launching ---
 
-# The words of a launch, after the header: flags, sizes, and addresses; those of the arrays come last.
-_REVERSE, _SIZES, _DECAY_SIZES, _PIECES, _PIECE_STEPS, _HAS_RESET, _RESET, _DECAY, _ARRAYS = (
+# The words of a launch, after the header: flags, sizes and addresses, with the addresses of the
+# arrays last.
+_REVERSE, _SIZES, _DECAY_SIZES, _CHUNKS, _CHUNK_STEPS, _HAS_RESET, _RESET, _DECAY, _ARRAYS = (
     HEADER, HEADER + 1, HEADER + 5, HEADER + 9, HEADER + 10, HEADER + 11, HEADER + 12, HEADER + 13, HEADER + 14,
 )  # fmt: skip
 
@@ -409,10 +419,10 @@ def _unpack(words, dtype):
 
 
 @compiled
-def _span(words, piece, adjoint):
-    """The first step of a piece, the way it is walked, its number of steps, and the last step of the whole walk."""
-    T, length = words[_SIZES + 1], words[_PIECE_STEPS]
-    start = piece * length
+def _span(words, chunk, adjoint):
+    """The first step of a chunk, its direction dt, its number of steps, the last step of all."""
+    T, length = words[_SIZES + 1], words[_CHUNK_STEPS]
+    start = chunk * length
     steps = min(length, T - start)
     if (words[_REVERSE] != 0) != adjoint:
         return T - 1 - start, -1, steps, 0
@@ -420,46 +430,47 @@ def _span(words, piece, adjoint):
 
 
 @compiled
-def _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, adjoint):
-    """The state that a piece begins with, and whether the state that it leaves is passed on already.
+def _begin(words, b, d0, d1, chunk, decay, reset, impulse, carry, adjoint):
+    """The initial state of a chunk, and whether its final state is already available.
 
-    It is, at once, where the effect of the piece is known in numbers: a product of growing decays may overflow where
-    the states do not, and the successor then waits until the piece is done.
+    It is available if this is neither the first nor the last chunk and its summary is finite. A
+    product of growing decays may overflow where the states do not; the next chunk then waits until
+    this one is complete.
     """
-    first, way, steps, _ = _span(words, piece, adjoint)
-    inner = 0 < piece < words[_PIECES] - 1
-    heads = impulse.shape[2] if inner else 0
+    first, dt, steps, _ = _span(words, chunk, adjoint)
+    has_summary = 0 < chunk < words[_CHUNKS] - 1
+    heads = impulse.shape[2] if has_summary else 0
     product, end = np.empty((heads, d1 - d0), impulse.dtype), np.empty((heads, d1 - d0), impulse.dtype)
     power = np.empty((heads, d1 - d0), np.int64)
-    forgets = False
+    resets = False
     for head in range(heads):
         p, n, e = product[head], power[head], end[head]
         if d1 - d0 == 1:
-            forgets = _effect_on_one_channel(b, head, d0, first, way, steps, decay, reset, impulse, adjoint, p, n, e)
+            resets = _summary_one_channel(b, head, d0, first, dt, steps, decay, reset, impulse, adjoint, p, n, e)
         else:
-            forgets = _effect(b, head, d0, d1, first, way, steps, decay, reset, impulse, adjoint, p, n, e)
-        if not forgets:
+            resets = _summary(b, head, d0, d1, first, dt, steps, decay, reset, impulse, adjoint, p, n, e)
+        if not resets:
             for i in range(d1 - d0):
                 if not np.isfinite(p[i]):
-                    inner = False
-    wait_for(words, b, d0, piece)
+                    has_summary = False
+    wait_for(words, b, d0, chunk)
     h = np.empty((impulse.shape[2], d1 - d0), impulse.dtype)
     for head in range(len(h)):
         for i in range(d1 - d0):
             h[head, i] = carry[b, head, d0 + i]
-            if inner:
+            if has_summary:
                 after = end[head, i]
-                if not forgets:
+                if not resets:
                     after += product[head, i] * _scaled(h[head, i], power[head, i])
                 carry[b, head, d0 + i] = after
-    if inner:
-        pass_on(words, b, d0)
-    return h, inner
+    if has_summary:
+        signal(words, b, d0)
+    return h, has_summary
 
 
 @compiled
 def _scaled(x, power):
-    """x * 2 ** (60 * power), out of the range of x only where the result is."""
+    """x * 2 ** (60 * power), which overflows or underflows only if the result does."""
     x, factor = x * 1.0, _UNIT if power > 0 else 1 / _UNIT
     for _ in range(min(abs(power), _MOST_POWERS)):
         x *= factor
@@ -467,13 +478,13 @@ def _scaled(x, power):
 
 
 @compiled
-def _finish(words, b, d0, d1, carry, h, passed):
-    """Pass the last state on, where that is not done: of the first piece, the last, and one of growing decays."""
-    if not passed:
+def _finish(words, b, d0, d1, carry, h, available):
+    """Make the final state available if ``_begin`` did not."""
+    if not available:
         for head in range(len(h)):
             for i in range(d1 - d0):
                 carry[b, head, d0 + i] = h[head, i]
-        pass_on(words, b, d0)
+        signal(words, b, d0)
 
 
 @cache
@@ -484,13 +495,13 @@ def _forward(dtype: np.dtype) -> Any:
         states = carray(pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
         carry = carray(pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
         while True:
-            piece, b, d0, d1 = next_task(words, D)
+            chunk, b, d0, d1 = next_task(words, D)
             if b < 0:
                 return
-            first, way, steps, _ = _span(words, piece, False)
-            h, passed = _begin(words, b, d0, d1, piece, decay, reset, impulse, carry, False)
-            _forward_steps(b, d0, d1, first, way, steps, decay, reset, impulse, states, h)
-            _finish(words, b, d0, d1, carry, h, passed)
+            first, dt, steps, _ = _span(words, chunk, False)
+            h, available = _begin(words, b, d0, d1, chunk, decay, reset, impulse, carry, False)
+            _forward_steps(b, d0, d1, first, dt, steps, decay, reset, impulse, states, h)
+            _finish(words, b, d0, d1, carry, h, available)
 
     return c_function(run)
 
@@ -499,7 +510,7 @@ def _forward(dtype: np.dtype) -> Any:
 def _backward(dtype: np.dtype) -> Any:
     def run(words):
         B, T, H, D, decay, reset = _unpack(words, dtype)
-        rows = words[_PIECES] if decay.shape[1] == 1 else T
+        rows = words[_CHUNKS] if decay.shape[1] == 1 else T
         states = carray(pointer(words[_ARRAYS]), (B, T, H, D), dtype)
         grads = carray(pointer(words[_ARRAYS + 1]), (B, T, H, D), dtype)
         h0 = carray(pointer(words[_ARRAYS + 2]), (B, H, D), dtype)
@@ -507,25 +518,25 @@ def _backward(dtype: np.dtype) -> Any:
         grad_impulse = carray(pointer(words[_ARRAYS + 4]), (B, T, H, D), dtype)
         carry = carray(pointer(words[_ARRAYS + 5]), (B, H, D), dtype)
         while True:
-            piece, b, d0, d1 = next_task(words, D)
+            chunk, b, d0, d1 = next_task(words, D)
             if b < 0:
                 return
-            first, way, steps, end = _span(words, piece, True)
-            g, passed = _begin(words, b, d0, d1, piece, decay, reset, grads, carry, True)
+            first, dt, steps, end = _span(words, chunk, True)
+            g, available = _begin(words, b, d0, d1, chunk, decay, reset, grads, carry, True)
             _backward_steps(
-                b, d0, d1, first, way, steps, end, piece, decay, reset, states, grads, h0, grad_decay, grad_impulse, g
+                b, d0, d1, first, dt, steps, end, chunk, decay, reset, states, grads, h0, grad_decay, grad_impulse, g
             )
-            _finish(words, b, d0, d1, carry, g, passed)
+            _finish(words, b, d0, d1, carry, g, available)
 
     return c_function(run)
 
 
 class _Plan(NamedTuple):
-    """How a launch is divided: channels a task, threads, pieces of time, and steps a piece."""
+    """How a launch is divided: channels per task, threads, chunks of time, and steps per chunk."""
 
     width: int
     threads: int
-    pieces: int
+    chunks: int
     steps: int
 
 
@@ -539,8 +550,8 @@ def _plan(like: Tensor, decay: Tensor) -> _Plan:
     tasks, row = B * -(-D // width), H * width * item
     if tasks >= threads or decay.shape[3] < D:
         return _Plan(width, threads, 1, T)
-    threads = min(threads, cores())  # one that is not running would keep the others waiting
-    steps = max(1, min(-(-T // -(-threads // tasks)), _PIECE_BYTES // row))
+    threads = min(threads, cores())  # the others would wait for a thread without a core
+    steps = max(1, min(-(-T // -(-threads // tasks)), _CHUNK_BYTES // row))
     return _Plan(width, threads, -(-T // steps), steps)
 
 
@@ -552,10 +563,11 @@ def _launch(
     reverse: bool,
     plan: _Plan | None = None,
 ) -> None:
-    """Run ``kernel`` on all (piece of time, batch row, block of channels) tasks, in as many threads as torch uses.
+    """Run ``kernel`` on all tasks (chunk of time, batch row, block of channels).
 
-    ``arrays``, in the order in which the C functions above unpack them: (impulse, states, carry) forward, (states,
-    grad_states, h0, grad_decay, grad_impulse, carry) backward; contiguous, of one dtype, and alive during the call.
+    ``arrays`` are in the order in which the C functions above unpack them: (impulse, states, carry)
+    in the forward, (states, grad_states, h0, grad_decay, grad_impulse, carry) in the backward. They
+    must be contiguous, of one dtype, and alive during the call.
     """
     like = arrays[0]
     B, T, H, D = like.shape
@@ -563,11 +575,11 @@ def _launch(
         return
     plan = plan or _plan(like, decay)
     words = (
-        *(reverse, B, T, H, D, *decay.shape, plan.pieces, plan.steps),
+        *(reverse, B, T, H, D, *decay.shape, plan.chunks, plan.steps),
         *(reset is not None, reset.data_ptr() if reset is not None else 0),
         *(x.data_ptr() for x in (decay, *arrays)),
     )
-    launch(kernel(_numpy_dtype(like.dtype)), plan.pieces, B, D, plan.width, plan.threads, words)
+    launch(kernel(_numpy_dtype(like.dtype)), plan.chunks, B, D, plan.width, plan.threads, words)
 
 
 @cache

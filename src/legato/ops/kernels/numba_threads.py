@@ -1,9 +1,11 @@
-"""Numba kernels in torch's own threads: what ``numba_recurrence.py`` and ``numba_gated.py`` share.
+"""Runs Numba kernels in torch's own threads; used by ``numba_recurrence.py`` and
+``numba_gated.py``.
 
-A kernel is a C function of an array of 64-bit words, the first of which number its tasks: one for each batch row, block
-of channels and piece of time. It takes tasks until none is left, and is called once in each of torch's OpenMP threads.
-A second pool would compete with torch's, whose threads keep a core busy for milliseconds after each torch op (measured:
-half the speed on 2 cores).
+A kernel is a C function of an array of 64-bit words. The first words describe its tasks: one for
+each batch row, block of channels and chunk of time. The function is called once in each of torch's
+OpenMP threads and takes tasks until none is left. A second thread pool would compete with torch's,
+whose threads occupy a core for milliseconds after each torch op (measured: half the speed on 2
+cores).
 """
 
 import ctypes
@@ -23,36 +25,38 @@ from numba.extending import intrinsic as _numba_intrinsic
 from legato._shapes import Shaped, Tensor
 from legato.ops.kernels.numba_cache import compiled
 
-intrinsic: Any = _numba_intrinsic  # it changes the signature of what it decorates
+intrinsic: Any = _numba_intrinsic  # it changes the signature of the decorated function
 
-# The words that ``next_task`` reads: a ticket counter, pieces of time, batch rows, blocks of channels a row, channels a
-# block, and the address of a counter for each row and block: how many pieces have passed their state on.
+# The words that ``next_task`` reads: a ticket counter, chunks of time, batch rows, blocks of
+# channels per row, channels per block, and the address of one counter per row and block: the number
+# of chunks whose final state is available.
 HEADER = 6
-_TICKET, _PIECES, _ROWS, _BLOCKS, _WIDTH, _PASSED_ON = range(HEADER)
-# Narrower blocks than this waste cache lines and the prefetcher.
+_TICKET, _CHUNKS, _ROWS, _BLOCKS, _WIDTH, _AVAILABLE = range(HEADER)
+# Narrower blocks make poor use of cache lines and of the hardware prefetcher.
 NARROWEST_BYTES = 256
-# Below this many numbers, waking a second thread costs more than it saves.
+# Below this many numbers, starting a second thread costs more than it saves.
 _SERIAL_BELOW = 32768
-# Rows this far ahead in time are asked for early: the processor's own prefetcher loses short rows that run backwards
-# (measured: without it 0.8 of the copy bandwidth forward and 0.4 backward, with it 1.0 and 0.7).
+# Rows this far ahead in time are prefetched: the hardware prefetcher does not follow short rows in
+# reverse time (measured as fractions of the copy bandwidth: without it 0.8 forward and 0.4
+# backward, with it 1.0 and 0.7).
 PREFETCH_BYTES = 1024
-# Memory of this size is new at every call, and asked for in pages of 2 MiB.
+# Arrays of this size are newly mapped at every call; they are requested in pages of 2 MiB.
 _HUGE_PAGES_FROM = 1 << 25
 _UNIX = hasattr(os, "sched_yield")
 
 
 def threads_for(numbers: int) -> int:
-    """How many threads a launch over arrays of that many numbers is worth."""
+    """The number of threads for a launch over arrays of that many numbers."""
     return 1 if numbers < _SERIAL_BELOW or _in_forked_child else torch.get_num_threads()
 
 
 def cores() -> int:
-    """How many processors this process may use at once."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def block_width(batch: int, channels: int, widest: int, item: int, threads: int) -> int:
-    """Channels a task: at most ``widest``, and narrower where the batch is too small for the threads."""
+    """Channels per task: at most ``widest``, fewer if there are more threads than batch rows."""
     width = min(channels, widest)
     if threads > batch:
         parts = -(-threads // batch)
@@ -61,16 +65,16 @@ def block_width(batch: int, channels: int, widest: int, item: int, threads: int)
 
 
 def launch(
-    kernel: Any, pieces: int, batch: int, channels: int, width: int, threads: int, words: tuple[int, ...]
+    kernel: Any, chunks: int, batch: int, channels: int, width: int, threads: int, words: tuple[int, ...]
 ) -> None:
-    """Run a compiled ``c_function`` on all tasks; ``words`` are its own, after the header.
+    """Run a compiled ``c_function`` on all tasks; its arguments, ``words``, follow the header.
 
-    The tensors behind addresses among the words must stay alive during the call.
+    Tensors whose addresses are among the words must stay alive during the call.
     """
     blocks = -(-channels // width)
-    passed_on = np.zeros(batch * blocks, dtype=np.int64)
-    array = np.array([0, pieces, batch, blocks, width, passed_on.ctypes.data, *words], dtype=np.int64)
-    address, threads = array.ctypes.data, min(threads, pieces * batch * blocks)
+    available = np.zeros(batch * blocks, dtype=np.int64)
+    array = np.array([0, chunks, batch, blocks, width, available.ctypes.data, *words], dtype=np.int64)
+    address, threads = array.ctypes.data, min(threads, chunks * batch * blocks)
     run, openmp = _RUN(kernel.address), _torch_openmp()
     if threads == 1:
         run(address)
@@ -84,10 +88,11 @@ def launch(
 
 
 def empty(like: Shaped[Tensor, "..."], *shape: int) -> Shaped[Tensor, "..."]:
-    """like.new_empty(shape), in large pages where it is large.
+    """like.new_empty(shape), in pages of 2 MiB if it is large.
 
-    The C library returns arrays over 32 MiB to the system at every free, and the next one meets a page fault every 4
-    KiB: 64 MiB took 29 ms to touch, 5 ms in pages of 2 MiB, where writing them takes 6 ms. Linux only; else a no-op.
+    The C library returns arrays over 32 MiB to the system when they are freed, and the next array
+    causes a page fault every 4 KiB. For 64 MiB the page faults took 29 ms, 5 ms with pages of 2
+    MiB; writing the array takes 6 ms. Linux only; elsewhere this is plain ``new_empty``.
     """
     x = like.new_empty(shape)
     size, madvise = x.numel() * x.element_size(), _madvise()
@@ -103,8 +108,8 @@ _sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 
 
 @intrinsic
-def _count(_, counter):
-    """The value of the counter at the front of ``counter``, which is then one higher: an atomic operation."""
+def _increment(_, counter):
+    """Atomically increments the counter at address ``counter`` and returns its previous value."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", arguments[0], context.get_constant(types.int64, 1), "acq_rel")
@@ -113,8 +118,8 @@ def _count(_, counter):
 
 
 @intrinsic
-def _counted(_, counter):
-    """The counter's value, read anew."""
+def _load_counter(_, counter):
+    """Atomically loads the value of the counter."""
 
     def generate(context, builder, signature, arguments):
         return builder.load_atomic(arguments[0], "acquire", 8)
@@ -124,16 +129,17 @@ def _counted(_, counter):
 
 @compiled
 def next_task(words, channels):
-    """The piece of time, batch row and channels of a task that nobody has taken yet; a row of -1 when there is none.
+    """The chunk of time, batch row and channels of the next task; a row of -1 if none is left.
 
-    The pieces of a row are taken in order, so that whoever waits for a piece waits for one that is being walked.
+    The chunks of a row are taken in order, so a thread only waits for a chunk that another thread
+    is computing.
     """
-    task, tasks = _count(words), words[_ROWS] * words[_BLOCKS]
-    if task >= words[_PIECES] * tasks:
+    task, tasks = _increment(words), words[_ROWS] * words[_BLOCKS]
+    if task >= words[_CHUNKS] * tasks:
         return -1, -1, 0, 0
-    piece, task = divmod(task, tasks)
+    chunk, task = divmod(task, tasks)
     start = task % words[_BLOCKS] * words[_WIDTH]
-    return piece, task // words[_BLOCKS], start, min(start + words[_WIDTH], channels)
+    return chunk, task // words[_BLOCKS], start, min(start + words[_WIDTH], channels)
 
 
 @compiled
@@ -143,24 +149,24 @@ def _yield():
 
 
 @compiled
-def wait_for(words, b, d0, pieces):
-    """Return when so many pieces of a batch row and block of channels have passed their state on."""
-    counter, looks = _counter(words, b, d0), 0
-    while _counted(counter) < pieces:
-        looks += 1
-        if looks % 1000 == 0:  # the thread that is waited for may be in want of this processor
+def wait_for(words, b, d0, chunks):
+    """Wait for the final states of that many chunks of a batch row and block of channels."""
+    counter, polls = _counter(words, b, d0), 0
+    while _load_counter(counter) < chunks:
+        polls += 1
+        if polls % 1000 == 0:  # the other thread may need this processor
             _yield()
 
 
 @compiled
-def pass_on(words, b, d0):
-    """Say that the next piece of this batch row and block of channels may read its state."""
-    _count(_counter(words, b, d0))
+def signal(words, b, d0):
+    """Signal that the next chunk of this row and block may read its initial state."""
+    _increment(_counter(words, b, d0))
 
 
 @compiled
 def _counter(words, b, d0):
-    return _word(words[_PASSED_ON] + 8 * (b * words[_BLOCKS] + d0 // words[_WIDTH]))
+    return _word(words[_AVAILABLE] + 8 * (b * words[_BLOCKS] + d0 // words[_WIDTH]))
 
 
 @intrinsic
@@ -185,7 +191,7 @@ def pointer(_, address):
 
 @intrinsic
 def _prefetch_line(_, address):
-    """Ask for the cache line at ``address``, to be kept in all levels."""
+    """Prefetch the cache line at ``address`` into all cache levels."""
 
     def generate(context, builder, signature, arguments):
         i32 = ir.IntType(32)
@@ -200,7 +206,7 @@ def _prefetch_line(_, address):
 
 @compiled
 def prefetch(row, ahead):
-    """Ask early for a row that lies ``ahead`` bytes on; it need not exist."""
+    """Prefetch the row that is ``ahead`` bytes after ``row``; it need not exist."""
     for byte in range(0, row.size * row.itemsize, 64):
         _prefetch_line(row.ctypes.data + ahead + byte)
 
@@ -214,14 +220,15 @@ _MADV_HUGEPAGE = 14
 
 @cache
 def _torch_openmp() -> Any:
-    """The entry of the OpenMP library that torch has loaded, or None where it has another kind of threads.
+    """``GOMP_parallel`` of the OpenMP library of torch, or None if torch uses other threads.
 
     ``void GOMP_parallel(void (*run)(void *), void *data, unsigned threads, unsigned flags)`` is the stable interface
     that compilers emit calls to; GNU's, Intel's and LLVM's libraries on Linux all have it.
     """
     maps = Path("/proc/self/maps")
     loaded = set(re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\S*", maps.read_text())) if maps.exists() else set()
-    # A process may hold several (scikit-learn brings one): torch's is the one beside torch.
+    # A process may have loaded several (scikit-learn has its own): torch's is in the folder of
+    # torch.
     home = str(Path(torch.__file__).parent)
     for path in sorted(loaded, key=lambda path: not path.startswith(home)):
         entry = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
@@ -239,7 +246,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @cache
 def _madvise() -> Any:
-    """The C library's madvise, where large pages are had for the asking."""
+    """The madvise of the C library, or None if the system has no large pages."""
     if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
         return None
     madvise = ctypes.CDLL(None).madvise
@@ -252,6 +259,7 @@ def _after_fork() -> None:
     _in_forked_child = True
 
 
-# A forked child (a DataLoader worker) has none of its parent's threads and would wait for them for ever: run serially.
+# A forked child (a DataLoader worker) has none of its parent's threads and would wait for them
+# forever: run serially.
 _in_forked_child = False
 os.register_at_fork(after_in_child=_after_fork)

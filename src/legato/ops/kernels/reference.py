@@ -1,7 +1,8 @@
-"""The diagonal recurrence as a loop over time: the definition, and the oracle that every kernel is tested against.
+"""The diagonal recurrence as a loop over time: the definition that every kernel is tested against.
 
-All kernels take the canonical form that ``ops/recurrence.py`` prepares: impulse (B, T, H, D) with the channels in two
-groups, decay (Bd, Td, Hd, Dd) whose sizes are each 1 or the full size, so that a broadcast decay is never expanded.
+All kernels take the shapes that ``ops/recurrence.py`` prepares: the impulse (B, T, H, D), with two
+channel axes, and the decay (Bd, Td, Hd, Dd), each of whose sizes is 1 or the full size, so that a
+broadcast decay is never expanded.
 """
 
 import torch
@@ -17,9 +18,10 @@ def forward(
     reset: Bool[Tensor, "B T"] | None,
     reverse: bool,
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
-    """h_t = decay_t * h_{t-1} + impulse_t, with h_{t-1} = 0 where reset_t; reverse runs from the last step back.
+    """h_t = decay_t * h_{t-1} + impulse_t, with h_{t-1} = 0 where reset_t; reverse: from T to 1.
 
-    The carry h is kept in float32 for 16-bit inputs. Returns all states in the impulse's dtype and the last carry.
+    The carry h is in float32 for 16-bit inputs. Returns all states in the dtype of the impulse, and
+    the last carry.
     """
     carry_dtype = _dtypes.carry_dtype(impulse.dtype)
     B, T, H, D = impulse.shape

@@ -1,6 +1,7 @@
-"""The diagonal recurrence in plain torch: for machines without numba or triton, on any device.
+"""The diagonal recurrence in plain torch, on any device, for machines without numba or triton.
 
-About 2 sqrt(T) torch calls: T is cut into chunks, all chunks are scanned side by side, then the carries are passed on.
+It makes about 2 sqrt(T) torch calls: time is divided into chunks, all chunks are scanned in
+parallel, and then the states are carried from chunk to chunk.
 """
 
 import math
@@ -21,7 +22,8 @@ def forward(
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
     """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``.
 
-    ``length`` is that of a chunk. It is 1, which is the loop, where products of decays overflow or underflow.
+    ``length`` is the length of a chunk. Where products of decays overflow or underflow it is 1,
+    which is a loop over time.
     """
     B, T, H, D = impulse.shape
     carry_dtype = _dtypes.carry_dtype(impulse.dtype)
@@ -41,15 +43,15 @@ def forward(
 
     x = chunked(impulse.to(carry_dtype))  # (B, K, L, H, D)
     a = chunked(decay.to(carry_dtype)) if time_varies else decay.to(carry_dtype).unsqueeze(1)
-    dropped = None if reset is None else chunked(reset)[..., None, None]  # (B, K, L, 1, 1)
+    resets = None if reset is None else chunked(reset)[..., None, None]  # (B, K, L, 1, 1)
 
     states, products = torch.empty_like(x), []
-    h, product, seen = torch.zeros_like(x[:, :, 0]), torch.ones_like(a[:, :, 0]), []
+    h, product, after_reset = torch.zeros_like(x[:, :, 0]), torch.ones_like(a[:, :, 0]), []
     for t in range(length):
         a_t = a[:, :, t if time_varies else 0]
-        if dropped is not None:
-            h = h.masked_fill(dropped[:, :, t], 0)
-            seen.append(dropped[:, :, t] | seen[-1] if seen else dropped[:, :, t])
+        if resets is not None:
+            h = h.masked_fill(resets[:, :, t], 0)
+            after_reset.append(resets[:, :, t] | after_reset[-1] if after_reset else resets[:, :, t])
         h = torch.addcmul(x[:, :, t], a_t, h)
         product = product * a_t
         states[:, :, t] = h
@@ -57,23 +59,23 @@ def forward(
     products = torch.stack(products, 2)  # (Bd, K, L, Hd, Dd)
     if length > 1 and _overflow(decay, products.flatten(1, 2)[:, : T if time_varies else length]):
         return forward(decay, impulse, initial_state, reset, reverse, length=1)
-    carries = []  # the state before each chunk; a constant decay has one product, the same for every chunk
+    carries = []  # the state before each chunk; a constant decay has the same product in every chunk
     for k in range(x.shape[1]):
         carries.append(carry)
         arriving = products[:, k if time_varies else 0, -1] * carry
-        if dropped is not None:
-            arriving = arriving.masked_fill(seen[-1][:, k], 0)
+        if resets is not None:
+            arriving = arriving.masked_fill(after_reset[-1][:, k], 0)
         carry = states[:, k, -1] + arriving
     arriving = products * torch.stack(carries, 1).unsqueeze(2)
-    if dropped is not None:
-        arriving = arriving.masked_fill(torch.stack(seen, 2), 0)
+    if resets is not None:
+        arriving = arriving.masked_fill(torch.stack(after_reset, 2), 0)
     states = (states + arriving).flatten(1, 2)[:, :T]
     final_state = states[:, -1].clone()
     return (states.flip(1) if reverse else states).to(impulse.dtype).contiguous(), final_state
 
 
 def _overflow(decay: Tensor, products: Tensor) -> bool:
-    """Whether a state could be lost in these products: some decay is above 1, and some product is out of range."""
+    """Whether these products could lose a state: one is out of range and a decay is above 1."""
     if decay.numel() == 0 or (decay.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
     low, high = (decay.abs() if decay.is_complex() else decay).aminmax()

@@ -1,16 +1,19 @@
-"""The diagonal recurrence on a GPU, compiled by Triton: each number is read and written once, at the memory's speed.
+"""The diagonal recurrence on a GPU, compiled by Triton: each number is read and written once.
 
-One program walks through time for one batch row and one block of channels, the carry in registers and the loads of
-the steps to come under way in two groups that take turns. Where batch and channels are too few to fill a GPU, time is
-cut into chunks: every chunk is summarised (product of decays, state from zero), the summaries are scanned by the same
-recurrence, and every chunk is walked again from the state that enters it; docs/maths/recurrence.md derives both.
+One program runs over time for one batch row and one block of channels. The carry is in registers,
+and the next steps are loaded in advance, in two alternating groups. If batch and channels are too
+few to fill a GPU, time is divided into chunks: every chunk is summarised (product of decays, final
+state from zero), the summaries are scanned by the same recurrence, and every chunk is computed from
+its initial state. docs/maths/recurrence.md derives both.
 
-Nothing is tuned at run time and nothing is atomic: equal shapes give equal launches and equal bits. ``Tuning`` has what
-a launch follows from beside the shape; benchmarks/gpu.py measures around its values. With TRITON_INTERPRET=1, set
-before this module is imported, all of it runs on CPU tensors.
+Nothing is tuned at run time and nothing is atomic: equal shapes give equal launches and equal bits.
+A launch follows from the shape and from the constants in ``Tuning``; benchmarks/gpu.py measures
+other values of these constants. If TRITON_INTERPRET=1 is set before this module is imported, the
+kernels run on CPU tensors.
 """
 
-# Triton compiles a subset of Python (no starred tuples), which these do not know:
+# Triton compiles a subset of Python (no starred tuples), which these rules do not take into
+# account:
 # ruff: noqa: RUF005, SIM108
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
@@ -25,27 +28,32 @@ from triton import knobs
 from legato import _dtypes
 from legato._shapes import Bool, Inexact, Tensor
 
-# Whether the kernels run in Triton's interpreter, on CPU tensors: settled when this module is imported.
+# Whether the kernels run in Triton's interpreter, on CPU tensors: fixed when this module is
+# imported.
 INTERPRETED = knobs.runtime.interpret
 
 
 class Tuning(NamedTuple):
     """The constants of the rule in ``_plan``."""
 
-    # Time is cut into chunks below this many programs (two for each multiprocessor of a large GPU): reading the inputs
-    # a second time costs 5/3 of the traffic, which a GPU that is less than half busy has to spare.
+    # Time is divided into chunks below this many programs (two for each multiprocessor of a large
+    # GPU). Chunks read the inputs twice, 5/3 of the traffic: that is worth it while the GPU is less
+    # than half busy.
     few_programs: int = 256
-    # Programs wanted once time is cut, and those above which a lane takes two 16-bit channels and not one.
+    # The number of programs to reach by chunks; with more programs, a lane takes two 16-bit
+    # channels instead of one.
     many_programs: int = 2048
-    # Shorter chunks than this spend more on their summaries than they gain, and shorter walks more on the calls.
+    # Chunks shorter than this cost more for their summaries than they gain; sequences shorter than
+    # this cost more for the additional launches.
     shortest_chunk: int = 128
     shortest_cut: int = 4096
-    # Bytes of one array that a lane loads together, a group of steps; two groups are under way. The forward has twice
-    # as long ones below so many programs, which each need more under way. 255 registers a lane bound both, and the time
-    # to compile, which grows faster than the group: seconds at 8 steps, half a minute at 32.
+    # Bytes of one array that a lane loads together: a group of steps. Two groups are in flight.
+    # With fewer programs than ``deep_programs`` the groups of the forward are twice as long, since
+    # each program needs more bytes in flight. The limits are 255 registers per lane and the time to
+    # compile: seconds at 8 steps, half a minute at 32.
     group_bytes: int = 32
     deep_programs: int = 1024
-    warps: int = 1  # a program
+    warps: int = 1  # per program
 
 
 TUNING = Tuning()
@@ -61,7 +69,7 @@ def forward(
 ) -> tuple[Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
     """h_t = decay_t * h_{t-1} + impulse_t; the arguments are those of ``reference.forward``.
 
-    A ``tuning`` may be given in place of ``TUNING``, to measure it.
+    ``tuning`` replaces ``TUNING``, for benchmarks.
     """
     B, T, H, D = impulse.shape
     carry_dtype = _dtypes.carry_dtype(impulse.dtype)
@@ -72,7 +80,7 @@ def forward(
     entering = initial_state
     if plan.chunks > 1:
         products, ends, overflows = _summarise(plan, decay, impulse, reset, down=reverse, adjoint=False)
-        within = (tuning or TUNING)._replace(shortest_cut=0)  # the device is busy: calls cost nothing
+        within = (tuning or TUNING)._replace(shortest_cut=0)  # the device is busy, so launches cost nothing
         scanned, _ = forward(products, ends, initial_state, _dropped(reset, plan), reverse, within)
         entering = _entering(scanned, initial_state, down=reverse)
         _run_through(plan, overflows, decay, impulse, initial_state, reset, entering, down=reverse, adjoint=False)
@@ -98,7 +106,7 @@ def backward(
 ) -> tuple[Inexact[Tensor, "Bd Td Hd Dd"], Inexact[Tensor, "B T H D"], Inexact[Tensor, "B H D"]]:
     """g_t = grad_states_t + conj(decay_{t+1}) g_{t+1}: grad_impulse = g, grad_decay_t = conj(h_{t-1}) g_t.
 
-    The walk carries conj(decay_t) g_t, what a step hands to the one before it in the recurrence's order.
+    The carry is conj(decay_t) g_t, the term that step t adds to the gradient of the previous state.
     """
     B, T, H, D = states.shape
     carry_dtype = _dtypes.carry_dtype(states.dtype)
@@ -114,7 +122,8 @@ def backward(
         entering = _entering(scanned, last, down=not reverse)
         _run_through(plan, overflows, decay, grad_states, last, reset, entering, down=not reverse, adjoint=True)
     grad_initial = torch.empty((B, H, D), dtype=carry_dtype, device=states.device)
-    # One partial sum a chunk where the decay is constant in time; other broadcast axes are summed below.
+    # If the decay is constant in time there is one partial sum per chunk; other broadcast axes are
+    # summed below.
     rows = T if decay.shape[1] > 1 else plan.chunks
     exact = decay.shape == states.shape and rows == T
     grad_decay = torch.empty((B, rows, H, D), dtype=decay.dtype if exact else carry_dtype, device=states.device)
@@ -129,9 +138,9 @@ def backward(
 
 
 def prepare(dtype: torch.dtype, adjoint: bool) -> None:
-    """Raise if Triton cannot compile and launch a kernel here: no C compiler, or a GPU that is too old.
+    """Raise if Triton cannot compile and launch a kernel: no C compiler, or the GPU is too old.
 
-    The kernels themselves are compiled when they are launched, for each shape that needs its own code.
+    The kernels themselves are compiled at their first launch, once for each specialisation.
     """
     if not INTERPRETED:
         _launch_one()
@@ -143,13 +152,13 @@ def _launch_one() -> None:
 
 
 class Plan(NamedTuple):
-    """How one shape and dtype is launched: a fixed rule, never a measurement."""
+    """The launch for one shape and dtype: a fixed rule, never a measurement."""
 
     grid: tuple[int]
-    block: int  # channels a program
-    chunks: int  # pieces of time
-    length: int  # steps in each of them; the last may have fewer
-    steps: int  # loaded together, while as many that were loaded before are used
+    block: int  # channels per program
+    chunks: int  # chunks of time
+    length: int  # steps per chunk; the last may have fewer
+    steps: int  # per group: loaded together, while the previous group is used
     warps: int
 
 
@@ -161,7 +170,8 @@ def _plan(x: Tensor, tuning: Tuning | None = None, *, deep: bool = False) -> Pla
     def programs(block: int) -> int:
         return B * _ceil_divide(H * D, block)
 
-    # A lane a channel: a step's load is 128 bytes a warp. Two of 16 bits, unless that leaves too few programs.
+    # One channel per lane: a warp loads 128 bytes per step. Two channels of 16 bits, unless that
+    # gives too few programs.
     block = 2 * lanes if item == 2 and programs(2 * lanes) >= tuning.many_programs else lanes
     chunks = 1
     if programs(block) < tuning.few_programs and tuning.shortest_cut <= T:
@@ -170,21 +180,22 @@ def _plan(x: Tensor, tuning: Tuning | None = None, *, deep: bool = False) -> Pla
     chunks = _ceil_divide(T, length)
     deep = deep and programs(block) * chunks < tuning.deep_programs
     steps = max(1, tuning.group_bytes * lanes // (item * block)) * (2 if deep else 1)
-    # Two groups that hold a short walk whole are enough for it.
+    # Two groups that cover all steps of a short chunk are enough.
     steps = min(steps, triton.next_power_of_2(_ceil_divide(length, 2)))
     return Plan((programs(block) * chunks,), block, chunks, length, steps, tuning.warps)
 
 
 def _ceil_divide(a: int, b: int) -> int:
-    """a / b, rounded up; some releases of triton declare that theirs returns a ``constexpr``."""
+    """a / b, rounded up; ``triton.cdiv`` is declared to return a ``constexpr`` in some releases."""
     return -(-a // b)
 
 
 def _summarise(
     plan: Plan, decay: Tensor, x: Tensor, reset: Tensor | None, *, down: bool, adjoint: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Product of decays and state from zero at the end of every chunk, (B, chunks, H, D) each, in the carry's dtype;
-    and for every row and block of channels whether a product overflows, or underflows and may grow again."""
+    """The product of decays and the final state from zero of every chunk, (B, chunks, H, D) each,
+    in the carry's dtype; and for every row and block of channels, whether a product overflows, or
+    underflows and may grow again."""
     B, T, H, D = x.shape
     carry_dtype = _dtypes.carry_dtype(x.dtype)
     products = torch.empty((B, plan.chunks, H, D), dtype=carry_dtype, device=x.device)
@@ -203,9 +214,10 @@ def _run_through(
     plan: Plan, overflows: Tensor, decay: Tensor, x: Tensor, first: Tensor | None, reset: Tensor | None,
     entering: Tensor, *, down: bool, adjoint: bool,
 ) -> None:  # fmt: skip
-    """Write the states that enter the chunks anew, by running through all steps, where a product overflows.
+    """Recompute the initial states of the chunks step by step, where a product overflows.
 
-    The device decides, so that nothing waits for it. Elsewhere the launch ends at once.
+    The device decides, so that the host does not wait for it. Elsewhere the launch returns
+    immediately.
     """
     _, T, H, D = x.shape
     with torch.cuda.device_of(x):
@@ -217,7 +229,7 @@ def _run_through(
 
 
 def _dropped(reset: Tensor | None, plan: Plan) -> Tensor | None:
-    """(B, chunks): whether the state that enters a chunk is dropped inside it."""
+    """(B, chunks): whether there is a reset in the chunk."""
     if reset is None:
         return None
     padding = plan.chunks * plan.length - reset.shape[1]
@@ -225,7 +237,7 @@ def _dropped(reset: Tensor | None, plan: Plan) -> Tensor | None:
 
 
 def _entering(scanned: Tensor, first: Tensor | None, *, down: bool) -> Tensor:
-    """The state that enters every chunk: what leaves the chunk walked before it, or the very first state."""
+    """The initial state of every chunk: the final state of the previous one, or ``first``."""
     entering = torch.empty_like(scanned)
     if down:
         entering[:, :-1] = scanned[:, 1:]
@@ -242,7 +254,7 @@ def _zeros_or_copy(state: Tensor | None, impulse: Tensor) -> Tensor:
 
 
 def _numbers(x: Tensor | None) -> Tensor | None:
-    """What a kernel can point to: complex numbers as pairs, booleans as bytes."""
+    """``x`` contiguous and as Triton supports it: complex numbers as pairs, booleans as bytes."""
     if x is None:
         return None
     x = x.resolve_conj().resolve_neg().contiguous()
@@ -252,7 +264,7 @@ def _numbers(x: Tensor | None) -> Tensor | None:
 
 
 def _decay_strides(decay: Tensor) -> list[int]:
-    """Strides in numbers, 0 along a broadcast axis."""
+    """Strides in elements, 0 along a broadcast axis."""
     return [0 if size == 1 else stride for size, stride in zip(decay.shape, decay.stride(), strict=True)]
 
 
@@ -274,11 +286,13 @@ def _one_kernel(x):
     tl.store(x, 1.0)
 
 
-# --- the kernels. A number is a tuple of PARTS tensors, (real,) or (real, imaginary); a row is all that one step reads:
-# (impulse or gradient, decay if it varies in time, state before if the step needs it, reset if there is one).
-# no_type_check keeps the tests' shape checker out of what Triton compiles. ---
+# --- the kernels ---
+# A number is a tuple of PARTS tensors, (real,) or (real, imaginary). A row is everything that one
+# step reads: (impulse or gradient, decay if it varies in time, previous state if it is needed,
+# reset if there is one). no_type_check excludes the functions that Triton compiles from the shape
+# checker of the tests.
 
-# Lengths differ from call to call: no new compilation for a length of 1 or a multiple of 16.
+# Lengths differ between calls: do not compile again for a length of 1 or a multiple of 16.
 _LENGTHS = ["T", "length", "chunks"]
 
 
@@ -293,17 +307,17 @@ def _forward_kernel(
     """One chunk of h_t = decay_t * h_{t-1} + impulse_t, for one batch row and BLOCK channels."""
     b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
     inside = lane < lanes
-    start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+    start, steps, stride = _chunk_range(chunk, length, T, channels * PARTS, DOWN)
     decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
     at = ((b * T + start) * channels + c) * PARTS
     h = _read_or_zero(entering, ((b * chunks + chunk) * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
     a = _read(decay, inside, PARTS)
     if reset is not None:
         reset += b * T + start
-    whole = steps // (2 * STEPS) * (2 * STEPS)
-    h = _forward_span(h, a, 0, whole, impulse + at, decay, reset, states + at, stride, decay_t, lane, lanes, True,
+    full = steps // (2 * STEPS) * (2 * STEPS)
+    h = _forward_span(h, a, 0, full, impulse + at, decay, reset, states + at, stride, decay_t, lane, lanes, True,
                       DOWN, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-    h = _forward_span(h, a, whole, steps, impulse + at, decay, reset, states + at, stride, decay_t, lane, lanes, False,
+    h = _forward_span(h, a, full, steps, impulse + at, decay, reset, states + at, stride, decay_t, lane, lanes, False,
                       DOWN, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK)  # fmt: skip
     if chunk == (0 if DOWN else chunks - 1):
         _write(final_state + (b * channels + c) * PARTS, h, inside, PARTS)
@@ -312,25 +326,25 @@ def _forward_kernel(
 @triton.jit
 @no_type_check
 def _forward_span(
-    h, a, first, last, impulse, decay, reset, states, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
+    h, a, first, last, impulse, decay, reset, states, stride, decay_t, lane, lanes, FULL: tl.constexpr,
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The walk's steps first to last, 2 STEPS at a time; WHOLE says that these divide them.
+    """Steps first to last, 2 STEPS at a time; FULL: their number is a multiple of 2 STEPS.
 
-    Two groups take turns, each loaded before the other is used. One, handed on from turn to turn, would have to be
-    copied, and a copy waits for its loads.
+    Two groups alternate, and each is loaded before the other is used. With one variable for both,
+    the loop would copy it, and a copy waits for its loads.
     """
-    even = _rows(first, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+    even = _rows(first, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, FULL,
                  DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
     for i in range(first, last, 2 * STEPS):
-        odd = _rows(i + STEPS, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+        odd = _rows(i + STEPS, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, FULL,
                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        h = _forward_group(h, a, even, i, last, states, stride, lane, lanes, reset is not None, WHOLE,
+        h = _forward_group(h, a, even, i, last, states, stride, lane, lanes, reset is not None, FULL,
                            DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-        even = _rows(i + 2 * STEPS, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+        even = _rows(i + 2 * STEPS, last, impulse, decay, None, 0, reset, stride, decay_t, lane, lanes, FULL,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        h = _forward_group(h, a, odd, i + STEPS, last, states, stride, lane, lanes, reset is not None, WHOLE,
+        h = _forward_group(h, a, odd, i + STEPS, last, states, stride, lane, lanes, reset is not None, FULL,
                            DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
     return h
 
@@ -338,14 +352,14 @@ def _forward_span(
 @triton.jit
 @no_type_check
 def _forward_group(
-    h, a, rows, i, last, states, stride, lane, lanes, RESETS: tl.constexpr, WHOLE: tl.constexpr,
+    h, a, rows, i, last, states, stride, lane, lanes, RESETS: tl.constexpr, FULL: tl.constexpr,
     DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The walk's steps i to i + STEPS; unless all are known to be there, those past the last change nothing."""
+    """Steps i to i + STEPS; unless FULL, steps from ``last`` on have no effect."""
     for s in tl.static_range(STEPS):
         new = _forward_step(h, a, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
-        h = new if WHOLE else _select(i + s < last, new, h, PARTS)
-        _write(states + (i + s) * stride, h, _mask(i + s, last, lane, lanes, WHOLE), PARTS)
+        h = new if FULL else _select(i + s < last, new, h, PARTS)
+        _write(states + (i + s) * stride, h, _mask(i + s, last, lane, lanes, FULL), PARTS)
     return h
 
 
@@ -370,32 +384,34 @@ def _backward_kernel(
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr, PARTS: tl.constexpr,
     CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the walk back: g = grad_states_t + carry, then carry = conj(decay_t) g, or 0 where reset_t."""
+    """One chunk of g = grad_states_t + carry, then carry = conj(decay_t) g, or 0 where reset_t."""
     b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
     inside = lane < lanes
-    start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+    start, steps, stride = _chunk_range(chunk, length, T, channels * PARTS, DOWN)
     decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
     at = ((b * T + start) * channels + c) * PARTS
     carry = _read_or_zero(entering, ((b * chunks + chunk) * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
     a = _read(decay, inside, PARTS)
     if reset is not None:
         reset += b * T + start
-    # The walk ends at the recurrence's first step, whose state before is not among the states.
+    # The adjoint ends at the first step of the recurrence, whose previous state is the initial
+    # state.
     ends_here = chunk == (0 if DOWN else chunks - 1)
     known = tl.where(ends_here, steps - 1, steps)
     h_0 = _read_or_zero(initial_state, (b * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
     total = _number(0, PARTS, CARRY, BLOCK)
-    # The state before step i of the recurrence is what the walk back meets at its next step.
+    # The adjoint runs in the opposite direction, so the previous state of a step is at its next
+    # address.
     before = states + at + stride
-    # The walk's last step stays out of what is whole: it may be the one without a state before.
-    whole = (steps - 1) // (2 * STEPS) * (2 * STEPS)
+    # The last step is excluded from the full groups: its previous state may be the initial state.
+    full = (steps - 1) // (2 * STEPS) * (2 * STEPS)
     carry, total = _backward_span(
-        carry, total, a, h_0, 0, whole, known, grad_states + at, decay, before, reset,
+        carry, total, a, h_0, 0, full, known, grad_states + at, decay, before, reset,
         grad_decay + at, grad_impulse + at, stride, decay_t, lane, lanes, True,
         DOWN, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
     )  # fmt: skip
     carry, total = _backward_span(
-        carry, total, a, h_0, whole, steps, known, grad_states + at, decay, before, reset,
+        carry, total, a, h_0, full, steps, known, grad_states + at, decay, before, reset,
         grad_decay + at, grad_impulse + at, stride, decay_t, lane, lanes, False,
         DOWN, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK,
     )  # fmt: skip
@@ -409,25 +425,25 @@ def _backward_kernel(
 @no_type_check
 def _backward_span(
     carry, total, a, h_0, first, last, known, grad_states, decay, before, reset, grad_decay, grad_impulse,
-    stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
+    stride, decay_t, lane, lanes, FULL: tl.constexpr,
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As ``_forward_span``."""
-    even = _rows(first, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE,
+    even = _rows(first, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, FULL,
                  DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
     for i in range(first, last, 2 * STEPS):
-        odd = _rows(i + STEPS, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE,
+        odd = _rows(i + STEPS, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, FULL,
                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
         carry, total = _backward_group(
             carry, total, a, h_0, even, i, last, known, grad_decay, grad_impulse, stride, lane, lanes,
-            reset is not None, WHOLE, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
+            reset is not None, FULL, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
         )  # fmt: skip
-        even = _rows(i + 2 * STEPS, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE,
+        even = _rows(i + 2 * STEPS, last, grad_states, decay, before, known, reset, stride, decay_t, lane, lanes, FULL,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
         carry, total = _backward_group(
             carry, total, a, h_0, odd, i + STEPS, last, known, grad_decay, grad_impulse, stride, lane, lanes,
-            reset is not None, WHOLE, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
+            reset is not None, FULL, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK,
         )  # fmt: skip
     return carry, total
 
@@ -436,19 +452,19 @@ def _backward_span(
 @no_type_check
 def _backward_group(
     carry, total, a, h_0, rows, i, last, known, grad_decay, grad_impulse, stride, lane, lanes,
-    RESETS: tl.constexpr, WHOLE: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
+    RESETS: tl.constexpr, FULL: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As ``_forward_group``; two levels of partial sums keep the rounding error of a long sum down."""
+    """As ``_forward_group``; two levels of partial sums reduce the rounding error of a long sum."""
     group_total = _number(0, PARTS, CARRY, BLOCK)
     for s in tl.static_range(STEPS):
         h_before = _cast(rows[s][2] if DECAY_VARIES else rows[s][1], PARTS, CARRY)
-        if not WHOLE:
+        if not FULL:
             h_before = _select(i + s < known, h_before, h_0, PARTS)
         g, new, grad_a = _backward_step(carry, a, h_before, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
-        mask = _mask(i + s, last, lane, lanes, WHOLE)
+        mask = _mask(i + s, last, lane, lanes, FULL)
         _write(grad_impulse + (i + s) * stride, g, mask, PARTS)
-        if not WHOLE:
+        if not FULL:
             new = _select(i + s < last, new, carry, PARTS)
             grad_a = _select(i + s < last, grad_a, _number(0, PARTS, CARRY, BLOCK), PARTS)
         carry = new
@@ -465,7 +481,7 @@ def _backward_step(
     carry, a, h_before, row, RESETS: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr,
     CARRY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(g_t, the carry to the next step of the walk, the gradient of decay_t)."""
+    """(g_t, the carry to the next step of the adjoint, the gradient of decay_t)."""
     if DECAY_VARIES:
         a = row[1]
     g = _add(_cast(row[0], PARTS, CARRY), carry, PARTS)
@@ -485,23 +501,24 @@ def _summary_kernel(
     DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr,
     PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a walk as leaving = product * entering + end: of the forward, or of the backward where ADJOINT.
+    """One chunk as final = product * initial + end, of the forward or, if ADJOINT, the backward.
 
-    A chunk with a reset is marked as dropped when the summaries are scanned; its product is zero from the reset on.
+    A chunk with a reset is a reset in the scan of the summaries; its product is zero from the reset
+    on.
     """
     b, chunk, c, lane, lanes = _place(channels, chunks, BLOCK)
     inside = lane < lanes
-    start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+    start, steps, stride = _chunk_range(chunk, length, T, channels * PARTS, DOWN)
     decay += (_decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) + start * decay_t) * PARTS
     x += ((b * T + start) * channels + c) * PARTS
     a = _read(decay, inside, PARTS)
     if reset is not None:
         reset += b * T + start
-    summary = _summary_of_none(PARTS, CARRY, BLOCK)
-    whole = steps // (2 * STEPS) * (2 * STEPS)
-    summary = _summary_span(summary, a, 0, whole, x, decay, reset, stride, decay_t, lane, lanes, True,
+    summary = _empty_summary(PARTS, CARRY, BLOCK)
+    full = steps // (2 * STEPS) * (2 * STEPS)
+    summary = _summary_span(summary, a, 0, full, x, decay, reset, stride, decay_t, lane, lanes, True,
                             DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-    summary = _summary_span(summary, a, whole, steps, x, decay, reset, stride, decay_t, lane, lanes, False,
+    summary = _summary_span(summary, a, full, steps, x, decay, reset, stride, decay_t, lane, lanes, False,
                             DOWN, ADJOINT, DECAY_VARIES, PARTS, CARRY, (STEPS + 3) // 4, BLOCK)  # fmt: skip
     end, product, smallest, largest_decay = summary
     if ADJOINT:
@@ -509,8 +526,9 @@ def _summary_kernel(
     at = ((b * chunks + chunk) * channels + c) * PARTS
     _write(products + at, product, inside, PARTS)
     _write(ends + at, end, inside, PARTS)
-    # A product that overflows stays so, and one that underflows may be forgotten unless a later decay is above 1:
-    # clearly above, because complex ones of size 1 are rounded.
+    # A product that overflows is never finite again. One that underflows may be taken as zero
+    # unless a decay is above 1: by more than rounding, because complex decays of size 1 are
+    # rounded.
     fits = (_square(product, PARTS) <= 2.0**120) & ((smallest >= 2.0**-120) | (largest_decay <= 1 + 2.0**-9))
     blocks = (channels + BLOCK - 1) // BLOCK
     tl.store(overflows + b * blocks + c // BLOCK, tl.where(fits, 0, 1).to(tl.uint8), mask=inside & ~fits)
@@ -518,8 +536,9 @@ def _summary_kernel(
 
 @triton.jit
 @no_type_check
-def _summary_of_none(PARTS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr):
-    """The state from zero, the product of decays, and the squares of its smallest value and of the largest decay."""
+def _empty_summary(PARTS: tl.constexpr, CARRY: tl.constexpr, BLOCK: tl.constexpr):
+    """The summary of no steps: the state from zero, the product of decays, the square of its least
+    size, and the square of the largest decay."""
     one, zero = _number(1, PARTS, CARRY, BLOCK), _number(0, PARTS, CARRY, BLOCK)
     return zero, one, one[0], zero[0]
 
@@ -532,18 +551,18 @@ def _run_through_kernel(
     DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, DECAY_BY_HEAD: tl.constexpr,
     PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters each chunk, running through all steps, if a product of any chunk overflows."""
+    """The initial state of each chunk, step by step, if the product of any chunk overflows."""
     b, _, c, lane, lanes = _place(channels, 1, BLOCK)
     inside = lane < lanes
     if tl.load(overflows + tl.program_id(0)) != 0:
         decays = decay + _decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD) * PARTS
         a = _read(decays, inside, PARTS)
         h = _read_or_zero(first, (b * channels + c) * PARTS, inside, PARTS, CARRY, BLOCK)
-        none = _summary_of_none(PARTS, CARRY, BLOCK)
+        none = _empty_summary(PARTS, CARRY, BLOCK)
         for k in range(chunks):
             chunk = tl.cast(chunks - 1 - k if DOWN else k, tl.int64)
             _write(entering + ((b * chunks + chunk) * channels + c) * PARTS, h, inside, PARTS)
-            start, steps, stride = _walk(chunk, length, T, channels * PARTS, DOWN)
+            start, steps, stride = _chunk_range(chunk, length, T, channels * PARTS, DOWN)
             h = _summary_span(
                 (h, none[1], none[2], none[3]), a, 0, steps, x + ((b * T + start) * channels + c) * PARTS,
                 decays + start * decay_t * PARTS, reset if reset is None else reset + b * T + start, stride, decay_t,
@@ -554,21 +573,21 @@ def _run_through_kernel(
 @triton.jit
 @no_type_check
 def _summary_span(
-    summary, a, first, last, x, decay, reset, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
+    summary, a, first, last, x, decay, reset, stride, decay_t, lane, lanes, FULL: tl.constexpr,
     DOWN: tl.constexpr, ADJOINT: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As ``_forward_span``, writing nothing."""
-    even = _rows(first, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+    """As ``_forward_span``, but updates a summary and writes nothing."""
+    even = _rows(first, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, FULL,
                  DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
     for i in range(first, last, 2 * STEPS):
-        odd = _rows(i + STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+        odd = _rows(i + STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, FULL,
                     DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        summary = _summary_group(summary, a, even, i, last, reset is not None, WHOLE, ADJOINT,
+        summary = _summary_group(summary, a, even, i, last, reset is not None, FULL, ADJOINT,
                                  DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
-        even = _rows(i + 2 * STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, WHOLE,
+        even = _rows(i + 2 * STEPS, last, x, decay, None, 0, reset, stride, decay_t, lane, lanes, FULL,
                      DOWN, DECAY_VARIES, PARTS, STEPS)  # fmt: skip
-        summary = _summary_group(summary, a, odd, i + STEPS, last, reset is not None, WHOLE, ADJOINT,
+        summary = _summary_group(summary, a, odd, i + STEPS, last, reset is not None, FULL, ADJOINT,
                                  DECAY_VARIES, PARTS, CARRY, STEPS, BLOCK)  # fmt: skip
     return summary
 
@@ -576,7 +595,7 @@ def _summary_span(
 @triton.jit
 @no_type_check
 def _summary_group(
-    summary, a, rows, i, last, RESETS: tl.constexpr, WHOLE: tl.constexpr, ADJOINT: tl.constexpr,
+    summary, a, rows, i, last, RESETS: tl.constexpr, FULL: tl.constexpr, ADJOINT: tl.constexpr,
     DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, CARRY: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     end, product, smallest, largest_decay = summary
@@ -586,12 +605,12 @@ def _summary_group(
         else:
             new = _forward_step(end, a, rows[s], RESETS, DECAY_VARIES, PARTS, CARRY, BLOCK)
         factor = _cast(rows[s][1] if DECAY_VARIES else a, PARTS, CARRY)
-        if RESETS and not ADJOINT:  # what enters a step is dropped before it is multiplied
+        if RESETS and not ADJOINT:  # the previous state is reset before the product
             product = _select(rows[s][-1], _number(0, PARTS, CARRY, BLOCK), product, PARTS)
         through = _multiply(factor, product, PARTS)
-        if RESETS and ADJOINT:  # and in the walk back what leaves it
+        if RESETS and ADJOINT:  # in the adjoint the carry is reset after the product
             through = _select(rows[s][-1], _number(0, PARTS, CARRY, BLOCK), through, PARTS)
-        if not WHOLE:
+        if not FULL:
             new = _select(i + s < last, new, end, PARTS)
             through = _select(i + s < last, through, product, PARTS)
         end, product = new, through
@@ -600,14 +619,14 @@ def _summary_group(
     return end, product, smallest, largest_decay
 
 
-# --- where a program stands ---
+# --- the indices of a program ---
 
 
 @triton.jit
 @no_type_check
 def _place(channels, chunks, BLOCK: tl.constexpr):
-    """This program's batch row, chunk and channels, in 64 bits, from which every offset is computed; and its lanes,
-    with their number."""
+    """This program's batch row, chunk and channels in 64 bits, from which every offset is computed;
+    its lanes, and how many of them have a channel."""
     program = tl.program_id(0).to(tl.int64)
     blocks = (channels + BLOCK - 1) // BLOCK
     first = program % blocks * BLOCK
@@ -617,8 +636,8 @@ def _place(channels, chunks, BLOCK: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _walk(chunk, length, T, row, DOWN: tl.constexpr):
-    """The first time of a chunk's walk, its number of steps, and the way from one of its rows to the next."""
+def _chunk_range(chunk, length, T, row, DOWN: tl.constexpr):
+    """The first time step of a chunk, its number of steps, and the stride between rows."""
     low = chunk * length
     high = tl.minimum(low + length, T)
     row = tl.cast(row, tl.int64)
@@ -635,7 +654,7 @@ def _decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD: tl.constexp
     if DECAY_BY_HEAD:
         channel = c // D * decay_h + c % D * decay_d
     else:
-        # Without a division the compiler sees that neighbouring channels are neighbours in memory.
+        # Without a division the compiler can infer that adjacent channels are adjacent in memory.
         channel = c * decay_d
     return b * decay_b + channel
 
@@ -646,21 +665,22 @@ def _decay_offset(b, c, D, decay_b, decay_h, decay_d, DECAY_BY_HEAD: tl.constexp
 @triton.jit
 @no_type_check
 def _rows(
-    i, last, x, decay, before, known, reset, stride, decay_t, lane, lanes, WHOLE: tl.constexpr,
+    i, last, x, decay, before, known, reset, stride, decay_t, lane, lanes, FULL: tl.constexpr,
     DOWN: tl.constexpr, DECAY_VARIES: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of the walk's steps i to i + STEPS: none is read from ``last`` on, of ``before`` from ``known`` on."""
+    """The rows of steps i to i + STEPS. Nothing is read from ``last`` on, nor of ``before`` from
+    ``known`` on."""
     decay_stride = tl.cast(-decay_t if DOWN else decay_t, tl.int64) * PARTS
     rows = ()
     for s in tl.static_range(STEPS):
-        # Where groups are whole, one condition serves all of their rows.
-        there = i if WHOLE else i + s
+        # In a full group, one condition is enough for all rows.
+        there = i if FULL else i + s
         mask = _mask(there, last, lane, lanes, False)
         row = (_read(x + (i + s) * stride, mask, PARTS),)
         if DECAY_VARIES:
             row = row + (_read(decay + (i + s) * decay_stride, mask, PARTS),)
         if before is not None:
-            if not WHOLE:
+            if not FULL:
                 mask = _mask(there, known, lane, lanes, False)
             row = row + (_read(before + (i + s) * stride, mask, PARTS),)
         if reset is not None:
@@ -673,11 +693,11 @@ def _rows(
 @triton.jit
 @no_type_check
 def _mask(i, last, lane, lanes, KNOWN: tl.constexpr):
-    """The lanes that have a channel, at a step that is there; KNOWN says that it is."""
+    """True for the lanes that have a channel, if i < last; KNOWN: i < last is known."""
     if KNOWN:
         mask = lane < lanes
     else:
-        # The condition enters through the bound: the interpreter cannot broadcast a boolean.
+        # The condition is part of the bound, because the interpreter cannot broadcast a boolean.
         mask = lane < tl.where(i < last, lanes, 0)
     return mask
 
