@@ -58,8 +58,7 @@ def measure() -> list[dict]:
 
 
 def _start(name: str, cache: str) -> dict:
-    # If LEGATO_DATA is set, no other folder is searched.
-    environment = {"LEGATO_DATA": "../shared/data", **os.environ, "LEGATO_CACHE": cache}
+    environment = {**os.environ, "LEGATO_CACHE": cache}
     done = subprocess.run([sys.executable, "-c", _BUILD, name], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} could not be prepared:\n{done.stderr}")
