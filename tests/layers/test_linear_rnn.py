@@ -57,7 +57,7 @@ def griffin(layer, x, h):
         r, i, value = layer.products(x_t).chunk(3, dim=-1)
         a = torch.exp(-8 * F.softplus(layer.p) * torch.sigmoid(r))
         h = a * h + torch.sqrt(1 - a**2) * torch.sigmoid(i) * value
-        outputs.append(h * F.gelu(layer.shown(x_t)))
+        outputs.append(h * F.gelu(layer.output_gate(x_t)))
     return torch.stack(outputs, dim=1), h
 
 
