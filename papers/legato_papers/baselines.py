@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from legato._dtypes import carry_dtype
 from legato._shapes import Tensor
 from legato.layers.base import RecurrentLayer, StateShapes, positive_int
 
@@ -218,7 +219,7 @@ def refuse_reset(reset: Tensor | None) -> None:
 
 def _angles(positions: int, size: int, like: Tensor) -> Tensor:
     """(positions, size / 2) angles, position * 10000^(-2 i / size), in float32 or wider."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = carry_dtype(like.dtype)
     rates = 10_000 ** -(torch.arange(0, size, 2, device=like.device, dtype=dtype) / size)
     return torch.arange(positions, device=like.device)[:, None] * rates
 

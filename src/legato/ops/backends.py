@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from legato._dtypes import carry_dtype
+
 
 class Entry(NamedTuple):
     """A kernel and its requirements."""
@@ -252,11 +254,10 @@ def _prepared(op: str, backend: str, dtype: torch.dtype | None, adjoint: bool) -
 
     A failure disables the kernel module: its forward and backward, in every dtype.
     """
-    carry_dtype = None if dtype is None else torch.promote_types(dtype, torch.float32)
     try:
         kernel = _load(op, backend)
-        if carry_dtype is not None and hasattr(kernel, "prepare"):
-            kernel.prepare(carry_dtype, adjoint)
+        if dtype is not None and hasattr(kernel, "prepare"):
+            kernel.prepare(carry_dtype(dtype), adjoint)
     except Exception as error:
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
         # Store only the text: the traceback would hold references to the tensors of the call.
