@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 import draws
@@ -35,3 +36,19 @@ def _fixed_seed_and_nan_in_new_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def elsewhere():
+    """A default device on which nothing can be computed, and a default dtype that nothing here has."""
+    yield lambda: (torch.set_default_device("meta"), torch.set_default_dtype(torch.float16))
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "file"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
@@ -16,6 +15,18 @@ from legato.layers import GILR, LMU, LRU, SRU, Bidirectional, Highway, LegendreM
 from legato.layers.base import RecurrentLayer
 from legato.models import Embedding, LanguageModel, SequenceClassifier, SequenceRegressor
 from legato.ops.time_invariant import METHODS
+from model_checks import (
+    alike,
+    assert_ignores_default_device,
+    assert_replicas_have_their_own_tensors,
+    assert_starts_from_the_meta_device,
+    assert_tied_weights_are_one_parameter,
+    assert_trains_on_its_own_device,
+    assert_trains_when_sharded,
+    replica,
+    spoiled,
+    start,
+)
 from test_contract import BATCH, CASES, NAMES, STEPS, build, every_layer, flat, inputs
 
 tokens, lengths = torch.randint(4, 27, (2, 12)), torch.tensor([12, 5])
@@ -50,14 +61,6 @@ def calls(model):
         yield lambda: model.calibrate(tokens)
 
 
-@pytest.fixture
-def elsewhere():
-    """A default device on which nothing can be computed, and a default dtype that nothing here has."""
-    yield lambda: (torch.set_default_device("meta"), torch.set_default_dtype(torch.float16))
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-
 @every_layer
 @pytest.mark.parametrize("condition", ["plain", "lengths and resets"])
 def test_a_layer_ignores_the_default_device(case, condition, elsewhere):
@@ -81,21 +84,12 @@ def test_a_layer_ignores_the_default_device(case, condition, elsewhere):
 
 @every_model
 def test_a_model_ignores_the_default_device(make, elsewhere):
-    draws.seed(0)
-    model = make().eval()
-    expected = [call() for call in calls(model)]
-    elsewhere()
-    for a, b in zip(pytree.tree_leaves([call() for call in calls(model)]), pytree.tree_leaves(expected), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert_ignores_default_device(make, calls, elsewhere)
 
 
 @every_model
 def test_training_a_model_ignores_the_default_device(make, elsewhere):
-    model = make().train()
-    call = next(calls(model))
-    elsewhere()
-    sum(part.sum() for part in pytree.tree_leaves(call()) if part.is_floating_point()).backward()
-    assert all(p.grad is None or not p.grad.is_meta for p in model.parameters())
+    assert_trains_on_its_own_device(make, calls, elsewhere)
 
 
 def test_a_model_is_built_where_its_embedding_is(elsewhere):
@@ -160,34 +154,6 @@ def test_factories_use_the_default_device(elsewhere):
     assert legato.window_decoder(3, 2).is_meta
 
 
-def start(model, *, parents_first):
-    """Deferred initialisation: from the meta device, through memory that holds anything, by reset_parameters."""
-    model.to("meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(torch.nan)
-    modules = list(model.modules()) if parents_first else list(model.modules())[::-1]
-    for module in modules:
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-        else:  # nothing of its own is left without a start
-            assert not [p for p in module.parameters(recurse=False) if p.numel()]
-            assert not [b for b in module.buffers(recurse=False) if b.numel()]
-    return model
-
-
-def alike(found, expected):
-    """Equal where nothing is drawn; drawn numbers from distributions of one size."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        other = expected[name]
-        assert not value.isnan().any(), name
-        if other.numel() and (other == other.flatten()[0]).all():
-            assert torch.equal(value, other), name
-        elif other.numel() > 1000:
-            assert 0.8 < value.double().std() / other.double().std() < 1.25, name
-
-
 @pytest.mark.parametrize("parents_first", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_a_layer_starts_from_the_meta_device(case, parents_first):
@@ -201,11 +167,7 @@ def test_a_layer_starts_from_the_meta_device(case, parents_first):
 @pytest.mark.parametrize("parents_first", [True, False])
 @every_model
 def test_a_model_starts_from_the_meta_device(make, parents_first):
-    model = make()
-    start(model, parents_first=parents_first)
-    assert not [name for name, value in model.state_dict().items() if value.isnan().any()]
-    for call in calls(model.eval()):
-        call()
+    assert_starts_from_the_meta_device(make, calls, parents_first)
 
 
 LARGE = {
@@ -247,36 +209,7 @@ def test_given_vectors_survive_the_meta_device(trainable, as_array):
 
 
 def test_tied_weights_stay_one_parameter():
-    inside = nn.Sequential(language_model(tied=True))  # as in a task
-    for model in (inside.to("meta").to_empty(device="cpu"), copy.deepcopy(inside), inside.double()):
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        assert len(names) == len(list(model.parameters())) + 1
-
-
-def replica(model):
-    """As nn.DataParallel makes one: a copy of each module, with tensors in the place of its parameters."""
-    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, other in copies.items():
-        for name, child in module._modules.items():
-            other._modules[name] = None if child is None else copies[child]
-        other._former_parameters = {}
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                other._parameters[name] = None
-            else:
-                tensor = parameter.detach().clone().requires_grad_()
-                setattr(other, name, tensor)
-                other._former_parameters[name] = tensor
-        for name, buffer in module._buffers.items():
-            other._buffers[name] = None if buffer is None else buffer.clone()
-    return copies[model]
-
-
-def spoiled(model):
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(torch.nan)
-    return model
+    assert_tied_weights_are_one_parameter(language_model(tied=True))
 
 
 @every_layer
@@ -295,13 +228,7 @@ def test_replicas_of_a_layer_compute_with_their_own_tensors(case):
 
 @every_model
 def test_replicas_of_a_model_compute_with_their_own_tensors(make):
-    model = make().eval()
-    expected = [call() for call in list(calls(model))[:2]]
-    other = replica(model)
-    spoiled(model)
-    found = [call() for call in list(calls(other))[:2]]
-    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
-        assert torch.equal(a, b)
+    assert_replicas_have_their_own_tensors(make, calls)
 
 
 @every_layer
@@ -312,27 +239,11 @@ def test_a_shallow_copy_computes_the_same(case):
         assert torch.equal(a, b)
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_sharded_model_starts_and_trains(make, dtype, one_process):
-    with torch.device("meta"):
-        model = make().train()
-    if hasattr(model, "layer") and list(model.layer.parameters()):  # sharded apart, as layers of large networks are
-        fully_shard(model.layer, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
-    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
-    start(model, parents_first=True)
-    output = model(tokens, lengths=lengths)[0]
-    output.float().sum().backward()
-    assert output.isfinite().all()
+    assert_trains_when_sharded(make, lambda model: model(tokens, lengths=lengths)[0], dtype)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")

@@ -6,10 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils import _pytree as pytree
 
 import bounds
 import draws
@@ -18,8 +15,19 @@ from legato.layers import GILR, LRU, SRU, Bidirectional, LegendreMemory
 from legato.models import Embedding, LanguageModel, SequenceClassifier
 from legato_papers.baselines import LSTM
 from legato_papers.models import AdaptiveSoftmax, PairClassifier, Translator, adaptive_softmax
+from model_checks import (
+    alike,
+    assert_equal,
+    assert_ignores_default_device,
+    assert_replicas_have_their_own_tensors,
+    assert_starts_from_the_meta_device,
+    assert_tied_weights_are_one_parameter,
+    assert_trains_on_its_own_device,
+    assert_trains_when_sharded,
+    start,
+)
 from test_advice import TOKENS, WRONG
-from test_devices import alike, language_model, lengths, replica, spoiled, start, tokens
+from test_devices import language_model, lengths, tokens
 from test_language_model import step_by_step
 from test_modes import modes
 from test_numbers import assert_built_the_same, every_number
@@ -58,35 +66,14 @@ def calls(model):
         yield lambda: model.step(tokens[:, 0], model.initial_state(2))
 
 
-def assert_equal(found, expected):
-    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.fixture
-def elsewhere():
-    """A default device on which nothing can be computed, and a default dtype that nothing here has."""
-    yield lambda: (torch.set_default_device("meta"), torch.set_default_dtype(torch.float16))
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-
 @every_model
 def test_a_model_ignores_the_default_device(make, elsewhere):
-    draws.seed(0)
-    model = make().eval()
-    expected = [call() for call in calls(model)]
-    elsewhere()
-    assert_equal([call() for call in calls(model)], expected)
+    assert_ignores_default_device(make, calls, elsewhere)
 
 
 @every_model
 def test_training_ignores_the_default_device(make, elsewhere):
-    model = make().train()
-    call = next(calls(model))
-    elsewhere()
-    sum(part.sum() for part in pytree.tree_leaves(call()) if part.is_floating_point()).backward()
-    assert all(p.grad is None or not p.grad.is_meta for p in model.parameters())
+    assert_trains_on_its_own_device(make, calls, elsewhere)
 
 
 def test_a_model_is_built_where_its_embedding_is(elsewhere):
@@ -102,11 +89,7 @@ def test_a_model_is_built_where_its_embedding_is(elsewhere):
 @pytest.mark.parametrize("parents_first", [True, False])
 @every_model
 def test_a_model_starts_from_the_meta_device(make, parents_first):
-    model = make()
-    start(model, parents_first=parents_first)
-    assert not [name for name, value in model.state_dict().items() if value.isnan().any()]
-    for call in calls(model.eval()):
-        call()
+    assert_starts_from_the_meta_device(make, calls, parents_first)
 
 
 def test_what_starts_from_the_meta_device_is_as_built():
@@ -116,48 +99,24 @@ def test_what_starts_from_the_meta_device_is_as_built():
 
 
 def test_tied_weights_stay_one_parameter():
-    inside = nn.Sequential(translator(tied=True))  # as in a task
-    for model in (inside.to("meta").to_empty(device="cpu"), copy.deepcopy(inside), inside.double()):
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        assert len(names) == len(list(model.parameters())) + 1
+    assert_tied_weights_are_one_parameter(translator(tied=True))
 
 
 @every_model
 def test_replicas_compute_with_their_own_tensors(make):
-    model = make().eval()
-    expected = [call() for call in list(calls(model))[:2]]
-    other = replica(model)
-    spoiled(model)
-    assert_equal([call() for call in list(calls(other))[:2]], expected)
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    assert_replicas_have_their_own_tensors(make, calls)
 
 
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_sharded_model_starts_and_trains(make, dtype, one_process):
-    with torch.device("meta"):
-        model = make().train()
-    for name in ("layer", "encoder", "decoder"):  # sharded apart from the rest, as layers of large networks are
-        if hasattr(model, name) and list(getattr(model, name).parameters()):
-            fully_shard(getattr(model, name), mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
-    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
-    start(model, parents_first=True)
-    if isinstance(model, Translator):
-        output = model(tokens, tokens, lengths, lengths)  # loss() is no forward(), which FSDP waits for
-    elif isinstance(model, PairClassifier):
-        output = model(tokens, tokens)
-    else:
-        output = model(tokens, lengths=lengths)[0]
-    output.float().sum().backward()
-    assert output.isfinite().all()
+    def run(model):
+        if isinstance(model, Translator):
+            return model(tokens, tokens, lengths, lengths)
+        return model(tokens, tokens) if isinstance(model, PairClassifier) else model(tokens, lengths=lengths)[0]
+
+    assert_trains_when_sharded(make, run, dtype)
 
 
 def small_translator():

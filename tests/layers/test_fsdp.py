@@ -4,21 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree as pytree
 
 import bounds
 from legato import GILR, LegendreMemory, Stack
 from test_contract import build, every_layer
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def trained(layer, x):
